@@ -1,0 +1,110 @@
+"""
+The parameters of an action distribution as plain, indexable tensors.
+
+A policy of SB3 or sb3-contrib owns *one* mutable distribution object: a reference to the old policy's distribution silently
+becomes the new one as soon as the network runs again. What has to be remembered of π_old are its parameters. Two families
+cover all action spaces: Gaussians (Box, with or without gSDE), and categoricals side by side (Discrete, MultiDiscrete,
+MultiBinary, masked or not: a Bernoulli is a categorical with two outcomes).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch as th
+from stable_baselines3.common.distributions import Distribution
+from torch.distributions import Bernoulli, Categorical, Normal
+from torch.nn import functional as F
+
+from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl
+
+SelfActionDistribution = TypeVar("SelfActionDistribution", bound="ActionDistribution")
+
+
+@dataclass(frozen=True, eq=False)
+class ActionDistribution(ABC):
+    """Action distributions of a batch of B states; every field is a tensor whose first dimension is B."""
+
+    @abstractmethod
+    def kl(self: SelfActionDistribution, other: SelfActionDistribution) -> th.Tensor:
+        """KL(self ‖ other) of every state, summed over the action dimensions, shape (B,), in nats."""
+
+    def __getitem__(self: SelfActionDistribution, index: th.Tensor) -> SelfActionDistribution:
+        """The distributions of the states that ``index`` (integers or a boolean mask) selects."""
+        return self._map(lambda tensor: tensor[index])
+
+    def detach(self: SelfActionDistribution) -> SelfActionDistribution:
+        """The same parameters, cut from the graph."""
+        return self._map(lambda tensor: tensor.detach())
+
+    @classmethod
+    def concatenate(cls, batches: "Sequence[SelfActionDistribution]") -> "SelfActionDistribution":
+        """One batch out of several of the same family."""
+        fields = zip(*(batch._tensors() for batch in batches), strict=True)
+        return type(batches[0])(*(th.cat(tensors) for tensors in fields))
+
+    def _tensors(self) -> tuple[th.Tensor, ...]:
+        return tuple(vars(self).values())
+
+    def _map(self: SelfActionDistribution, function: Callable[[th.Tensor], th.Tensor]) -> SelfActionDistribution:
+        return type(self)(*map(function, self._tensors()))
+
+
+@dataclass(frozen=True, eq=False)
+class DiagGaussian(ActionDistribution):
+    """
+    Independent Gaussians; also a squashed one, before its tanh, since a bijection leaves the KL unchanged.
+
+    :param loc: means, shape (B, D)
+    :param scale: standard deviations, shape (B, D), > 0
+    """
+
+    loc: th.Tensor
+    scale: th.Tensor
+
+    def kl(self, other: "DiagGaussian") -> th.Tensor:  # type: ignore[override]
+        return gaussian_kl(self.loc, self.scale, other.loc, other.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Categoricals(ActionDistribution):
+    """
+    One or several independent categorical distributions, their outcomes side by side.
+
+    :param log_probs: log-probabilities, normalised within each distribution, shape (B, K), finite
+    """
+
+    log_probs: th.Tensor
+
+    def kl(self, other: "Categoricals") -> th.Tensor:  # type: ignore[override]
+        return categorical_kl(self.log_probs, other.log_probs)
+
+
+def action_distribution(distribution: Distribution) -> ActionDistribution:
+    """
+    The parameters of a distribution of SB3 or sb3-contrib, still attached to the graph.
+
+    :param distribution: for instance ``policy.action_dist`` after ``policy.evaluate_actions(...)``
+    :return: its parameters
+    :raises ValueError: if it is of a family without an exact KL here
+    """
+    # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
+    held = getattr(distribution, "distributions", None) or distribution.distribution
+    if isinstance(held, Normal):
+        return DiagGaussian(held.loc, held.scale)
+    if isinstance(held, Bernoulli):
+        # log-sigmoid, not log(probs): float32 rounds the probability of a logit above 17 to 1
+        return Categoricals(th.cat([F.logsigmoid(-held.logits), F.logsigmoid(held.logits)], dim=1))
+    categoricals = held if isinstance(held, list) else [held]
+    if all(isinstance(categorical, Categorical) for categorical in categoricals):
+        return Categoricals(_finite(th.cat([categorical.logits for categorical in categoricals], dim=1)))
+    raise ValueError(
+        f"kl_divergence: no exact KL is known here for the action distribution {type(distribution).__name__} "
+        f"(it holds {type(held).__name__}): pass kl_divergence='k3', which needs only log-probabilities"
+    )
+
+
+def _finite(log_probs: th.Tensor) -> th.Tensor:
+    """Impossible outcomes (−inf) as the most negative float: p log p is then 0 instead of NaN, in the gradient as well."""
+    return log_probs.clamp(min=th.finfo(log_probs.dtype).min)

@@ -1,0 +1,119 @@
+"""
+How the KL coefficient β moves from one rollout to the next.
+
+Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4, with d the KL divergence measured after the update::
+
+    d < d_targ / 1.5  →  β ← β / 2
+    d > d_targ · 1.5  →  β ← β · 2
+
+A rule is a frozen value: plain numbers in, a plain number out. Its state, β itself, lives on the algorithm as ``kl_coef``.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PenaltyRule(Protocol):
+    """What ``kl_rule`` may be: any callable with this signature. It must be pure."""
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        """
+        The KL coefficient for the next update; the algorithm clips it to ``kl_coef_bounds``.
+
+        :param kl_coef: β used by the update that was just measured, > 0
+        :param kl: d, the KL divergence in nats measured after that update on the whole rollout, ≥ 0;
+            ``inf`` when the update diverged and was undone. Never NaN.
+        :param target_kl: d_targ in nats, > 0
+        :return: β for the next update
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AdaptivePenalty:
+    """
+    The rule of Schulman et al. 2017, section 4, with its four numbers free: ``low`` and ``high`` bound the dead band
+    ``[low · target_kl, high · target_kl]``; below it β is multiplied by ``decrease``, above it by ``increase``.
+    The defaults are the paper's.
+
+    :param low: lower edge of the dead band, relative to the target, in (0, 1]
+    :param high: upper edge of the dead band, relative to the target, ≥ 1
+    :param decrease: what β is multiplied by below the band, in (0, 1)
+    :param increase: what β is multiplied by above the band, > 1
+    :raises ValueError: if a number is out of its range
+    """
+
+    low: float = 1 / 1.5
+    high: float = 1.5
+    decrease: float = 1 / 2
+    increase: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= 1 <= self.high:
+            raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high: they bracket the target")
+        if not 0 < self.decrease < 1 < self.increase:
+            raise ValueError(
+                f"decrease={self.decrease} and increase={self.increase} must satisfy 0 < decrease < 1 < increase, "
+                "otherwise β moves away from its equilibrium"
+            )
+
+    @classmethod
+    def symmetric(cls, tolerance: float, factor: float) -> "AdaptivePenalty":
+        """The band ``[1/tolerance, tolerance]`` with steps of ``factor`` both ways, symmetric in log β and log d."""
+        return cls(low=1 / tolerance, high=tolerance, decrease=1 / factor, increase=factor)
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        if kl < self.low * target_kl:
+            return kl_coef * self.decrease
+        if kl > self.high * target_kl:
+            return kl_coef * self.increase
+        return kl_coef
+
+
+@dataclass(frozen=True)
+class ProportionalPenalty:
+    """
+    A proportional controller on the relative error, without a dead band::
+
+        β ← β · (1 + gain · clip(d / d_targ − 1, −max_error, max_error))
+
+    From Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), section 2.2. Small steps instead of ×2 and /2: β does not
+    oscillate, but needs some ln(2) / ln(1 + gain · max_error) ≈ 35 rollouts (at the defaults) to double.
+
+    :param gain: K_β, > 0
+    :param max_error: where the relative error is clipped, in (0, 1/gain) so that β stays positive
+    :raises ValueError: if a number is out of its range
+    """
+
+    gain: float = 0.1
+    max_error: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.gain <= 0 or self.max_error <= 0 or self.gain * self.max_error >= 1:
+            raise ValueError(
+                f"gain={self.gain} and max_error={self.max_error} must be positive with gain * max_error < 1, "
+                "otherwise β could become negative"
+            )
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        error = min(max(kl / target_kl - 1, -self.max_error), self.max_error)
+        return kl_coef * (1 + self.gain * error)
+
+
+@dataclass(frozen=True)
+class FixedPenalty:
+    """β stays what it is: the "fixed KL" baseline of Schulman et al. 2017, Table 1."""
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        return kl_coef
+
+
+def default_bounds(normalize_advantage: bool) -> tuple[float, float]:
+    """
+    The bounds of β where the user gave none.
+
+    With normalised advantages the penalised optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor
+    matters as much: when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule
+    would halve β until nothing restrains the surrogate. Without normalisation β carries the unit of the rewards.
+    """
+    return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)

@@ -1,0 +1,181 @@
+"""AdaptiveKLPPO: Stable-Baselines3's PPO with an adaptive KL penalty instead of clipping."""
+
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_adaptive_kl.arguments import check_minibatches
+from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.training import KLPenaltyTraining
+
+SelfAdaptiveKLPPO = TypeVar("SelfAdaptiveKLPPO", bound="AdaptiveKLPPO")
+
+
+class AdaptiveKLPPO(KLPenaltyTraining, PPO):
+    """
+    Proximal Policy Optimization algorithm (PPO) (adaptive KL penalty version)
+
+    Paper: https://arxiv.org/abs/1707.06347, section 4::
+
+        L(θ) = E[ r_t(θ) Â_t ] − β · E[ KL( π_old(·|s_t) ‖ π_θ(·|s_t) ) ]
+
+    β is halved for the next update when the KL divergence measured after this one is below ``target_kl / kl_tolerance``, and
+    doubled when it is above ``target_kl · kl_tolerance``.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The learning rate, it can be a function
+        of the current progress remaining (from 1 to 0)
+    :param n_steps: The number of steps to run for each environment per update
+        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+    :param batch_size: Minibatch size
+    :param n_epochs: Number of epoch when optimizing the surrogate loss
+    :param gamma: Discount factor
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
+    :param clip_range: If given, the surrogate is clipped as well (and the penalty stays), as in RLlib: a positive number, or
+        a function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
+    :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
+        function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
+    :param normalize_advantage: Whether to normalize or not the advantage. Without, β carries the unit of the rewards.
+    :param ent_coef: Entropy coefficient for the loss calculation
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param max_grad_norm: The maximum value for the gradient clipping
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
+        instead of action noise exploration (default: False)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+        Default: -1 (only sample at the beginning of the rollout)
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected.
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param target_kl: d_targ, the KL divergence per update to aim for, in nats, summed over the action dimensions: a
+        positive number, or a function of the current progress remaining (from 1 to 0). Not an early-stopping limit as in
+        SB3's PPO: for that, see ``kl_stop_factor``.
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param init_kl_coef: β before the first update, > 0. The running value is the attribute ``kl_coef``, which ``save`` keeps.
+    :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"fixed"``, ``"proportional"``, or any ``PenaltyRule``
+    :param kl_tolerance: For the adaptive rule: β moves when the KL leaves [target / tolerance, tolerance · target], ≥ 1
+    :param kl_factor: For the adaptive rule: what β is multiplied or divided by, > 1
+    :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalised advantages,
+        (1e-6, 1e6) without.
+    :param kl_divergence: What is penalised and measured: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both exact; or
+        an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
+    :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − kl_cutoff_factor · target_kl)², ≥ 0 (0: none)
+    :param kl_cutoff_factor: Where the hinge begins, relative to the target, > 0
+    :param kl_stop_factor: Stop the epochs once the KL of a minibatch exceeds this times the target, > 0 (``None``: never).
+        β is still adapted to the KL measured in the end.
+    :param compile: Whether to compile the train step with ``torch.compile``
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | Schedule = 0.01,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        init_kl_coef: float = 1.0,
+        kl_rule: str | PenaltyRule = "adaptive",
+        kl_tolerance: float = 1.5,
+        kl_factor: float = 2.0,
+        kl_coef_bounds: tuple[float, float] | None = None,
+        kl_divergence: str = "forward",
+        kl_cutoff_coef: float = 0.0,
+        kl_cutoff_factor: float = 2.0,
+        kl_stop_factor: float | None = None,
+        compile: bool = False,
+        _init_setup_model: bool = True,
+    ):
+        # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
+        check_minibatches(batch_size, n_epochs, None, normalize_advantage)
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.clip_range = clip_range
+        self.target_kl = target_kl
+        self.init_kl_coef = init_kl_coef
+        self.kl_rule = kl_rule
+        self.kl_tolerance = kl_tolerance
+        self.kl_factor = kl_factor
+        self.kl_coef_bounds = kl_coef_bounds
+        self.kl_divergence = kl_divergence
+        self.kl_cutoff_coef = kl_cutoff_coef
+        self.kl_cutoff_factor = kl_cutoff_factor
+        self.kl_stop_factor = kl_stop_factor
+        self.compile = compile
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def learn(
+        self: SelfAdaptiveKLPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "AdaptiveKLPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfAdaptiveKLPPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
