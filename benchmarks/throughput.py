@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     th.set_num_threads(1)
-    kwargs = dict(n_steps=N_STEPS, batch_size=BATCH_SIZE, n_epochs=N_EPOCHS, seed=0, device="cpu")
+    kwargs = {"n_steps": N_STEPS, "batch_size": BATCH_SIZE, "n_epochs": N_EPOCHS, "seed": 0, "device": "cpu"}
     models = {
         algorithm.__name__: with_full_rollout(algorithm("MlpPolicy", gym.make(args.env), **kwargs))
         for algorithm in (PPO, AdaptiveKLPPO)

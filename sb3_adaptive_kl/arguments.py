@@ -57,7 +57,9 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
             return AdaptivePenalty.symmetric(kl_tolerance, kl_factor)
         return FixedPenalty() if kl_rule == "fixed" else ProportionalPenalty()
     if not callable(kl_rule):
-        raise ValueError(f"kl_rule={kl_rule!r} cannot be called: pass one of {KL_RULES}, or a function (kl_coef, kl, target_kl)")
+        raise ValueError(
+            f"kl_rule={kl_rule!r} cannot be called: pass one of {KL_RULES}, or a function (kl_coef, kl, target_kl)"
+        )
     return kl_rule
 
 
@@ -80,30 +82,32 @@ def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advanta
     return float(pair[0]), float(pair[1])
 
 
-def check_number(name: str, value: Any, condition: Callable[[float], bool], requirement: str, remedy: str) -> None:
+def check_arguments(model: Any) -> None:
     """
-    :raises ValueError: if ``value`` is not a finite number that satisfies ``condition``
-    """
-    if not _is_number(value) or not condition(value):
-        raise ValueError(f"{name}={value!r} must be {requirement}: {remedy}")
+    Every argument of the KL penalty and of the minibatches, as they stand on the algorithm.
 
-
-def check_schedule(name: str, value: Any, remedy: str) -> None:
+    :param model: the algorithm, before its model is set up
+    :raises ValueError: if one makes no sense; the message names it, its value and the remedy
     """
-    :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress. What a function
-        returns is not looked at here: rl-zoo3 replaces schedules by constant zeros to replay an agent.
-    """
-    if not callable(value):
-        check_number(name, value, lambda number: number > 0, "a positive number or a schedule (a function of progress)", remedy)
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: str = "") -> None:
-    """
-    :raises ValueError: if ``value`` is none of the ``choices``, with the one that was probably meant
-    """
-    if value not in choices:
-        nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name}={value!r} is unknown, did you mean {nearest!r}? Valid: {', '.join(map(repr, choices))}{alternative}")
+    check_schedule("target_kl", model.target_kl, "try 0.01; for a linear decay pass SB3's LinearSchedule(0.02, 0.0, 1.0)")
+    for name in ("clip_range", "clip_range_vf"):
+        if getattr(model, name) is not None:
+            check_schedule(name, getattr(model, name), "None deactivates clipping")
+    check_number("kl_tolerance", model.kl_tolerance, ">= 1", lambda x: x >= 1, "the paper has 1.5")
+    check_number("kl_factor", model.kl_factor, "> 1", lambda x: x > 1, "the paper has 2; kl_rule='fixed' keeps β constant")
+    check_number("kl_cutoff_coef", model.kl_cutoff_coef, ">= 0", lambda x: x >= 0, "0 leaves the hinge out, others use 1000")
+    check_number("kl_cutoff_factor", model.kl_cutoff_factor, "> 0", lambda x: x > 0, "others use 2")
+    if model.kl_stop_factor is not None:
+        check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "others use 4; None never stops early")
+    check_choice("kl_divergence", model.kl_divergence, KL_DIVERGENCES)
+    penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)
+    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+    # After load() it is the running β that has to fit
+    name = "kl_coef" if hasattr(model, "kl_coef") else "init_kl_coef"
+    within = f"within kl_coef_bounds=({low:g}, {high:g})"
+    check_number(name, getattr(model, name), within, lambda x: low <= x <= high, "move it or the bounds")
+    n_transitions = None if model.env is None else model.n_steps * model.n_envs
+    check_minibatches(model.batch_size, model.n_epochs, n_transitions, model.normalize_advantage)
 
 
 def check_minibatches(batch_size: int | None, n_epochs: int, n_transitions: int | None, normalize_advantage: bool) -> None:
@@ -120,8 +124,36 @@ def check_minibatches(batch_size: int | None, n_epochs: int, n_transitions: int 
         )
     if normalize_advantage and (batch_size == 1 or n_transitions == 1):
         raise ValueError(
-            f"batch_size={batch_size} with {n_transitions or 'n_steps * n_envs'} transitions per rollout leaves a single "
-            "advantage, which has no standard deviation: use at least 2 of each, or normalize_advantage=False"
+            f"batch_size={batch_size} with n_steps * n_envs = {n_transitions} leaves a single advantage to normalise, "
+            "which has no standard deviation: use at least 2 of each, or normalize_advantage=False"
+        )
+
+
+def check_number(name: str, value: Any, requirement: str, holds: Callable[[float], bool], remedy: str) -> None:
+    """
+    :raises ValueError: if ``value`` is not a finite number for which ``holds``
+    """
+    if not _is_number(value) or not holds(value):
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}")
+
+
+def check_schedule(name: str, value: Any, remedy: str) -> None:
+    """
+    :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress. What a function
+        returns is not looked at here: rl-zoo3 replaces schedules by constant zeros to replay an agent.
+    """
+    if not callable(value):
+        check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", lambda x: x > 0, remedy)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: str = "") -> None:
+    """
+    :raises ValueError: if ``value`` is none of the ``choices``, with the one that was probably meant
+    """
+    if value not in choices:
+        nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"{name}={value!r} is unknown, did you mean {nearest!r}? Valid are {', '.join(map(repr, choices))}{alternative}"
         )
 
 

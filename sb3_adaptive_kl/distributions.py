@@ -10,7 +10,7 @@ MultiBinary, masked or not: a Bernoulli is a categorical with two outcomes).
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
@@ -63,7 +63,7 @@ class DiagGaussian(ActionDistribution):
     loc: th.Tensor
     scale: th.Tensor
 
-    def kl(self, other: "DiagGaussian") -> th.Tensor:  # type: ignore[override]
+    def kl(self, other: "DiagGaussian") -> th.Tensor:
         return gaussian_kl(self.loc, self.scale, other.loc, other.scale)
 
 
@@ -77,7 +77,7 @@ class Categoricals(ActionDistribution):
 
     log_probs: th.Tensor
 
-    def kl(self, other: "Categoricals") -> th.Tensor:  # type: ignore[override]
+    def kl(self, other: "Categoricals") -> th.Tensor:
         return categorical_kl(self.log_probs, other.log_probs)
 
 
@@ -90,7 +90,7 @@ def action_distribution(distribution: Distribution) -> ActionDistribution:
     :raises ValueError: if it is of a family without an exact KL here
     """
     # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
-    held = getattr(distribution, "distributions", None) or distribution.distribution
+    held: Any = getattr(distribution, "distributions", None) or distribution.distribution
     if isinstance(held, Normal):
         return DiagGaussian(held.loc, held.scale)
     if isinstance(held, Bernoulli):

@@ -36,6 +36,17 @@ def surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: float | 
     return -surrogate.mean()
 
 
+def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor | None:
+    """
+    Share of transitions whose ratio lies outside [1 − ε, 1 + ε]; for the log.
+
+    :param ratio: r, shape (B,)
+    :param clip_range: ε > 0, or None for no clipping
+    :return: scalar in [0, 1], or None without clipping
+    """
+    return None if clip_range is None else ((ratio - 1).abs() > clip_range).float().mean()
+
+
 def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float = 0.0, cutoff: float = 0.0) -> th.Tensor:
     """
     β · KL (equation 8), and a hinge beyond a cutoff: β · KL + c · max(0, KL − cutoff)².
@@ -54,9 +65,7 @@ def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float = 0.0, cutoff
     return loss
 
 
-def value_loss(
-    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float | None = None
-) -> th.Tensor:
+def value_loss(values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float | None = None) -> th.Tensor:
     """
     Squared error E[(V − R)²] of equation 9, the change of V optionally clipped as in the OpenAI implementation.
 

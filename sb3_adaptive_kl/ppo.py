@@ -15,7 +15,7 @@ from sb3_adaptive_kl.training import KLPenaltyTraining
 SelfAdaptiveKLPPO = TypeVar("SelfAdaptiveKLPPO", bound="AdaptiveKLPPO")
 
 
-class AdaptiveKLPPO(KLPenaltyTraining, PPO):
+class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins the types of PPO's arguments
     """
     Proximal Policy Optimization algorithm (PPO) (adaptive KL penalty version)
 

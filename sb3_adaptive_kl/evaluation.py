@@ -1,0 +1,149 @@
+"""
+The policy on the rollout: evaluated on a minibatch with its graph, or swept over every transition without one.
+
+What only the host knows stands here in two methods: how a minibatch is evaluated, and which of its entries are not padding.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution
+from sb3_adaptive_kl.divergences import k3, pearson
+from sb3_adaptive_kl.minibatches import minibatches, random_state_kept
+
+# Transitions evaluated at a time when nothing is trained: large enough to be quick, small enough not to be felt in memory
+SWEEP_BATCH_SIZE = 256
+
+
+class Evaluation(NamedTuple):
+    """The policy's view of a minibatch's B valid transitions, beside what the buffer remembers of them; shapes (B,)."""
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None  # None where the distribution has no closed form
+    distribution: ActionDistribution | None  # None if the divergence is estimated from log_prob alone
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+
+
+class PolicyEvaluation(OnPolicyAlgorithm):
+    """Base of the mixin: evaluates the host's policy and compares it with what it was."""
+
+    batch_size: int | None
+    kl_divergence: str
+
+    # ---------------------------------------------------------------- what the host decides
+
+    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Values, log-probabilities and entropy (or None) of a minibatch. Afterwards ``policy.action_dist`` must be the
+        distribution that gave them, with its graph: so it is for the policies of SB3 and sb3-contrib.
+        """
+        return self.policy.evaluate_actions(rollout_data.observations, actions)
+
+    def _valid(self, rollout_data: Any) -> th.Tensor | None:
+        """Boolean mask of the entries that are transitions and not padding, or None if all are."""
+        return None
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _evaluate(self, rollout_data: Any) -> Evaluation:
+        """Run the network once on a minibatch; padding is dropped before anything is computed from it."""
+        values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+        evaluation = Evaluation(
+            values.flatten(),
+            log_prob,
+            entropy,
+            action_distribution(self.policy.action_dist) if self._needs_distribution else None,
+            rollout_data.old_values,
+            rollout_data.old_log_prob,
+            rollout_data.advantages,
+            rollout_data.returns,
+        )
+        valid = self._valid(rollout_data)
+        if valid is None:
+            return evaluation
+        return Evaluation(*[None if entries is None else entries[valid] for entries in evaluation])  # type: ignore[arg-type]
+
+    def _actions(self, rollout_data: Any) -> th.Tensor:
+        actions: th.Tensor = rollout_data.actions
+        # The buffer holds floats; a categorical wants its outcome's number
+        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
+
+    @property
+    def _needs_distribution(self) -> bool:
+        return self.kl_divergence in ("forward", "reverse")
+
+    def _sweep(self) -> Iterator[tuple[th.Tensor, Evaluation]]:
+        """
+        The policy as it acts (eval mode) on every transition of the rollout, without a graph or a random number.
+
+        :return: pairs of indices into the flattened rollout and the evaluation of these transitions
+        """
+        self.policy.set_training_mode(False)
+        batch_size = None if self.batch_size is None else max(self.batch_size, SWEEP_BATCH_SIZE)
+        with th.no_grad(), random_state_kept():
+            for rollout_data, index in minibatches(self.rollout_buffer, batch_size):
+                yield index, self._evaluate(rollout_data)
+
+    # ---------------------------------------------------------------- comparison
+
+    def _old_distributions(self) -> ActionDistribution | None:
+        """π_old's parameters in the order of the flattened rollout, or None if only log-probabilities are compared."""
+        if not self._needs_distribution:
+            return None
+        self._check_action_dist()
+        batches: list[ActionDistribution] = []
+        indices: list[th.Tensor] = []
+        for index, evaluation in self._sweep():
+            assert evaluation.distribution is not None
+            batches.append(evaluation.distribution)
+            indices.append(index)
+        return ActionDistribution.concatenate(batches)[th.cat(indices).argsort()]
+
+    def _divergence(self, old: ActionDistribution | None, new: Evaluation) -> th.Tensor:
+        """
+        The KL divergence of a policy from the old one: the same measure for the loss and for the rule.
+
+        :param old: the old policy's distributions of these transitions, None if log-probabilities are enough
+        :param new: the policy's evaluation of the same transitions
+        :return: per state, shape (B,), in nats
+        """
+        if self.kl_divergence == "k3":
+            return k3(new.log_prob - new.old_log_prob)
+        if self.kl_divergence == "pearson":
+            return pearson(new.log_prob - new.old_log_prob)
+        assert old is not None
+        assert new.distribution is not None
+        return old.kl(new.distribution) if self.kl_divergence == "forward" else new.distribution.kl(old)
+
+    def _divergence_on_rollout(self, old: ActionDistribution | None) -> th.Tensor:
+        """
+        The divergence of the policy, as it is now, from the old one at every state of the rollout.
+
+        :return: shape (N,), in nats
+        """
+        return th.cat([self._divergence(None if old is None else old[index], new) for index, new in self._sweep()])
+
+    def _check_action_dist(self) -> None:
+        """
+        :raises ValueError: if ``policy.action_dist`` is not the distribution that ``evaluate_actions`` has just used
+        """
+        self.policy.set_training_mode(False)
+        with th.no_grad(), random_state_kept():
+            rollout_data, _ = next(minibatches(self.rollout_buffer, self.batch_size))
+            actions = self._actions(rollout_data)
+            _, log_prob, _ = self._evaluate_actions(rollout_data, actions)
+            left_behind = self.policy.action_dist.log_prob(actions)
+        if left_behind.shape != log_prob.shape or not th.allclose(left_behind, log_prob, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"policy={type(self.policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
+                "policy.action_dist, so its KL divergence cannot be computed: build it with "
+                "self._get_action_dist_from_latent(latent_pi) as SB3's policies do, or pass kl_divergence='k3'"
+            )

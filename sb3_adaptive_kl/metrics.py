@@ -1,0 +1,62 @@
+"""What an update did, and the log keys under which it is found: SB3's where they mean the same, so that curves overlay."""
+
+from typing import NamedTuple
+
+import torch as th
+from stable_baselines3.common.logger import Logger
+
+
+class Settings(NamedTuple):
+    """What the schedules and the penalty rule give for one update."""
+
+    target_kl: float
+    kl_coef: float
+    clip_range: float | None
+    clip_range_vf: float | None
+
+
+class MinibatchMetrics(NamedTuple):
+    """Of one minibatch, before its step: scalars, left on their device so that nothing waits for them."""
+
+    loss: th.Tensor
+    policy_gradient_loss: th.Tensor
+    value_loss: th.Tensor
+    entropy_loss: th.Tensor
+    kl_loss: th.Tensor
+    kl: th.Tensor
+    approx_kl: th.Tensor
+    clip_fraction: th.Tensor | None
+
+    def detach(self) -> "MinibatchMetrics":
+        """The same numbers without the graph, which would otherwise live until they are logged."""
+        return MinibatchMetrics(*[None if part is None else part.detach() for part in self])  # type: ignore[arg-type]
+
+
+class UpdateMetrics:
+    """Collects the minibatches of one update, epoch by epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[MinibatchMetrics]] = []
+        self.grad_norms: list[th.Tensor] = []
+
+    def record(self, logger: Logger, settings: Settings) -> None:
+        """Write the means over all minibatches; ``approx_kl`` over those of the last epoch only, and ``loss`` of the last
+        one, as SB3's PPO does."""
+        epochs = [epoch for epoch in self.epochs if epoch]
+        minibatches = [minibatch for epoch in epochs for minibatch in epoch]
+        for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "kl_loss"):
+            logger.record(f"train/{name}", _mean(minibatches, name))
+        logger.record("train/approx_kl", _mean(epochs[-1], "approx_kl"))
+        logger.record("train/loss", minibatches[-1].loss.item())
+        # Empty if the first minibatch already exceeded kl_stop_factor
+        if self.grad_norms:
+            logger.record("train/grad_norm", th.stack(self.grad_norms).mean().item())
+        if settings.clip_range is not None:
+            logger.record("train/clip_fraction", _mean(minibatches, "clip_fraction"))
+            logger.record("train/clip_range", settings.clip_range)
+        if settings.clip_range_vf is not None:
+            logger.record("train/clip_range_vf", settings.clip_range_vf)
+
+
+def _mean(minibatches: list[MinibatchMetrics], name: str) -> float:
+    return th.stack([getattr(minibatch, name) for minibatch in minibatches]).mean().item()
