@@ -1,0 +1,87 @@
+"""What all tests share: one torch thread per process, and the algorithm on every kind of space and policy."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3.common.envs import (
+    FakeImageEnv,
+    IdentityEnv,
+    IdentityEnvMultiBinary,
+    IdentityEnvMultiDiscrete,
+    SimpleMultiObsEnv,
+)
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    th.set_num_threads(1)
+
+
+class Case(NamedTuple):
+    """A policy and an environment to run the algorithm on."""
+
+    policy: str
+    make_env: Callable[[], gym.Env]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def build(self, algorithm: type[OnPolicyAlgorithm], **kwargs: Any) -> Any:
+        return algorithm(self.policy, self.make_env(), **{"seed": 0, "device": "cpu", **self.kwargs, **kwargs})
+
+
+def pendulum() -> gym.Env:
+    return gym.make("Pendulum-v1")
+
+
+def image(**kwargs: Any) -> gym.Env:
+    env = FakeImageEnv(screen_height=36, screen_width=36, **kwargs)
+    env.observation_space.seed(0)  # SB3 seeds only the action space, and this environment shows samples
+    return env
+
+
+def squashed() -> dict[str, Any]:
+    return {"use_sde": True, "policy_kwargs": {"squash_output": True}}
+
+
+CASES = {
+    "box": Case("MlpPolicy", pendulum),
+    "gsde": Case("MlpPolicy", pendulum, {"use_sde": True, "sde_sample_freq": 4}),
+    "gsde-expln": Case("MlpPolicy", pendulum, {"use_sde": True, "policy_kwargs": {"use_expln": True, "full_std": False}}),
+    "gsde-squashed": Case("MlpPolicy", pendulum, squashed()),
+    "discrete": Case("MlpPolicy", lambda: IdentityEnv(4)),
+    "multidiscrete": Case("MlpPolicy", lambda: IdentityEnvMultiDiscrete(3)),
+    "multibinary": Case("MlpPolicy", lambda: IdentityEnvMultiBinary(3)),
+    "cnn": Case("CnnPolicy", lambda: image(action_dim=3)),
+    "cnn-continuous": Case("CnnPolicy", lambda: image(discrete=False)),
+    "dict": Case("MultiInputPolicy", lambda: SimpleMultiObsEnv(random_start=False)),
+    "separate-extractors": Case(
+        "CnnPolicy",
+        lambda: image(action_dim=3),
+        {"policy_kwargs": {"share_features_extractor": False}},
+    ),
+}
+# The families of action distributions, on small networks
+FAMILIES = {name: CASES[name] for name in ("box", "gsde", "gsde-squashed", "discrete", "multidiscrete", "multibinary")}
+
+
+def collect(model: OnPolicyAlgorithm) -> Any:
+    """The model with one rollout collected, and not yet trained on it."""
+    model.train = lambda: None  # type: ignore[method-assign]
+    model.learn(model.n_steps * model.n_envs)
+    del model.train
+    return model
+
+
+def parameters(model: OnPolicyAlgorithm) -> th.Tensor:
+    """All parameters in one vector, a copy."""
+    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+
+
+def logged(model: OnPolicyAlgorithm) -> dict[str, float]:
+    """What the last update wrote to the logger, without the prefix."""
+    values = model.logger.name_to_value.items()
+    return {key.removeprefix("train/"): value for key, value in values if key.startswith("train/")}
