@@ -106,14 +106,12 @@ def check_arguments(model: Any) -> None:
     name = "kl_coef" if hasattr(model, "kl_coef") else "init_kl_coef"
     within = f"within kl_coef_bounds=({low:g}, {high:g})"
     check_number(name, getattr(model, name), within, lambda x: low <= x <= high, "move it or the bounds")
-    n_transitions = None if model.env is None else model.n_steps * model.n_envs
-    check_minibatches(model.batch_size, model.n_epochs, n_transitions, model.normalize_advantage)
+    check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 
-def check_minibatches(batch_size: int | None, n_epochs: int, n_transitions: int | None, normalize_advantage: bool) -> None:
+def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage: bool) -> None:
     """
     :param batch_size: transitions per minibatch, None for the whole rollout
-    :param n_transitions: n_steps · n_envs, None before the environment is known
     :raises ValueError: if there is nothing to train on, or a single advantage to normalise
     """
     sizes = [n_epochs] if batch_size is None else [n_epochs, batch_size]
@@ -122,10 +120,10 @@ def check_minibatches(batch_size: int | None, n_epochs: int, n_transitions: int 
             f"batch_size={batch_size!r} and n_epochs={n_epochs!r} must be whole numbers of at least 1: "
             "the loss of an empty minibatch is NaN"
         )
-    if normalize_advantage and (batch_size == 1 or n_transitions == 1):
+    if normalize_advantage and batch_size == 1:
         raise ValueError(
-            f"batch_size={batch_size} with n_steps * n_envs = {n_transitions} leaves a single advantage to normalise, "
-            "which has no standard deviation: use at least 2 of each, or normalize_advantage=False"
+            "batch_size=1 leaves a single advantage to normalise, which has no standard deviation: "
+            "use a batch_size of at least 2, or normalize_advantage=False"
         )
 
 

@@ -141,7 +141,7 @@ class PolicyEvaluation(OnPolicyAlgorithm):
             actions = self._actions(rollout_data)
             _, log_prob, _ = self._evaluate_actions(rollout_data, actions)
             left_behind = self.policy.action_dist.log_prob(actions)
-        if left_behind.shape != log_prob.shape or not th.allclose(left_behind, log_prob, rtol=1e-3, atol=1e-3):
+        if left_behind.shape != log_prob.shape or not th.allclose(left_behind, log_prob, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
                 f"policy={type(self.policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
                 "policy.action_dist, so its KL divergence cannot be computed: build it with "

@@ -9,6 +9,7 @@ Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4, with d the K
 A rule is a frozen value: plain numbers in, a plain number out. Its state, β itself, lives on the algorithm as ``kl_coef``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,9 +52,9 @@ class AdaptivePenalty:
     def __post_init__(self) -> None:
         if not 0 < self.low <= 1 <= self.high:
             raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high: they bracket the target")
-        if not 0 < self.decrease < 1 < self.increase:
+        if not 0 < self.decrease < 1 < self.increase < math.inf:
             raise ValueError(
-                f"decrease={self.decrease} and increase={self.increase} must satisfy 0 < decrease < 1 < increase, "
+                f"decrease={self.decrease} and increase={self.increase} must satisfy 0 < decrease < 1 < increase < inf, "
                 "otherwise β moves away from its equilibrium"
             )
 
@@ -89,7 +90,7 @@ class ProportionalPenalty:
     max_error: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.gain <= 0 or self.max_error <= 0 or self.gain * self.max_error >= 1:
+        if not (self.gain > 0 and self.max_error > 0 and self.gain * self.max_error < 1):
             raise ValueError(
                 f"gain={self.gain} and max_error={self.max_error} must be positive with gain * max_error < 1, "
                 "otherwise β could become negative"

@@ -119,7 +119,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         _init_setup_model: bool = True,
     ):
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
-        check_minibatches(batch_size, n_epochs, None, normalize_advantage)
+        check_minibatches(batch_size, n_epochs, normalize_advantage)
         super().__init__(
             policy,
             env,

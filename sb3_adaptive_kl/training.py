@@ -227,15 +227,21 @@ class KLPenaltyTraining(PolicyEvaluation):
 
         self._rollouts_at_bound = self._rollouts_at_bound + 1 if wanted != self.kl_coef else 0
         if self._rollouts_at_bound == PATIENCE_AT_BOUND:
-            bound, miss, move, aim = (
-                ("upper", "above", "Lower", "raise") if wanted > high else ("lower", "below", "Raise", "lower")
-            )
-            warnings.warn(
-                f"kl_coef has been at its {bound} bound {self.kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, with the "
-                f"KL divergence still {miss} target_kl={target_kl:g}. {move} learning_rate or n_epochs, or {aim} target_kl: "
-                "Adam's step does not depend on the scale of the loss, so β alone cannot correct it.",
-                stacklevel=3,
-            )
+            self._warn_at_bound(above=wanted > high, target_kl=target_kl)
+
+    def _warn_at_bound(self, above: bool, target_kl: float) -> None:
+        bound, miss, remedy = (
+            ("upper", "above", "Lower learning_rate or n_epochs, or raise target_kl")
+            if above
+            else ("lower", "below", "Raise learning_rate or n_epochs, or lower target_kl")
+        )
+        collapsed = "" if above else " (If train/entropy_loss is 0, the policy has collapsed: lower learning_rate instead.)"
+        warnings.warn(
+            f"kl_coef has been at its {bound} bound {self.kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and the KL "
+            f"divergence is still {miss} target_kl={target_kl:g}. {remedy}: Adam's step does not depend on the scale of the "
+            f"loss, so the coefficient alone cannot correct it.{collapsed}",
+            stacklevel=4,
+        )
 
     def _complain_if_undone(self, sound: bool) -> None:
         """

@@ -1,0 +1,119 @@
+"""Bad input is refused where it is given, with the argument, its value and what to do instead."""
+
+import inspect
+import math
+
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.arguments import target_kl_at
+from tests.conftest import CASES
+
+BAD = [
+    ({"target_kl": 0}, r"target_kl=0 must be .*> 0.*try 0.01"),
+    ({"target_kl": -0.01}, r"target_kl=-0.01"),
+    ({"target_kl": math.nan}, r"target_kl=nan"),
+    ({"target_kl": math.inf}, r"target_kl=inf"),
+    ({"target_kl": None}, r"target_kl=None"),
+    ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*LinearSchedule\(0.02, 0.0, 1.0\)"),
+    ({"target_kl": True}, r"target_kl=True"),
+    ({"kl_factor": 1.0}, r"kl_factor=1.0.*> 1.*kl_rule='fixed'"),
+    ({"kl_factor": math.inf}, r"kl_factor=inf"),
+    ({"kl_tolerance": 0.9}, r"kl_tolerance=0.9.*>= 1"),
+    ({"kl_tolerance": math.nan}, r"kl_tolerance=nan"),
+    ({"kl_coef_bounds": (2.0, 0.5)}, r"kl_coef_bounds=\(2.0, 0.5\).*low <= high"),
+    ({"kl_coef_bounds": (0.0, 1.0)}, r"kl_coef_bounds=\(0.0, 1.0\).*never grow"),
+    ({"kl_coef_bounds": (-1.0, 1.0)}, r"kl_coef_bounds"),
+    ({"kl_coef_bounds": (0.1, math.inf)}, r"kl_coef_bounds"),
+    ({"kl_coef_bounds": (0.1, math.nan)}, r"kl_coef_bounds"),
+    ({"kl_coef_bounds": 3.0}, r"kl_coef_bounds=3.0"),
+    ({"kl_coef_bounds": "ab"}, r"kl_coef_bounds='ab'"),
+    ({"init_kl_coef": 33.0}, r"init_kl_coef=33.0.*kl_coef_bounds=\(0.03125, 32\)"),
+    ({"init_kl_coef": 0.0}, r"init_kl_coef=0.0"),
+    ({"init_kl_coef": "1"}, r"init_kl_coef='1'"),
+    ({"kl_rule": "adaptative"}, r"kl_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
+    ({"kl_rule": "Fix"}, r"did you mean 'fixed'\?"),
+    ({"kl_rule": 3}, r"kl_rule=3 cannot be called"),
+    ({"kl_divergence": "revers"}, r"kl_divergence='revers' is unknown, did you mean 'reverse'\?"),
+    ({"kl_divergence": "KL3"}, r"did you mean 'k3'\?"),
+    ({"clip_range": 0.0}, r"clip_range=0.0.*None deactivates"),
+    ({"clip_range": -0.2}, r"clip_range=-0.2"),
+    ({"clip_range": "lin_0.2"}, r"clip_range='lin_0.2'"),
+    ({"clip_range_vf": 0.0}, r"clip_range_vf=0.0"),
+    ({"kl_cutoff_coef": -1.0}, r"kl_cutoff_coef=-1.0"),
+    ({"kl_cutoff_factor": 0.0}, r"kl_cutoff_factor=0.0"),
+    ({"kl_stop_factor": 0.0}, r"kl_stop_factor=0.0"),
+    ({"batch_size": 1}, r"batch_size=1 .*normalize_advantage=False"),
+    ({"batch_size": 0}, r"batch_size=0"),
+    ({"batch_size": 32.0}, r"batch_size=32.0"),
+    ({"n_epochs": 0}, r"n_epochs=0"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[str(kwargs) for kwargs, _ in BAD])
+def test_refused_at_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CASES["discrete"].build(AdaptiveKLPPO, **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[str(kwargs) for kwargs, _ in BAD])
+def test_refused_at_load(tmp_path, kwargs, message):
+    CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
+    # The saved model has a running β, and init_kl_coef no say any more
+    kwargs = {"kl_coef" if name == "init_kl_coef" else name: value for name, value in kwargs.items()}
+    message = message.replace("init_kl_coef", "kl_coef")
+    with pytest.raises(ValueError, match=message):
+        AdaptiveKLPPO.load(tmp_path / "model", env=CASES["discrete"].make_env(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"target_kl": 1},
+        {"target_kl": LinearSchedule(0.02, 0.0, 1.0)},
+        {"kl_tolerance": 1.0},
+        {"kl_coef_bounds": [0.5, 2]},
+        {"kl_coef_bounds": (1.0, 1.0)},
+        {"normalize_advantage": False, "init_kl_coef": 1e5},
+        {"normalize_advantage": False, "batch_size": 1},
+        {"kl_rule": lambda kl_coef, kl, target_kl: kl_coef},
+    ],
+)
+def test_accepted(kwargs):
+    CASES["discrete"].build(AdaptiveKLPPO, **kwargs)
+
+
+def test_constructor_is_ppos_with_the_penalty_added():
+    """Every argument of PPO under its name, in its place and with its default, but for the two that change meaning."""
+    theirs = inspect.signature(PPO).parameters
+    ours = inspect.signature(AdaptiveKLPPO).parameters
+    assert list(ours)[: len(theirs) - 1] == list(theirs)[:-1]
+    changed = {name for name in theirs if ours[name].default != theirs[name].default}
+    assert changed == {"clip_range", "target_kl"}
+    required = {name for name, parameter in ours.items() if parameter.default is inspect.Parameter.empty}
+    assert required == {"policy", "env"}  # load() passes nothing else
+
+
+def test_every_argument_is_kept_and_documented():
+    model = CASES["discrete"].build(AdaptiveKLPPO)
+    for name, parameter in inspect.signature(AdaptiveKLPPO).parameters.items():
+        if name != "_init_setup_model":
+            assert f":param {name}:" in AdaptiveKLPPO.__doc__
+        if name.startswith(("kl_", "init_kl", "target_kl", "compile", "clip_range")):
+            assert getattr(model, name) == parameter.default
+
+
+def test_scheduled_target_may_end_at_zero_but_not_below():
+    schedule = LinearSchedule(0.02, 0.0, 1.0)
+    assert target_kl_at(schedule, 1.0) == pytest.approx(0.02)
+    assert 0 < target_kl_at(schedule, 0.0) < 1e-9
+    with pytest.raises(ValueError, match=r"target_kl: the schedule returned -0.01 at progress_remaining=0.5"):
+        target_kl_at(lambda progress: -0.01, 0.5)
+
+
+def test_rule_that_returns_nan_is_named():
+    model = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, kl_rule=lambda kl_coef, kl, target_kl: math.nan)
+    with pytest.raises(ValueError, match=r"kl_rule=.*returned NaN"):
+        model.learn(64)

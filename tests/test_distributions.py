@@ -1,0 +1,114 @@
+"""Parameters of the hosts' distributions: remembered rather than referenced, for every family and action space."""
+
+import pytest
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+)
+from torch.distributions import MultivariateNormal
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.distributions import ActionDistribution, Categoricals, DiagGaussian, action_distribution
+from tests.conftest import FAMILIES, collect
+
+
+def gaussian(cls=DiagGaussianDistribution, seed=0, batch=7):
+    generator = th.Generator().manual_seed(seed)
+    return cls(3).proba_distribution(th.randn(batch, 3, generator=generator), 0.3 * th.randn(3, generator=generator))
+
+
+def categorical(seed=0, batch=7, logits_scale=1.0):
+    logits = logits_scale * th.randn(batch, 4, generator=th.Generator().manual_seed(seed))
+    return CategoricalDistribution(4).proba_distribution(logits)
+
+
+def multi_categorical(seed=0, batch=7):
+    logits = th.randn(batch, 5, generator=th.Generator().manual_seed(seed))
+    return MultiCategoricalDistribution([2, 3]).proba_distribution(logits)
+
+
+def bernoulli(seed=0, batch=7):
+    logits = th.randn(batch, 3, generator=th.Generator().manual_seed(seed))
+    return BernoulliDistribution(3).proba_distribution(logits)
+
+
+def state_dependent(seed=0, batch=7):
+    generator = th.Generator().manual_seed(seed)
+    distribution = StateDependentNoiseDistribution(3)
+    _, log_std = distribution.proba_distribution_net(latent_dim=6)
+    mean, latent = th.randn(batch, 3, generator=generator), th.randn(batch, 6, generator=generator)
+    return distribution.proba_distribution(mean, log_std, latent)
+
+
+MAKERS = [gaussian, categorical, multi_categorical, bernoulli, state_dependent]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_kl_is_log_prob_difference_in_expectation(make):
+    """Against the host's own `sample` and `log_prob`, within 4 standard errors: family, order and sums are right."""
+    old, new = make(seed=0, batch=1), make(seed=1, batch=1)
+    kl = action_distribution(old).kl(action_distribution(new))
+    th.manual_seed(0)
+    if make is state_dependent:  # its sample() is one noise matrix for all; the distribution itself is a Normal
+        actions = old.distribution.sample((20_000,)).squeeze(1)
+    else:
+        actions = th.cat([old.sample() for _ in range(20_000)])
+    terms = (old.log_prob(actions) - new.log_prob(actions)).detach().double()
+    assert abs(kl.item() - terms.mean().item()) < 4 * terms.std().item() / 20_000**0.5
+
+
+def test_squashing_does_not_change_the_kl():
+    plain = [action_distribution(gaussian(seed=seed)) for seed in (0, 1)]
+    squashed = [action_distribution(gaussian(SquashedDiagGaussianDistribution, seed)) for seed in (0, 1)]
+    assert th.equal(plain[0].kl(plain[1]), squashed[0].kl(squashed[1]))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_shape_index_and_concatenation(make):
+    old, new = action_distribution(make(seed=0)), action_distribution(make(seed=1))
+    kl = old.kl(new)
+    assert kl.shape == (7,)
+    index = th.tensor([6, 0, 3])
+    assert th.equal(old[index].kl(new[index]), kl[index])
+    again = ActionDistribution.concatenate([old[th.arange(3)], old[th.arange(3, 7)]])
+    assert th.equal(again.kl(new), kl)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_old_policy_is_remembered_when_the_network_moves(case):
+    """The trap: policy.get_distribution() twice gives one object, and a KL of 0 whatever happened in between."""
+    model = collect(FAMILIES[case].build(AdaptiveKLPPO, n_steps=16, batch_size=16))
+    old = model._old_distributions()
+    assert model._divergence_on_rollout(old).abs().max() < 1e-12
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
+    assert model._divergence_on_rollout(old).min() > 1e-7
+
+
+def test_gradient_flows_to_the_new_policy_only():
+    loc = th.zeros(2, 3, requires_grad=True)
+    old = DiagGaussian(th.ones(2, 3), th.ones(2, 3))
+    old.kl(DiagGaussian(loc, th.ones(2, 3))).sum().backward()
+    assert th.equal(loc.grad, -th.ones(2, 3))
+
+
+def test_impossible_outcomes_are_finite():
+    logits = th.tensor([[0.0, -th.inf, 1.0, 2.0]], requires_grad=True)
+    parameters = action_distribution(CategoricalDistribution(4).proba_distribution(logits))
+    assert isinstance(parameters, Categoricals)
+    assert th.isfinite(parameters.log_probs).all()
+    (gradient,) = th.autograd.grad(parameters.kl(parameters).sum(), logits)
+    assert not th.isnan(gradient).any()
+
+
+def test_unknown_family_names_the_way_out():
+    distribution = DiagGaussianDistribution(2)
+    distribution.distribution = MultivariateNormal(th.zeros(1, 2), th.eye(2))
+    with pytest.raises(ValueError, match=r"MultivariateNormal.*kl_divergence='k3'"):
+        action_distribution(distribution)

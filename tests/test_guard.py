@@ -1,0 +1,126 @@
+"""A diverged update is undone, said aloud, and ends the run if it goes on: never a silently stuck or NaN policy."""
+
+import math
+import warnings
+
+import pytest
+import torch as th
+
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, losses
+from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
+from tests.conftest import CASES, FAMILIES, collect, logged, parameters
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+
+
+def optimizer_state(model):
+    states = model.policy.optimizer.state_dict()["state"].values()
+    return [state[name].clone() for state in states for name in sorted(state)]
+
+
+@pytest.fixture
+def nan_loss(monkeypatch):
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_nan_loss_is_undone(case, monkeypatch):
+    model = FAMILIES[case].build(AdaptiveKLPPO, **SMALL).learn(64)  # so that the optimiser has a state
+    model = collect(model)
+    model.kl_coef = 1.0
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    before, state_before = parameters(model), optimizer_state(model)
+
+    with pytest.warns(UserWarning, match=r"non-finite KL divergence or parameter and was undone.*\n?.*learning_rate"):
+        model.train()
+
+    assert th.equal(parameters(model), before)
+    assert all(th.equal(now, then) for now, then in zip(optimizer_state(model), state_before, strict=True))
+    assert model.kl_coef == 2.0
+    assert logged(model)["undone_updates"] == 1
+    monkeypatch.undo()
+    collect(model).train()  # and goes on
+    assert not th.equal(parameters(model), before)
+    assert model._undone_in_a_row == 0
+
+
+def test_first_update_of_all_is_undone(nan_loss):
+    """Before the first step the optimiser has no state at all; afterwards it must have none again."""
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert th.equal(parameters(model), before)
+    assert optimizer_state(model) == []
+
+
+def test_gives_up_after_several_in_a_row(nan_loss):
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL)
+    before = parameters(model)
+    with (
+        pytest.warns(UserWarning, match="undone"),
+        pytest.raises(ValueError, match=r"5 updates in a row.*=0.0003.*VecNormalize"),
+    ):
+        model.learn(64 * (MAX_UNDONE_IN_A_ROW + 1))
+    assert model.num_timesteps == 64 * MAX_UNDONE_IN_A_ROW
+    assert th.equal(parameters(model), before)
+    assert model.kl_coef == 2.0**MAX_UNDONE_IN_A_ROW
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_absurd_learning_rate_never_leaves_nan(case, normalize_advantage):
+    """With Adam at a learning rate of 10 some updates overflow, others only ruin the policy: it stays finite, β is told."""
+    measured = []
+
+    def rule(kl_coef, kl, target_kl):
+        measured.append(kl)
+        return AdaptivePenalty()(kl_coef, kl, target_kl)
+
+    model = FAMILIES[case].build(
+        AdaptiveKLPPO, learning_rate=10.0, kl_rule=rule, normalize_advantage=normalize_advantage, **SMALL
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            model.learn(8 * 64)
+        except ValueError as error:
+            assert "learning_rate=10" in str(error)  # noqa: PT017  both outcomes are sound, and both are told
+    assert th.isfinite(parameters(model)).all()
+    assert max(measured) > 100 * model.target_kl
+    assert not any(math.isnan(kl) for kl in measured)
+
+
+def test_other_errors_are_not_taken_for_divergence():
+    """A ValueError of the user's policy in training mode is the user's to see."""
+
+    class Refuses(th.nn.Identity):
+        def forward(self, x):
+            if self.training:
+                raise ValueError("Expected more than 1 value per channel when training")
+            return x
+
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    model.policy.mlp_extractor.policy_net.append(Refuses())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.train()
+
+
+def test_warns_once_at_the_upper_bound():
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=0.1, kl_coef_bounds=(0.5, 2.0), target_kl=1e-4, **SMALL)
+    with pytest.warns(UserWarning, match=r"upper bound 2 for 10.*above target_kl=0.0001. Lower learning_rate") as caught:
+        model.learn(15 * 64)
+    assert len(caught) == 1
+
+
+def test_warns_once_at_the_lower_bound():
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, **SMALL)
+    with pytest.warns(UserWarning, match=r"lower bound 0.03125 for 10.*below target_kl=0.01. Raise learning_rate") as caught:
+        model.learn(15 * 64)
+    assert len(caught) == 1
+
+
+def test_fixed_penalty_at_a_bound_is_no_reason_to_warn():
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, kl_rule="fixed", init_kl_coef=32.0, **SMALL)
+    model.learn(12 * 64)  # warnings are errors here
+    assert model.kl_coef == 32.0

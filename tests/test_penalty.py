@@ -1,0 +1,110 @@
+"""The rules that move β: the paper's at its edges, and what holds for every rule whatever the numbers."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty, ProportionalPenalty
+from sb3_adaptive_kl.arguments import penalty_rule
+from sb3_adaptive_kl.penalty import default_bounds
+
+RULES = [AdaptivePenalty(), AdaptivePenalty(0.7, 1.3, 1 / 1.5, 1.5), ProportionalPenalty(), FixedPenalty()]
+positive = st.floats(1e-6, 1e6)
+divergence = st.one_of(st.floats(0, 1e6), st.just(math.inf))
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.0, 0.5),
+        (0.0066, 0.5),
+        (0.0067, 1.0),
+        (0.01, 1.0),
+        (0.0149, 1.0),
+        (0.0151, 2.0),
+        (1.0, 2.0),
+        (math.inf, 2.0),
+    ],
+)
+def test_paper_rule(kl, expected):
+    """Schulman et al. 2017, section 4, with d_targ = 0.01: the band is [0.00667, 0.015]."""
+    assert AdaptivePenalty()(1.0, kl, 0.01) == expected
+
+
+def test_edges_belong_to_the_band():
+    rule = AdaptivePenalty(low=0.5, high=2.0)
+    assert rule(1.0, 0.5, 1.0) == rule(1.0, 2.0, 1.0) == 1.0
+    assert rule(1.0, math.nextafter(0.5, 0), 1.0) == 0.5
+    assert rule(1.0, math.nextafter(2.0, 3), 1.0) == 2.0
+
+
+def test_up_and_down_cancel():
+    rule = AdaptivePenalty()
+    assert rule(rule(1.0, 1.0, 0.01), 0.0, 0.01) == 1.0
+
+
+def test_default_arguments_are_the_papers_rule():
+    assert penalty_rule("adaptive", kl_tolerance=1.5, kl_factor=2.0) == AdaptivePenalty()
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(0.0, 0.98), (0.009, 0.99), (0.01, 1.0), (0.011, 1.01), (math.inf, 1.02)])
+def test_proportional_rule(kl, expected):
+    """Ziegler et al. 2019, section 2.2: K = 0.1, relative error clipped at ±0.2."""
+    assert ProportionalPenalty()(1.0, kl, 0.01) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(kl_coef=positive, kl=divergence, target_kl=positive)
+def test_direction(rule, kl_coef, kl, target_kl):
+    """β never falls when the KL is above its target, and never rises when it is below."""
+    after = rule(kl_coef, kl, target_kl)
+    assert 0 < after < math.inf
+    assert after >= kl_coef if kl >= target_kl else after <= kl_coef
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(kl_coef=positive, first=divergence, second=divergence, target_kl=positive)
+def test_monotone_in_kl(rule, kl_coef, first, second, target_kl):
+    low, high = sorted([first, second])
+    assert rule(kl_coef, low, target_kl) <= rule(kl_coef, high, target_kl)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(kl_coef=positive, kl=divergence, target_kl=positive, exponent=st.integers(-20, 20))
+def test_scale_free(rule, kl_coef, kl, target_kl, exponent):
+    """Only KL / target matters, and β's unit does not. (Powers of 2, which floats multiply exactly.)"""
+    scale = 2.0**exponent
+    assert rule(kl_coef, scale * kl, scale * target_kl) == rule(kl_coef, kl, target_kl)
+    assert rule(scale * kl_coef, kl, target_kl) == scale * rule(kl_coef, kl, target_kl)
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_default_bounds_hold_the_default_beta(normalize_advantage):
+    low, high = default_bounds(normalize_advantage)
+    assert 0 < low < 1.0 < high < math.inf
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"low": 0},
+        {"low": 1.1},
+        {"high": 0.9},
+        {"decrease": 0},
+        {"decrease": 1},
+        {"increase": 1},
+        {"increase": math.inf},
+        {"low": math.nan},
+    ],
+)
+def test_adaptive_penalty_refuses(numbers):
+    with pytest.raises(ValueError, match=next(iter(numbers))):
+        AdaptivePenalty(**numbers)
+
+
+@pytest.mark.parametrize("numbers", [{"gain": 0}, {"max_error": -0.1}, {"gain": 5.0}, {"gain": math.nan}])
+def test_proportional_penalty_refuses(numbers):
+    with pytest.raises(ValueError, match=next(iter(numbers))):
+        ProportionalPenalty(**numbers)

@@ -1,0 +1,87 @@
+"""β is part of the checkpoint: a run that was saved, loaded and continued is the run that was never broken."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from tests.conftest import CASES, FAMILIES, collect, parameters
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+
+
+def numbers(model):
+    return {name: value for name, value in vars(model).items() if isinstance(value, int | float) and name != "start_time"}
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "cnn", "dict"])
+def test_continues_bit_for_bit(case, tmp_path):
+    unbroken = CASES[case].build(AdaptiveKLPPO, target_kl=LinearSchedule(0.02, 0.0, 1.0), **SMALL).learn(3 * 64)
+    unbroken.save(tmp_path / "model")
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES[case].make_env(), device="cpu")
+    assert numbers(loaded) == numbers(unbroken)
+    assert loaded.kl_coef != loaded.init_kl_coef
+
+    # The environment is not part of a checkpoint: give both the same rollout, and the same random numbers
+    collect(unbroken)
+    loaded.rollout_buffer = unbroken.rollout_buffer
+    loaded.set_logger(unbroken.logger)
+    loaded._current_progress_remaining = unbroken._current_progress_remaining
+    for model in (unbroken, loaded):
+        np.random.seed(7)
+        th.manual_seed(7)
+        model.train()
+
+    assert th.equal(parameters(loaded), parameters(unbroken))
+    assert loaded.kl_coef == unbroken.kl_coef
+
+
+def test_learn_in_two_calls_goes_on():
+    """``reset_num_timesteps=False`` neither resets β nor anything else of the penalty."""
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL).learn(4 * 64)
+    kl_coef = model.kl_coef
+    assert kl_coef != model.init_kl_coef
+    seen = []
+    rule = model.kl_rule
+    model.kl_rule = lambda kl_coef, kl, target_kl: seen.append(kl_coef) or kl_coef
+    model.learn(64, reset_num_timesteps=False)
+    assert seen == [kl_coef]
+    assert model.num_timesteps == 5 * 64
+    assert rule == "adaptive"
+
+
+@pytest.mark.parametrize("kl_rule", ["adaptive", "fixed", "proportional"])
+def test_arguments_survive_and_may_be_replaced(kl_rule, tmp_path):
+    model = CASES["discrete"].build(AdaptiveKLPPO, kl_rule=kl_rule, kl_coef_bounds=(0.5, 4.0), clip_range=0.3, **SMALL)
+    model.save(tmp_path / "model")
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", target_kl=0.05, init_kl_coef=2.0)
+    assert (loaded.kl_rule, tuple(loaded.kl_coef_bounds), loaded.target_kl) == (kl_rule, (0.5, 4.0), 0.05)
+    assert loaded.clip_range(1.0) == 0.3
+    assert loaded.kl_coef == 1.0  # the running value, not the new init_kl_coef
+    assert AdaptiveKLPPO.load(tmp_path / "model", kl_coef=3.0).kl_coef == 3.0
+
+
+def test_numbers_are_readable_in_the_zip(tmp_path):
+    CASES["discrete"].build(AdaptiveKLPPO, target_kl=0.02).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        data = json.loads(archive.read("data"))
+    assert (data["kl_coef"], data["target_kl"], data["kl_rule"], data["clip_range"]) == (1.0, 0.02, "adaptive", None)
+
+
+def test_predicts_the_same_after_load(tmp_path):
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(64)
+    model.save(tmp_path / "model")
+    observations = model.observation_space.low[None] + np.linspace(0, 1, 5)[:, None].astype(np.float32)
+    expected, _ = model.predict(observations, deterministic=True)
+    actual, _ = AdaptiveKLPPO.load(tmp_path / "model").predict(observations, deterministic=True)
+    assert np.array_equal(actual, expected)
+
+
+def test_same_seed_same_run():
+    runs = [CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(3 * 64) for _ in range(2)]
+    assert th.equal(parameters(runs[0]), parameters(runs[1]))
+    assert runs[0].kl_coef == runs[1].kl_coef
