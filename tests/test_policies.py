@@ -1,0 +1,153 @@
+"""Whatever SB3's PPO takes: policies, feature extractors, wrappers, buffers; and a clear word where it cannot be taken."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from tests.conftest import CASES, collect, logged, parameters
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_learns_in_several_rollouts(case):
+    model = CASES[case].build(AdaptiveKLPPO, **SMALL)
+    start = parameters(model)
+    model.learn(3 * 64)
+    assert not th.equal(parameters(model), start)
+    assert 0 < logged(model)["kl"] < 1
+    assert logged(model)["undone_updates"] == 0
+
+
+def test_several_environments_normalised_with_an_odd_last_minibatch():
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=3, seed=0))
+    with pytest.warns(UserWarning, match="truncated mini-batch"):
+        model = AdaptiveKLPPO("MlpPolicy", env, n_steps=43, batch_size=32, n_epochs=2, seed=0, device="cpu")
+    model.learn(2 * 129)  # 129 = 4 · 32 + 1: the last minibatch has one transition
+    assert np.isfinite(logged(model)["kl"])
+
+
+def test_callbacks_and_evaluation(tmp_path):
+    model = CASES["discrete"].build(AdaptiveKLPPO, tensorboard_log=None, **SMALL)
+    callback = EvalCallback(make_vec_env(CASES["discrete"].make_env), eval_freq=64, n_eval_episodes=1, verbose=0)
+    model.learn(128, callback=callback)
+    assert callback.n_calls == 128
+
+
+class NoisyExtractor(BaseFeaturesExtractor):
+    """Batch normalisation and dropout: the policy in training mode is not the policy that acted."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=16)
+        n_inputs = observation_space.shape[0]
+        self.net = th.nn.Sequential(th.nn.Linear(n_inputs, 16), th.nn.BatchNorm1d(16), th.nn.Dropout(0.2), th.nn.ReLU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.net(observations)
+
+
+def test_batch_norm_and_dropout():
+    policy_kwargs = {"features_extractor_class": NoisyExtractor}
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs=policy_kwargs, **SMALL).learn(3 * 64)
+    assert np.isfinite(logged(model)["kl"])
+    before = [buffer.clone() for buffer in model.policy.buffers()]
+    old = model._old_distributions()
+    assert (model._divergence_on_rollout(old) == 0).all()  # sweeps are in eval mode
+    assert all(th.equal(*pair) for pair in zip(before, model.policy.buffers(), strict=True))  # and leave statistics alone
+
+
+def test_other_optimizers():
+    policy_kwargs = {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}
+    CASES["box"].build(AdaptiveKLPPO, policy_kwargs=policy_kwargs, **SMALL).learn(2 * 64)
+
+
+class RecordingBuffer(RolloutBuffer):
+    """A user's buffer, with arguments of its own."""
+
+    def __init__(self, *args, scale: float = 1.0, **kwargs) -> None:
+        self.scale = scale
+        self.sampled: list[int] = []
+        super().__init__(*args, **kwargs)
+
+    def _get_samples(self, batch_inds, env=None):
+        self.sampled.append(len(batch_inds))
+        return super()._get_samples(batch_inds, env)
+
+
+def test_user_supplied_rollout_buffer():
+    model = CASES["box"].build(
+        AdaptiveKLPPO, rollout_buffer_class=RecordingBuffer, rollout_buffer_kwargs={"scale": 2.0}, **SMALL
+    )
+    model.learn(64)
+    assert model.rollout_buffer.sampled.count(32) == 2 * 2 + 1  # two epochs, and the look at the policy's distribution
+    assert model.rollout_buffer.scale == 2.0
+    assert "_get_samples" not in vars(model.rollout_buffer)
+
+
+class OpaqueBuffer(RolloutBuffer):
+    """Draws its minibatches by itself."""
+
+    def get(self, batch_size=None):
+        yield RolloutBuffer._get_samples(self, np.arange(4))
+
+
+class EmptyBuffer(RolloutBuffer):
+    def get(self, batch_size=None):
+        yield from super().get(batch_size)
+        yield self._get_samples(np.array([], dtype=int))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    [
+        (OpaqueBuffer, r"rollout_buffer_class=OpaqueBuffer does not draw .* override _get_samples"),
+        (EmptyBuffer, r"rollout_buffer_class=EmptyBuffer drew an empty minibatch"),
+    ],
+)
+def test_unusable_rollout_buffers_are_named(buffer, message):
+    model = CASES["discrete"].build(AdaptiveKLPPO, rollout_buffer_class=buffer, **SMALL)
+    with pytest.raises(ValueError, match=message):
+        model.learn(64)
+
+
+class SecretivePolicy(ActorCriticPolicy):
+    """Evaluates actions with a distribution of its own, and leaves another one behind."""
+
+    def evaluate_actions(self, obs, actions):
+        features = self.extract_features(obs)
+        latent_pi, latent_vf = self.mlp_extractor(features)
+        own = CategoricalDistribution(int(self.action_space.n)).proba_distribution(
+            3 * self.action_net(latent_pi) + latent_pi[:, :2]
+        )
+        return self.value_net(latent_vf), own.log_prob(actions), own.entropy()
+
+
+@pytest.mark.parametrize("kl_divergence", ["forward", "reverse"])
+def test_policy_that_hides_its_distribution_is_named(kl_divergence):
+    model = AdaptiveKLPPO(SecretivePolicy, gym.make("CartPole-v1"), kl_divergence=kl_divergence, seed=0, **SMALL)
+    with pytest.raises(ValueError, match=r"policy=SecretivePolicy.*_get_action_dist_from_latent.*kl_divergence='k3'"):
+        model.learn(64)
+
+
+def test_policy_that_hides_its_distribution_can_use_an_estimator():
+    model = AdaptiveKLPPO(SecretivePolicy, gym.make("CartPole-v1"), kl_divergence="k3", seed=0, **SMALL)
+    model.learn(64)
+    assert logged(model)["kl"] > 0
+
+
+def test_bootstrapping_and_episode_ends_are_the_hosts():
+    """The rollout itself is SB3's, unaltered: same seed, same buffer as PPO's."""
+    theirs, ours = (collect(CASES["discrete"].build(algorithm, **SMALL)).rollout_buffer for algorithm in (PPO, AdaptiveKLPPO))
+    for name in ("observations", "actions", "rewards", "advantages", "returns", "log_probs"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name))

@@ -1,0 +1,217 @@
+"""The update as a whole: what is measured, when, on what; what each option does to it; what is logged."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.minibatches import minibatches
+from tests.conftest import CASES, FAMILIES, collect, logged, parameters
+
+SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
+
+
+def torch_kl(model, distribution):
+    """KL(old ‖ new) of the whole rollout by torch's own formulas, given the old policy's torch distributions."""
+    observations = th.as_tensor(model.rollout_buffer.observations)
+    with th.no_grad():
+        new = model.policy.get_distribution(observations).distribution
+    if isinstance(new, list):
+        return sum(th.distributions.kl_divergence(p, q) for p, q in zip(distribution, new, strict=True)).mean().item()
+    kl = th.distributions.kl_divergence(distribution, new)
+    return (kl.sum(dim=1) if kl.ndim > 1 else kl).mean().item()
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_measured_after_the_update_on_the_whole_rollout(case):
+    model = collect(FAMILIES[case].build(AdaptiveKLPPO, **SMALL))
+    buffer = model.rollout_buffer
+    observations = th.as_tensor(buffer.swap_and_flatten(buffer.observations))
+    with th.no_grad():
+        before = model.policy.get_distribution(observations).distribution
+    model.train()
+    assert logged(model)["kl"] == pytest.approx(torch_kl(model, before), rel=1e-3, abs=1e-7)
+    assert logged(model)["kl"] > 1e-5
+    assert logged(model)["kl_max"] > logged(model)["kl"]
+    assert logged(model)["kl_over_target"] == pytest.approx(logged(model)["kl"] / 0.01)
+
+
+def test_rule_is_applied_once_with_what_was_measured():
+    calls = []
+
+    def rule(kl_coef, kl, target_kl):
+        calls.append((kl_coef, kl, target_kl))
+        return 3.0
+
+    model = CASES["box"].build(AdaptiveKLPPO, kl_rule=rule, target_kl=0.02, **SMALL).learn(128)
+    assert calls == [(1.0, logged(model)["kl"], 0.02)]
+    assert logged(model)["kl_coef"] == 1.0  # the β that was used
+    assert model.kl_coef == 3.0  # the one to be used next
+    model.learn(128)
+    assert logged(model)["kl_coef"] == 3.0
+
+
+def test_rule_result_is_kept_within_bounds():
+    for result, expected in ((0.0, 0.5), (-1.0, 0.5), (math.inf, 4.0), (1, 1.0)):
+        model = CASES["box"].build(AdaptiveKLPPO, kl_rule=lambda *_, result=result: result, kl_coef_bounds=(0.5, 4), **SMALL)
+        model.learn(128)
+        assert model.kl_coef == expected
+        assert isinstance(model.kl_coef, float)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "k3", "pearson"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_kl_falls_as_beta_rises(case, divergence):
+    measured = []
+    for kl_coef in (0.1, 3.0, 30.0):
+        model = FAMILIES[case].build(
+            AdaptiveKLPPO, kl_rule="fixed", init_kl_coef=kl_coef, kl_divergence=divergence, learning_rate=0.003, **SMALL
+        )
+        measured.append(logged(model.learn(128))["kl"])
+    assert measured[0] > measured[1] > measured[2]
+
+
+@pytest.mark.parametrize("option", [{"kl_cutoff_coef": 1000.0}, {"clip_range": 0.05}, {"kl_stop_factor": 2.0}])
+def test_options_restrain_a_step_that_is_too_long(option):
+    build = CASES["box"].build
+    free, restrained = (
+        logged(build(AdaptiveKLPPO, learning_rate=0.01, vf_coef=0.0, init_kl_coef=0.05, **SMALL, **kwargs).learn(128))["kl"]
+        for kwargs in ({}, option)
+    )
+    assert restrained < 0.7 * free
+
+
+def test_hinge_is_off_below_its_cutoff():
+    runs = [CASES["box"].build(AdaptiveKLPPO, kl_cutoff_coef=coef, kl_cutoff_factor=1e6, **SMALL) for coef in (0.0, 1000.0)]
+    first = parameters(runs[0].learn(128))
+    second = CASES["box"].build(AdaptiveKLPPO, kl_cutoff_coef=1000.0, kl_cutoff_factor=1e6, **SMALL).learn(128)
+    assert th.equal(first, parameters(second))
+
+
+def test_early_stop_skips_epochs_but_not_the_rule(capsys):
+    calls = []
+    model = CASES["box"].build(
+        AdaptiveKLPPO,
+        learning_rate=0.01,
+        kl_stop_factor=1.0,
+        verbose=1,
+        kl_rule=lambda kl_coef, kl, target_kl: calls.append(kl) or kl_coef,
+        **SMALL,
+    )
+    model.learn(128)
+    assert "Early stopping" in capsys.readouterr().out
+    assert model._n_updates < SMALL["n_epochs"]
+    assert calls == [logged(model)["kl"]]
+    assert calls[0] > 0.01
+
+
+def test_beta_enters_the_loss():
+    """Between β = 1 and β = 2 the first full-batch loss differs by the KL of a policy that was moved beforehand."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0))
+    old = model._old_distributions()
+    with th.no_grad():
+        model.policy.log_std += 0.1
+    rollout_data, index = next(minibatches(model.rollout_buffer, batch_size=128))
+    losses = [model._loss(rollout_data, old[index], model._settings()._replace(kl_coef=kl_coef))[0] for kl_coef in (1.0, 2.0)]
+    kl = model._divergence_on_rollout(old).mean()
+    assert kl > 0.005
+    assert (losses[1] - losses[0]).item() == pytest.approx(kl.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["box", "gsde", "discrete", "cnn"])
+def test_random_numbers_are_drawn_in_ppos_order(case):
+    """After the same number of epochs NumPy's and torch's generators stand where PPO's would."""
+    states = []
+    for algorithm in (PPO, AdaptiveKLPPO):
+        model = collect(CASES[case].build(algorithm, **SMALL))
+        np.random.seed(1)
+        th.manual_seed(1)
+        model.train()
+        states.append((np.random.random(), th.rand(1).item()))
+    assert states[0] == states[1]
+
+
+def test_progress_never_goes_below_zero():
+    """300 steps in rollouts of 128 end at step 384: a linear learning rate would end up negative."""
+    seen = []
+
+    def schedule(progress_remaining):
+        seen.append(progress_remaining)
+        return 3e-4 * progress_remaining
+
+    CASES["box"].build(AdaptiveKLPPO, learning_rate=schedule, **SMALL).learn(300)
+    assert min(seen) == 0.0
+
+
+def test_target_schedule_is_followed():
+    targets = []
+    model = CASES["box"].build(
+        AdaptiveKLPPO,
+        target_kl=LinearSchedule(0.04, 0.0, 1.0),
+        kl_rule=lambda kl_coef, kl, target_kl: targets.append(target_kl) or kl_coef,
+        **SMALL,
+    )
+    model.learn(4 * 128)
+    assert targets[:3] == pytest.approx([0.03, 0.02, 0.01])
+    assert 0 < targets[3] < 1e-9
+
+
+SHARED_KEYS = {
+    "policy_gradient_loss", "value_loss", "entropy_loss", "loss", "approx_kl", "explained_variance", "std", "n_updates",
+    "learning_rate",
+}  # fmt: skip
+OWN_KEYS = {"kl", "kl_coef", "kl_over_target", "kl_loss", "kl_max", "grad_norm", "undone_updates"}
+
+
+def test_log_keys():
+    ppo = CASES["box"].build(PPO, **SMALL).learn(128)
+    ours = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(128)
+    assert logged(ours).keys() == SHARED_KEYS | OWN_KEYS
+    assert logged(ppo).keys() == SHARED_KEYS | {"clip_fraction", "clip_range"}
+    clipped = CASES["box"].build(AdaptiveKLPPO, clip_range=0.2, clip_range_vf=0.2, **SMALL).learn(128)
+    assert logged(clipped).keys() == SHARED_KEYS | OWN_KEYS | {"clip_fraction", "clip_range", "clip_range_vf"}
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in logged(clipped).values())
+
+
+def test_logged_values_mean_what_ppos_mean():
+    """With a negligible β and PPO's clipping both take the same steps, and must report the same."""
+    ppo = CASES["box"].build(PPO, clip_range_vf=0.2, **SMALL).learn(128)
+    ours = (
+        CASES["box"]
+        .build(AdaptiveKLPPO, clip_range=0.2, clip_range_vf=0.2, init_kl_coef=1e-8, kl_coef_bounds=(1e-9, 1), **SMALL)
+        .learn(128)
+    )
+    theirs = logged(ppo)
+    for key in theirs.keys() & logged(ours).keys():
+        assert logged(ours)[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+
+
+class TestCompiled:
+    """Compilation takes some 20 s of CPU the first time, hence one small network."""
+
+    def test_same_trajectory_and_checkpoint(self, tmp_path):
+        runs = [CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(5 * 128) for compile in (False, True)]
+        assert (parameters(runs[0]) - parameters(runs[1])).abs().max() < 1e-4
+        assert runs[0].kl_coef == runs[1].kl_coef
+        runs[1].save(tmp_path / "model")
+        assert AdaptiveKLPPO.load(tmp_path / "model").compile is True
+        assert runs[1].get_parameters()["policy"].keys() == runs[0].get_parameters()["policy"].keys()
+
+    def test_falls_back_to_eager_with_one_warning(self, monkeypatch):
+        def refuse(function):
+            def call(*args):
+                raise th._dynamo.exc.Unsupported("this policy\nmore")
+
+            return call
+
+        monkeypatch.setattr(th, "compile", refuse)
+        compiled = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
+        with pytest.warns(UserWarning, match="compile=True: torch.compile failed.*this policy") as caught:
+            compiled.learn(2 * 128)
+        assert len(caught) == 1
+        eager = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(2 * 128)
+        assert th.equal(parameters(compiled), parameters(eager))
