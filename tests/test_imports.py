@@ -1,0 +1,35 @@
+"""A plain install stays light, and the layers import only downwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sb3_adaptive_kl
+
+PACKAGE = Path(sb3_adaptive_kl.__file__).parent
+
+
+def test_import_pulls_in_no_optional_dependency():
+    names = ("rl_zoo3", "sb3_contrib", "matplotlib", "pandas", "torch._dynamo", "torch._inductor")
+    code = f"import sys, sb3_adaptive_kl; print([name for name in {names} if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return set(names)
+
+
+def test_the_mathematics_is_free_of_the_framework():
+    assert imports("penalty") <= {"math", "dataclasses", "typing"}
+    for module in ("divergences", "losses"):
+        assert imports(module) <= {"torch", "torch.nn"}
+
+
+def test_public_names_exist():
+    assert all(hasattr(sb3_adaptive_kl, name) for name in sb3_adaptive_kl.__all__)
+    assert (PACKAGE / "py.typed").exists()
