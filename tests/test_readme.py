@@ -1,0 +1,38 @@
+"""The README's Python is run word for word, with fewer time steps; what it tabulates is complete."""
+
+import inspect
+import re
+from pathlib import Path
+
+from stable_baselines3 import PPO
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from tests.conftest import CASES, logged
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(re.sub(r"learn\(\d+_000", "learn(2048", block), namespace)
+    assert namespace["model"].num_timesteps == 2 * 2048
+    assert "train/" in capsys.readouterr().out
+
+
+def test_every_argument_of_ours_has_its_row():
+    theirs = inspect.signature(PPO).parameters
+    for name, parameter in inspect.signature(AdaptiveKLPPO).parameters.items():
+        if name not in theirs or parameter.default != theirs[name].default:
+            default = str(parameter.default).replace("'", '"')
+            assert re.search(rf"^\| `{name}` \| `\"?{re.escape(default)}\"?` \|", README, flags=re.MULTILINE), name
+
+
+def test_every_new_log_key_has_its_row():
+    ours = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64).learn(64)
+    theirs = CASES["discrete"].build(PPO, n_steps=64).learn(64)
+    for key in logged(ours).keys() - logged(theirs).keys():
+        assert f"| `{key}` |" in README

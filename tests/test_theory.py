@@ -1,0 +1,83 @@
+"""Every number in docs/theory.md, computed; and no number there that is not computed here."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_adaptive_kl import AdaptivePenalty
+from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl, k3, pearson
+
+THEORY = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
+P, Q = np.array([1 / 3, 1 / 3, 1 / 3]), np.array([1 / 3, 1 / 6, 1 / 2])
+RATIO = Q / P
+
+
+def exact(p, q):
+    return categorical_kl(*(th.tensor(np.log([x])) for x in (p, q))).item()
+
+
+def normal(mean, std):
+    return th.tensor([[float(mean)]]), th.tensor([[float(std)]])
+
+
+def estimate(function):
+    return function(th.tensor(np.log(RATIO))).numpy()
+
+
+BETA = {"12.9": 0.003, "7.1": 0.01, "5.0": 0.02, "4.1": 0.03}
+# As printed on the page, and what it must be
+NUMBERS = {
+    "0.0959": exact(P, Q),
+    "0.0872": exact(Q, P),
+    "0.1155": -1 / 6 * math.log(1 / 2),
+    "0.2027": 1 / 2 * math.log(3 / 2),
+    "0.4431": gaussian_kl(*normal(0, 1), *normal(1, 2)).item(),
+    "1.3069": gaussian_kl(*normal(1, 2), *normal(0, 1)).item(),
+    "0.1931": estimate(k3)[1],
+    "0.0945": estimate(k3)[2],
+    "0.0833": P @ estimate(pearson),
+    "2.25": 1.5**2,
+    "1.17": math.log2(2.25),
+    "1.96": 1.4**2,
+    "0.0196": 0.01 * 1.4**2,
+    "0.0049": 0.0196 / 2**2,
+    **{printed: 1 / math.sqrt(2 * target) for printed, target in BETA.items()},
+}
+# Settings, not results: the paper's number at arXiv, targets, the paper's tolerance, a factor to try
+GIVEN = {"1707.06347", "0.003", "0.01", "0.02", "0.03", "1.5", "1.4"}
+
+
+@pytest.mark.parametrize("printed", NUMBERS)
+def test_number(printed):
+    decimals = len(printed.split(".")[1])
+    assert f"{NUMBERS[printed]:.{decimals}f}" == printed
+    assert printed in THEORY
+
+
+def test_no_number_without_a_test():
+    assert set(re.findall(r"\d+\.\d+", THEORY)) == NUMBERS.keys() | GIVEN
+
+
+def test_closed_forms_of_the_example():
+    assert exact(P, Q) == pytest.approx(math.log(4 / 3) / 3)
+    assert P @ estimate(pearson) == pytest.approx(1 / 12)
+    assert P @ estimate(k3) == pytest.approx(exact(P, Q))
+    assert gaussian_kl(*normal(0, 1), *normal(1, 2)).item() == pytest.approx(math.log(2) + (1 + 1) / 8 - 1 / 2)
+    assert gaussian_kl(*normal(1, 2), *normal(0, 1)).item() == pytest.approx(-math.log(2) + (4 + 1) / 2 - 1 / 2)
+
+
+@pytest.mark.parametrize(("factor", "settles"), [(2.0, False), (1.4, True)])
+def test_oscillation(factor, settles):
+    """KL ∝ β^−2, 0.0196 at β = 4: the paper's factor cycles 4, 8, 4, 8; the smaller one comes to rest."""
+    rule, kl_coef, path = AdaptivePenalty.symmetric(1.5, factor), 4.0, []
+    for _ in range(20):
+        kl_coef = rule(kl_coef, 0.0196 * (4.0 / kl_coef) ** 2, 0.01)
+        path.append(kl_coef)
+    if settles:
+        assert path[-1] == path[-2]
+    else:
+        assert path[:4] == [8.0, 4.0, 8.0, 4.0]
