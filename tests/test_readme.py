@@ -18,8 +18,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert len(blocks) == 3
     namespace: dict = {}
     for block in blocks:
-        exec(re.sub(r"learn\(\d+_000", "learn(2048", block), namespace)
-    assert namespace["model"].num_timesteps == 2 * 2048
+        exec(re.sub(r"learn\(\d+_000", "learn(4096", block), namespace)
+    assert namespace["model"].num_timesteps == 2 * 4096
     assert "train/" in capsys.readouterr().out
 
 
