@@ -8,7 +8,6 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_adaptive_kl.arguments import check_minibatches
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
@@ -118,8 +117,6 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
-        # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
-        check_minibatches(batch_size, n_epochs, normalize_advantage)
         super().__init__(
             policy,
             env,
@@ -129,6 +126,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
             n_epochs=n_epochs,
             gamma=gamma,
             gae_lambda=gae_lambda,
+            clip_range=clip_range,
             clip_range_vf=clip_range_vf,
             normalize_advantage=normalize_advantage,
             ent_coef=ent_coef,
@@ -138,29 +136,25 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
             sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class,
             rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
             seed=seed,
             device=device,
-            _init_setup_model=False,
+            init_kl_coef=init_kl_coef,
+            kl_rule=kl_rule,
+            kl_tolerance=kl_tolerance,
+            kl_factor=kl_factor,
+            kl_coef_bounds=kl_coef_bounds,
+            kl_divergence=kl_divergence,
+            kl_cutoff_coef=kl_cutoff_coef,
+            kl_cutoff_factor=kl_cutoff_factor,
+            kl_stop_factor=kl_stop_factor,
+            compile=compile,
+            _init_setup_model=_init_setup_model,
         )
-        self.clip_range = clip_range
-        self.target_kl = target_kl
-        self.init_kl_coef = init_kl_coef
-        self.kl_rule = kl_rule
-        self.kl_tolerance = kl_tolerance
-        self.kl_factor = kl_factor
-        self.kl_coef_bounds = kl_coef_bounds
-        self.kl_divergence = kl_divergence
-        self.kl_cutoff_coef = kl_cutoff_coef
-        self.kl_cutoff_factor = kl_cutoff_factor
-        self.kl_stop_factor = kl_stop_factor
-        self.compile = compile
-
-        if _init_setup_model:
-            self._setup_model()
 
     def learn(
         self: SelfAdaptiveKLPPO,

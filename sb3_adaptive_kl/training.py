@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_adaptive_kl import losses
 from sb3_adaptive_kl.acceleration import compiled
-from sb3_adaptive_kl.arguments import check_arguments, kl_coef_limits, penalty_rule, target_kl_at
+from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
 from sb3_adaptive_kl.distributions import ActionDistribution
 from sb3_adaptive_kl.divergences import k3
 from sb3_adaptive_kl.evaluation import PolicyEvaluation
@@ -39,25 +39,15 @@ class KLPenaltyTraining(PolicyEvaluation):
     """
     Mixin that gives an on-policy algorithm of SB3 or sb3-contrib the KL-penalised update.
 
-    To be put before its host: ``class AdaptiveKLPPO(KLPenaltyTraining, PPO)``. It has no constructor; the class assigns the
-    arguments under their own names and calls ``_setup_model()``, as ``load()`` does.
+    To be put before its host: ``class AdaptiveKLPPO(KLPenaltyTraining, PPO)``. The arguments of the penalty are kept as the
+    user gave them, under their own names: ``load()`` writes them past the constructor and then calls ``_setup_model()``,
+    which interprets them. They are documented in :class:`~sb3_adaptive_kl.AdaptiveKLPPO`; all others go to the host.
     """
 
-    # The arguments, as the user gave them
+    # The host's arguments that the train step needs
     n_epochs: int
     normalize_advantage: bool
-    clip_range: float | Schedule | None
     clip_range_vf: float | Schedule | None
-    target_kl: float | Schedule
-    init_kl_coef: float
-    kl_rule: str | PenaltyRule
-    kl_tolerance: float
-    kl_factor: float
-    kl_coef_bounds: tuple[float, float] | None
-    kl_cutoff_coef: float
-    kl_cutoff_factor: float
-    kl_stop_factor: float | None
-    compile: bool
 
     # The state: plain numbers, which save() writes and load() restores
     kl_coef: float
@@ -67,6 +57,42 @@ class KLPenaltyTraining(PolicyEvaluation):
 
     # `_loss`, compiled or not
     _loss_function: Callable[..., tuple[th.Tensor, MinibatchMetrics]]
+
+    def __init__(
+        self,
+        *args: Any,
+        clip_range: float | Schedule | None,
+        target_kl: float | Schedule,
+        init_kl_coef: float,
+        kl_rule: str | PenaltyRule,
+        kl_tolerance: float,
+        kl_factor: float,
+        kl_coef_bounds: tuple[float, float] | None,
+        kl_divergence: str,
+        kl_cutoff_coef: float,
+        kl_cutoff_factor: float,
+        kl_stop_factor: float | None,
+        compile: bool,
+        _init_setup_model: bool,
+        **kwargs: Any,
+    ) -> None:
+        # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
+        check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
+        super().__init__(*args, **kwargs, _init_setup_model=False)  # type: ignore[misc]  # mypy lets *args fill every parameter
+        self.clip_range = clip_range
+        self.target_kl = target_kl
+        self.init_kl_coef = init_kl_coef
+        self.kl_rule = kl_rule
+        self.kl_tolerance = kl_tolerance
+        self.kl_factor = kl_factor
+        self.kl_coef_bounds = kl_coef_bounds
+        self.kl_divergence = kl_divergence
+        self.kl_cutoff_coef = kl_cutoff_coef
+        self.kl_cutoff_factor = kl_cutoff_factor
+        self.kl_stop_factor = kl_stop_factor
+        self.compile = compile
+        if _init_setup_model:
+            self._setup_model()
 
     def _setup_model(self) -> None:
         check_arguments(self)
