@@ -13,12 +13,13 @@ from typing import Any
 
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_adaptive_kl.evaluation import DIVERGENCES
 from sb3_adaptive_kl.penalty import AdaptivePenalty, FixedPenalty, PenaltyRule, ProportionalPenalty, default_bounds
 
 KL_RULES = ("adaptive", "fixed", "proportional")
-KL_DIVERGENCES = ("forward", "reverse", "k3", "pearson")
 
-# A schedule may end at 0 (a linear decay does): "do not move at all" is the limit, but a rule divides by its target
+# A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
+# this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
 
 
@@ -49,6 +50,7 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
     :param kl_rule: one of ``KL_RULES``, or any ``PenaltyRule``
     :param kl_tolerance: for ``"adaptive"``: the dead band is [target / tolerance, tolerance · target], ≥ 1
     :param kl_factor: for ``"adaptive"``: what β is multiplied or divided by, > 1
+    :return: the rule
     :raises ValueError: if there is no such rule
     """
     if isinstance(kl_rule, str):
@@ -56,6 +58,8 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
         if kl_rule == "adaptive":
             return AdaptivePenalty.symmetric(kl_tolerance, kl_factor)
         return FixedPenalty() if kl_rule == "fixed" else ProportionalPenalty()
+    if isinstance(kl_rule, type):
+        raise ValueError(f"kl_rule={kl_rule.__name__} is a class: pass an instance, {kl_rule.__name__}()")
     if not callable(kl_rule):
         raise ValueError(
             f"kl_rule={kl_rule!r} cannot be called: pass one of {KL_RULES}, or a function (kl_coef, kl, target_kl)"
@@ -69,6 +73,7 @@ def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advanta
 
     :param kl_coef_bounds: the user's, or None for ``default_bounds``
     :param normalize_advantage: whether advantages are normalised
+    :return: low and high, 0 < low ≤ high < inf
     :raises ValueError: if they are not two positive, finite numbers in order
     """
     if kl_coef_bounds is None:
@@ -95,23 +100,31 @@ def check_arguments(model: Any) -> None:
             check_schedule(name, getattr(model, name), "None deactivates clipping")
     check_number("kl_tolerance", model.kl_tolerance, ">= 1", lambda x: x >= 1, "the paper has 1.5")
     check_number("kl_factor", model.kl_factor, "> 1", lambda x: x > 1, "the paper has 2; kl_rule='fixed' keeps β constant")
-    check_number("kl_cutoff_coef", model.kl_cutoff_coef, ">= 0", lambda x: x >= 0, "0 leaves the hinge out, others use 1000")
-    check_number("kl_cutoff_factor", model.kl_cutoff_factor, "> 0", lambda x: x > 0, "others use 2")
+    check_number(
+        "kl_cutoff_coef", model.kl_cutoff_coef, ">= 0", lambda x: x >= 0, "0 leaves the hinge out, TF-Agents uses 1000"
+    )
+    check_number("kl_cutoff_factor", model.kl_cutoff_factor, "> 0", lambda x: x > 0, "TF-Agents uses 2")
     if model.kl_stop_factor is not None:
-        check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "others use 4; None never stops early")
-    check_choice("kl_divergence", model.kl_divergence, KL_DIVERGENCES)
-    penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)
+        check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "DPPO uses 4; None never stops early")
+    check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
+    penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)  # raises if there is no such rule
     low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
-    # After load() it is the running β that has to fit
-    name = "kl_coef" if hasattr(model, "kl_coef") else "init_kl_coef"
     within = f"within kl_coef_bounds=({low:g}, {high:g})"
-    check_number(name, getattr(model, name), within, lambda x: low <= x <= high, "move it or the bounds")
+    check_number("init_kl_coef", model.init_kl_coef, within, lambda x: low <= x <= high, "move it or the bounds")
+    if hasattr(model, "kl_coef"):  # the running β, after load()
+        check_number(
+            "kl_coef", model.kl_coef, within, lambda x: low <= x <= high, "pass load() a kl_coef that fits the bounds"
+        )
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 
 def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage: bool) -> None:
     """
+    The sizes that every minibatch depends on.
+
     :param batch_size: transitions per minibatch, None for the whole rollout
+    :param n_epochs: passes over the rollout
+    :param normalize_advantage: whether a minibatch's advantages are normalised
     :raises ValueError: if there is nothing to train on, or a single advantage to normalise
     """
     sizes = [n_epochs] if batch_size is None else [n_epochs, batch_size]
@@ -129,6 +142,13 @@ def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage
 
 def check_number(name: str, value: Any, requirement: str, holds: Callable[[float], bool], remedy: str) -> None:
     """
+    A number of the user's.
+
+    :param name: of the argument
+    :param value: what the user gave
+    :param requirement: in words
+    :param holds: the requirement
+    :param remedy: what to do instead, in words
     :raises ValueError: if ``value`` is not a finite number for which ``holds``
     """
     if not _is_number(value) or not holds(value):
@@ -137,8 +157,13 @@ def check_number(name: str, value: Any, requirement: str, holds: Callable[[float
 
 def check_schedule(name: str, value: Any, remedy: str) -> None:
     """
-    :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress. What a function
-        returns is not looked at here: rl-zoo3 replaces schedules by constant zeros to replay an agent.
+    A number or a schedule of the user's. What a schedule returns is not looked at here: rl-zoo3 replaces schedules by constant
+    zeros to replay an agent.
+
+    :param name: of the argument
+    :param value: what the user gave
+    :param remedy: what to do instead, in words
+    :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress
     """
     if not callable(value):
         check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", lambda x: x > 0, remedy)
@@ -146,6 +171,12 @@ def check_schedule(name: str, value: Any, remedy: str) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: str = "") -> None:
     """
+    A name of the user's.
+
+    :param name: of the argument
+    :param value: what the user gave
+    :param choices: the valid names
+    :param alternative: what else is valid, in words
     :raises ValueError: if ``value`` is none of the ``choices``, with the one that was probably meant
     """
     if value not in choices:

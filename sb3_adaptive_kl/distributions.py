@@ -34,10 +34,6 @@ class ActionDistribution(ABC):
         """The distributions of the states that ``index`` (integers or a boolean mask) selects."""
         return self._map(lambda tensor: tensor[index])
 
-    def detach(self: SelfActionDistribution) -> SelfActionDistribution:
-        """The same parameters, cut from the graph."""
-        return self._map(lambda tensor: tensor.detach())
-
     @classmethod
     def concatenate(cls, batches: "Sequence[SelfActionDistribution]") -> "SelfActionDistribution":
         """One batch out of several of the same family."""

@@ -4,7 +4,8 @@ The policy on the rollout: evaluated on a minibatch with its graph, or swept ove
 What only the host knows stands here in two methods: how a minibatch is evaluated, and which of its entries are not padding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch as th
@@ -14,9 +15,6 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution
 from sb3_adaptive_kl.divergences import k3, pearson
 from sb3_adaptive_kl.minibatches import minibatches, random_state_kept
-
-# Transitions evaluated at a time when nothing is trained: large enough to be quick, small enough not to be felt in memory
-SWEEP_BATCH_SIZE = 256
 
 
 class Evaluation(NamedTuple):
@@ -32,11 +30,36 @@ class Evaluation(NamedTuple):
     returns: th.Tensor
 
 
+class Divergence(NamedTuple):
+    """
+    A way to compare a policy with the old one.
+
+    :param needs_distribution: whether it looks at the parameters of the action distributions, or at log-probabilities only
+    :param between: function of the old policy's distributions and the new policy's evaluation of the same B transitions;
+        gives the divergence per state, shape (B,), in nats
+    """
+
+    needs_distribution: bool
+    between: Callable[[Any, Any], th.Tensor]
+
+
+DIVERGENCES = {
+    "forward": Divergence(True, lambda old, new: old.kl(new.distribution)),
+    "reverse": Divergence(True, lambda old, new: new.distribution.kl(old)),
+    "k3": Divergence(False, lambda old, new: k3(new.log_prob - new.old_log_prob)),
+    "pearson": Divergence(False, lambda old, new: pearson(new.log_prob - new.old_log_prob)),
+}
+
+
 class PolicyEvaluation(OnPolicyAlgorithm):
     """Base of the mixin: evaluates the host's policy and compares it with what it was."""
 
     batch_size: int | None
     kl_divergence: str
+
+    # Transitions evaluated at a time, at least, when nothing is trained: many are quicker, and these few cost no memory
+    _min_sweep_batch_size: int = 256
+    _action_dist_checked: bool = False
 
     # ---------------------------------------------------------------- what the host decides
 
@@ -51,6 +74,11 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         """Boolean mask of the entries that are transitions and not padding, or None if all are."""
         return None
 
+    def _check_rollout(self) -> None:
+        """
+        :raises ValueError: if the rollout just collected cannot be trained on
+        """
+
     # ---------------------------------------------------------------- evaluation
 
     def _evaluate(self, rollout_data: Any) -> Evaluation:
@@ -60,7 +88,7 @@ class PolicyEvaluation(OnPolicyAlgorithm):
             values.flatten(),
             log_prob,
             entropy,
-            action_distribution(self.policy.action_dist) if self._needs_distribution else None,
+            action_distribution(self.policy.action_dist) if self._divergence.needs_distribution else None,
             rollout_data.old_values,
             rollout_data.old_log_prob,
             rollout_data.advantages,
@@ -77,17 +105,19 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
 
     @property
-    def _needs_distribution(self) -> bool:
-        return self.kl_divergence in ("forward", "reverse")
+    def _divergence(self) -> Divergence:
+        """The measure that the loss and the rule share."""
+        return DIVERGENCES[self.kl_divergence]
 
     def _sweep(self) -> Iterator[tuple[th.Tensor, Evaluation]]:
         """
-        The policy as it acts (eval mode) on every transition of the rollout, without a graph or a random number.
+        The policy as it acts (eval mode) on every transition of the rollout, without a graph or a random number. To be
+        exhausted: until then, gradients are off for the caller as well.
 
         :return: pairs of indices into the flattened rollout and the evaluation of these transitions
         """
         self.policy.set_training_mode(False)
-        batch_size = None if self.batch_size is None else max(self.batch_size, SWEEP_BATCH_SIZE)
+        batch_size = None if self.batch_size is None else max(self.batch_size, self._min_sweep_batch_size)
         with th.no_grad(), random_state_kept():
             for rollout_data, index in minibatches(self.rollout_buffer, batch_size):
                 yield index, self._evaluate(rollout_data)
@@ -95,53 +125,49 @@ class PolicyEvaluation(OnPolicyAlgorithm):
     # ---------------------------------------------------------------- comparison
 
     def _old_distributions(self) -> ActionDistribution | None:
-        """π_old's parameters in the order of the flattened rollout, or None if only log-probabilities are compared."""
-        if not self._needs_distribution:
-            return None
-        self._check_action_dist()
+        """
+        π_old's parameters in the order of the flattened rollout, or None if only log-probabilities are compared.
+
+        :raises ValueError: if the policy or the buffer cannot be used
+        """
+        if self._divergence.needs_distribution and not self._action_dist_checked:
+            self._check_action_dist()
+            self._action_dist_checked = True
         batches: list[ActionDistribution] = []
         indices: list[th.Tensor] = []
         for index, evaluation in self._sweep():
-            assert evaluation.distribution is not None
-            batches.append(evaluation.distribution)
-            indices.append(index)
+            if evaluation.distribution is not None:
+                batches.append(evaluation.distribution)
+                indices.append(index)
+        if not batches:
+            return None
         return ActionDistribution.concatenate(batches)[th.cat(indices).argsort()]
-
-    def _divergence(self, old: ActionDistribution | None, new: Evaluation) -> th.Tensor:
-        """
-        The KL divergence of a policy from the old one: the same measure for the loss and for the rule.
-
-        :param old: the old policy's distributions of these transitions, None if log-probabilities are enough
-        :param new: the policy's evaluation of the same transitions
-        :return: per state, shape (B,), in nats
-        """
-        if self.kl_divergence == "k3":
-            return k3(new.log_prob - new.old_log_prob)
-        if self.kl_divergence == "pearson":
-            return pearson(new.log_prob - new.old_log_prob)
-        assert old is not None
-        assert new.distribution is not None
-        return old.kl(new.distribution) if self.kl_divergence == "forward" else new.distribution.kl(old)
 
     def _divergence_on_rollout(self, old: ActionDistribution | None) -> th.Tensor:
         """
         The divergence of the policy, as it is now, from the old one at every state of the rollout.
 
+        :param old: what ``_old_distributions`` gave before the update
         :return: shape (N,), in nats
         """
-        return th.cat([self._divergence(None if old is None else old[index], new) for index, new in self._sweep()])
+        between = self._divergence.between
+        return th.cat([between(None if old is None else old[index], new) for index, new in self._sweep()])
 
     def _check_action_dist(self) -> None:
         """
         :raises ValueError: if ``policy.action_dist`` is not the distribution that ``evaluate_actions`` has just used
         """
         self.policy.set_training_mode(False)
-        with th.no_grad(), random_state_kept():
-            rollout_data, _ = next(minibatches(self.rollout_buffer, self.batch_size))
+        with th.no_grad(), random_state_kept(), closing(minibatches(self.rollout_buffer, self.batch_size)) as epoch:
+            rollout_data, _ = next(epoch)
             actions = self._actions(rollout_data)
             _, log_prob, _ = self._evaluate_actions(rollout_data, actions)
-            left_behind = self.policy.action_dist.log_prob(actions)
-        if left_behind.shape != log_prob.shape or not th.allclose(left_behind, log_prob, rtol=1e-3, atol=1e-3, equal_nan=True):
+            try:
+                left_behind = self.policy.action_dist.log_prob(actions)
+                same = left_behind.shape == log_prob.shape and bool(th.isclose(left_behind, log_prob, equal_nan=True).all())
+            except (AttributeError, RuntimeError, ValueError):  # no distribution at all, or that of an earlier batch
+                same = False
+        if not same:
             raise ValueError(
                 f"policy={type(self.policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
                 "policy.action_dist, so its KL divergence cannot be computed: build it with "

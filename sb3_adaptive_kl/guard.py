@@ -16,12 +16,12 @@ class Checkpoint:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
         # copy.deepcopy(policy) would fail: gSDE's exploration matrices and the last distribution carry a graph
-        self.parameters = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        self.policy_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 
     def restore(self) -> None:
         """Put the policy and its optimiser back to where they were."""
-        self.policy.load_state_dict(self.parameters)
+        self.policy.load_state_dict(self.policy_state)
         self.policy.optimizer.load_state_dict(self.optimizer_state)
 
 

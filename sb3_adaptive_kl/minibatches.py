@@ -7,7 +7,7 @@ once per rollout and have to be looked up by index. All buffers of SB3 and sb3-c
 numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 
-def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
+def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, th.Tensor], None, None]:
     """
     One epoch of ``buffer.get(batch_size)``, each minibatch with the indices of its transitions.
 
@@ -55,7 +55,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Draw from NumPy's and torch's global generators inside, and leave both as they were found."""
+    """Draw from the global generators of NumPy and of torch on the CPU inside, and leave both as they were found."""
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng(devices=[]):

@@ -60,7 +60,13 @@ class AdaptivePenalty:
 
     @classmethod
     def symmetric(cls, tolerance: float, factor: float) -> "AdaptivePenalty":
-        """The band ``[1/tolerance, tolerance]`` with steps of ``factor`` both ways, symmetric in log β and log d."""
+        """
+        The same band and the same step both ways, in log d and in log β.
+
+        :param tolerance: the band is [target_kl / tolerance, tolerance · target_kl], ≥ 1
+        :param factor: what β is multiplied or divided by, > 1
+        :raises ValueError: if a number is out of its range
+        """
         return cls(low=1 / tolerance, high=tolerance, decrease=1 / factor, increase=factor)
 
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
@@ -116,5 +122,8 @@ def default_bounds(normalize_advantage: bool) -> tuple[float, float]:
     With normalised advantages the penalised optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor
     matters as much: when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule
     would halve β until nothing restrains the surrogate. Without normalisation β carries the unit of the rewards.
+
+    :param normalize_advantage: whether advantages are normalised
+    :return: lowest and highest β
     """
     return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)

@@ -39,7 +39,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         a function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
     :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
         function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
-    :param normalize_advantage: Whether to normalize or not the advantage. Without, β carries the unit of the rewards.
+    :param normalize_advantage: Whether to normalize or not the advantage. Without it, β carries the unit of the rewards.
     :param ent_coef: Entropy coefficient for the loss calculation
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping
@@ -73,7 +73,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param kl_cutoff_factor: Where the hinge begins, relative to the target, > 0
     :param kl_stop_factor: Stop the epochs once the KL of a minibatch exceeds this times the target, > 0 (``None``: never).
         β is still adapted to the KL measured in the end.
-    :param compile: Whether to compile the train step with ``torch.compile``
+    :param compile: Whether to compile the loss with ``torch.compile``, which takes some seconds at the first update; training
+        goes on uncompiled, with a warning, where this fails
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """
@@ -117,6 +118,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
+        if batch_size is None:  # as contrib's algorithms allow; PPO's constructor cannot compare it
+            raise ValueError("batch_size=None must be a whole number: n_steps * n_envs takes the whole rollout at once")
         super().__init__(
             policy,
             env,

@@ -12,6 +12,7 @@ measure d = KL(π_old ‖ π) once, on the whole rollout, after the last step; u
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -53,7 +54,7 @@ class KLPenaltyTraining(PolicyEvaluation):
     kl_coef: float
     _undone_updates: int = 0
     _undone_in_a_row: int = 0
-    _rollouts_at_bound: int = 0
+    _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
 
     # `_loss`, compiled or not
     _loss_function: Callable[..., tuple[th.Tensor, MinibatchMetrics]]
@@ -107,8 +108,8 @@ class KLPenaltyTraining(PolicyEvaluation):
         self._loss_function = compiled(self._loss) if self.compile else self._loss
 
     def _excluded_save_params(self) -> list[str]:
-        # Compiled code cannot be saved; _setup_model makes it anew
-        return [*super()._excluded_save_params(), "_loss_function"]
+        # Compiled code cannot be saved, and _setup_model makes it anew; the policy may be another when it is loaded
+        return [*super()._excluded_save_params(), "_loss_function", "_action_dist_checked"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -121,8 +122,10 @@ class KLPenaltyTraining(PolicyEvaluation):
         """
         Update the policy with the rollout just collected, then β with the KL divergence this caused.
 
-        :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that diverged
+        :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that diverged; if the rollout, the policy or the
+            buffer cannot be used; if a schedule or a rule of the user's returns what is no target or no coefficient
         """
+        self._check_rollout()
         self._update_learning_rate(self.policy.optimizer)
         settings = self._settings()
         checkpoint = Checkpoint(self.policy)
@@ -139,9 +142,10 @@ class KLPenaltyTraining(PolicyEvaluation):
         metrics.record(self.logger, settings)
         self._record(settings, d, kl.max().item())
         self._adapt_penalty(d if sound else math.inf, settings.target_kl)
-        self._complain_if_undone(sound)
+        self._warn_or_give_up(sound)
 
     def _settings(self) -> Settings:
+        # FloatSchedule: whoever assigns a number in the middle of a run is understood, too
         progress = self._current_progress_remaining
         return Settings(
             target_kl=target_kl_at(self.target_kl, progress),
@@ -155,20 +159,21 @@ class KLPenaltyTraining(PolicyEvaluation):
         :return: the divergence of the new policy from the old one at every state of the rollout, in nats, shape (N,);
             NaN if the new policy gives no valid distribution any more
         """
-        error = None
         try:
             self._optimize(old, settings, metrics)
-        except ValueError as raised:
-            error = raised
-        try:
-            kl = self._divergence_on_rollout(old)
         except ValueError:
-            # torch's distributions refuse NaN parameters. The old policy passed this very sweep: the update broke it
+            # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated it has not
+            # diverged, and the error was something else
+            if math.isfinite(self._measure(old).mean().item()):
+                raise
+        return self._measure(old)
+
+    def _measure(self, old: ActionDistribution | None) -> th.Tensor:
+        try:
+            return self._divergence_on_rollout(old)
+        except ValueError:
+            # The old policy passed this very sweep before the update, so it is the update that broke the policy
             return th.full((1,), math.nan)
-        # A policy that still passes the sweep has not diverged: the error was something else
-        if error is not None:
-            raise error
-        return kl
 
     def _optimize(self, old: ActionDistribution | None, settings: Settings, metrics: UpdateMetrics) -> None:
         """``n_epochs`` passes of minibatch steps, or fewer if ``kl_stop_factor`` says so."""
@@ -200,7 +205,7 @@ class KLPenaltyTraining(PolicyEvaluation):
         advantages = losses.normalize(new.advantages) if self.normalize_advantage else new.advantages
         log_ratio = new.log_prob - new.old_log_prob
         ratio = log_ratio.exp()
-        kl = self._divergence(old, new).mean()
+        kl = self._divergence.between(old, new).mean()
 
         policy_loss = losses.surrogate_loss(advantages, ratio, settings.clip_range)
         kl_loss = losses.penalty_loss(
@@ -246,30 +251,40 @@ class KLPenaltyTraining(PolicyEvaluation):
         """
         rule = penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
         low, high = kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
-        wanted = float(rule(self.kl_coef, kl, target_kl))
-        if math.isnan(wanted):
-            raise ValueError(f"kl_rule={rule!r} returned NaN for kl_coef={self.kl_coef}, kl={kl}, target_kl={target_kl}")
-        self.kl_coef = min(max(wanted, low), high)
+        wanted = rule(self.kl_coef, kl, target_kl)
+        if not isinstance(wanted, Real) or math.isnan(wanted):
+            raise ValueError(
+                f"kl_rule={rule!r} returned {wanted!r} for kl_coef={self.kl_coef}, kl={kl}, target_kl={target_kl}: "
+                "it must return a number"
+            )
+        self.kl_coef = float(min(max(wanted, low), high))
 
-        self._rollouts_at_bound = self._rollouts_at_bound + 1 if wanted != self.kl_coef else 0
-        if self._rollouts_at_bound == PATIENCE_AT_BOUND:
-            self._warn_at_bound(above=wanted > high, target_kl=target_kl)
+        side = (wanted > high) - (wanted < low)
+        same_side = side * self._rollouts_at_bound > 0
+        self._rollouts_at_bound = self._rollouts_at_bound + side if same_side else side
+        if abs(self._rollouts_at_bound) == PATIENCE_AT_BOUND:
+            self._warn_at_bound(above=side > 0, target_kl=target_kl)
 
     def _warn_at_bound(self, above: bool, target_kl: float) -> None:
-        bound, miss, remedy = (
-            ("upper", "above", "Lower learning_rate or n_epochs, or raise target_kl")
-            if above
-            else ("lower", "below", "Raise learning_rate or n_epochs, or lower target_kl")
-        )
-        collapsed = "" if above else " (If train/entropy_loss is 0, the policy has collapsed: lower learning_rate instead.)"
+        if above:
+            bound, miss, remedy = "upper", "above", "Lower learning_rate or n_epochs, or raise target_kl."
+        else:
+            bound, miss, remedy = (
+                "lower",
+                "below",
+                (
+                    "Raise learning_rate or n_epochs, or lower target_kl. (Expected while a schedule takes learning_rate "
+                    "to 0. If the policy has become deterministic, it is learning_rate that was too high.)"
+                ),
+            )
         warnings.warn(
             f"kl_coef has been at its {bound} bound {self.kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and the KL "
-            f"divergence is still {miss} target_kl={target_kl:g}. {remedy}: Adam's step does not depend on the scale of the "
-            f"loss, so the coefficient alone cannot correct it.{collapsed}",
-            stacklevel=4,
+            f"divergence is still {miss} target_kl={target_kl:g}. The coefficient alone cannot correct this: the length of "
+            f"Adam's step does not depend on the scale of the loss. {remedy}",
+            stacklevel=2,
         )
 
-    def _complain_if_undone(self, sound: bool) -> None:
+    def _warn_or_give_up(self, sound: bool) -> None:
         """
         :raises ValueError: if too many updates in a row were undone
         """
@@ -279,13 +294,13 @@ class KLPenaltyTraining(PolicyEvaluation):
             learning_rate = self.policy.optimizer.param_groups[0]["lr"]
             raise ValueError(
                 f"{MAX_UNDONE_IN_A_ROW} updates in a row diverged and were undone; the policy is the last sound one. "
-                f"learning_rate={learning_rate:g} is too high for this task, or its rewards or observations are extreme: "
-                "lower learning_rate by a factor of 10, or wrap the environment in VecNormalize"
+                f"learning_rate={learning_rate:g} is too high, or rewards or observations are extreme or NaN: lower "
+                "learning_rate by a factor of 10, wrap the environment in VecNormalize, or find the NaN with VecCheckNan"
             )
         if not sound:
             warnings.warn(
                 f"The update at {self.num_timesteps} timesteps left a non-finite KL divergence or parameter and was undone. "
                 f"The next one uses kl_coef={self.kl_coef:g}. If this goes on, lower learning_rate, or look for extreme "
-                "observations and rewards.",
-                stacklevel=3,
+                "or NaN observations and rewards.",
+                stacklevel=2,
             )

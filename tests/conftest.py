@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.envs import (
@@ -43,6 +44,11 @@ def image(**kwargs: Any) -> gym.Env:
     return env
 
 
+def multi_input() -> gym.Env:
+    np.random.seed(0)  # this environment draws its images when it is created
+    return SimpleMultiObsEnv(random_start=False)
+
+
 def squashed() -> dict[str, Any]:
     return {"use_sde": True, "policy_kwargs": {"squash_output": True}}
 
@@ -57,7 +63,7 @@ CASES = {
     "multibinary": Case("MlpPolicy", lambda: IdentityEnvMultiBinary(3)),
     "cnn": Case("CnnPolicy", lambda: image(action_dim=3)),
     "cnn-continuous": Case("CnnPolicy", lambda: image(discrete=False)),
-    "dict": Case("MultiInputPolicy", lambda: SimpleMultiObsEnv(random_start=False)),
+    "dict": Case("MultiInputPolicy", multi_input),
     "separate-extractors": Case(
         "CnnPolicy",
         lambda: image(action_dim=3),

@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, FixedPenalty
 from sb3_adaptive_kl.arguments import target_kl_at
 from tests.conftest import CASES
 
@@ -36,6 +36,7 @@ BAD = [
     ({"kl_rule": "adaptative"}, r"kl_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
     ({"kl_rule": "Fix"}, r"did you mean 'fixed'\?"),
     ({"kl_rule": 3}, r"kl_rule=3 cannot be called"),
+    ({"kl_rule": FixedPenalty}, r"kl_rule=FixedPenalty is a class: pass an instance, FixedPenalty\(\)"),
     ({"kl_divergence": "revers"}, r"kl_divergence='revers' is unknown, did you mean 'reverse'\?"),
     ({"kl_divergence": "KL3"}, r"did you mean 'k3'\?"),
     ({"clip_range": 0.0}, r"clip_range=0.0.*None deactivates"),
@@ -61,9 +62,6 @@ def test_refused_at_construction(kwargs, message):
 @pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[str(kwargs) for kwargs, _ in BAD])
 def test_refused_at_load(tmp_path, kwargs, message):
     CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
-    # The saved model has a running β, and init_kl_coef no say any more
-    kwargs = {"kl_coef" if name == "init_kl_coef" else name: value for name, value in kwargs.items()}
-    message = message.replace("init_kl_coef", "kl_coef")
     with pytest.raises(ValueError, match=message):
         AdaptiveKLPPO.load(tmp_path / "model", env=CASES["discrete"].make_env(), **kwargs)
 
@@ -113,7 +111,20 @@ def test_scheduled_target_may_end_at_zero_but_not_below():
         target_kl_at(lambda progress: -0.01, 0.5)
 
 
-def test_rule_that_returns_nan_is_named():
-    model = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, kl_rule=lambda kl_coef, kl, target_kl: math.nan)
-    with pytest.raises(ValueError, match=r"kl_rule=.*returned NaN"):
+def test_running_beta_must_fit_new_bounds(tmp_path):
+    CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^kl_coef=1.0 must be .* within kl_coef_bounds=\(2, 4\): pass load\(\) a kl_coef"):
+        AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0)
+    assert AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0, kl_coef=2.0).kl_coef == 2.0
+
+
+def test_batch_size_none_is_contribs_only():
+    with pytest.raises(ValueError, match=r"batch_size=None.*n_steps \* n_envs"):
+        CASES["discrete"].build(AdaptiveKLPPO, batch_size=None)
+
+
+@pytest.mark.parametrize("result", [math.nan, None, "1.0"])
+def test_rule_that_returns_no_number_is_named(result):
+    model = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, kl_rule=lambda kl_coef, kl, target_kl: result)
+    with pytest.raises(ValueError, match=rf"kl_rule=.*returned {result!r} for kl_coef=1.0"):
         model.learn(64)

@@ -1,9 +1,11 @@
-"""A plain install stays light, and the layers import only downwards."""
+"""A plain install stays light, and the modules build only on those below them."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import sb3_adaptive_kl
 
@@ -22,6 +24,27 @@ def imports(module: str) -> set[str]:
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     return set(names)
+
+
+# Each module, and those of this package that it may build on
+LAYERS = {
+    "penalty": set(),
+    "divergences": set(),
+    "losses": set(),
+    "guard": set(),
+    "metrics": set(),
+    "minibatches": set(),
+    "acceleration": set(),
+    "distributions": {"divergences"},
+    "evaluation": {"distributions", "divergences", "minibatches"},
+    "arguments": {"penalty", "evaluation"},
+}
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_layers(module):
+    own = {name for name in imports(module) if name.startswith("sb3_adaptive_kl")}
+    assert own <= {f"sb3_adaptive_kl.{below}" for below in LAYERS[module]}
 
 
 def test_the_mathematics_is_free_of_the_framework():

@@ -1,4 +1,4 @@
-"""Whatever SB3's PPO takes: policies, feature extractors, wrappers, buffers; and a clear word where it cannot be taken."""
+"""Whatever SB3's PPO takes: policies, feature extractors, wrappers, buffers; and a clear error where it cannot be used."""
 
 import gymnasium as gym
 import numpy as np
@@ -39,10 +39,11 @@ def test_several_environments_normalised_with_an_odd_last_minibatch():
 
 
 def test_callbacks_and_evaluation(tmp_path):
-    model = CASES["discrete"].build(AdaptiveKLPPO, tensorboard_log=None, **SMALL)
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL)
     callback = EvalCallback(make_vec_env(CASES["discrete"].make_env), eval_freq=64, n_eval_episodes=1, verbose=0)
     model.learn(128, callback=callback)
     assert callback.n_calls == 128
+    assert callback.last_mean_reward > 0
 
 
 class NoisyExtractor(BaseFeaturesExtractor):
@@ -69,7 +70,9 @@ def test_batch_norm_and_dropout():
 
 def test_other_optimizers():
     policy_kwargs = {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}
-    CASES["box"].build(AdaptiveKLPPO, policy_kwargs=policy_kwargs, **SMALL).learn(2 * 64)
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs=policy_kwargs, **SMALL).learn(2 * 64)
+    assert isinstance(model.policy.optimizer, th.optim.SGD)
+    assert logged(model)["kl"] > 0
 
 
 class RecordingBuffer(RolloutBuffer):
@@ -108,6 +111,7 @@ class EmptyBuffer(RolloutBuffer):
         yield self._get_samples(np.array([], dtype=int))
 
 
+@pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
 @pytest.mark.parametrize(
     ("buffer", "message"),
     [
@@ -115,8 +119,8 @@ class EmptyBuffer(RolloutBuffer):
         (EmptyBuffer, r"rollout_buffer_class=EmptyBuffer drew an empty minibatch"),
     ],
 )
-def test_unusable_rollout_buffers_are_named(buffer, message):
-    model = CASES["discrete"].build(AdaptiveKLPPO, rollout_buffer_class=buffer, **SMALL)
+def test_unusable_rollout_buffers_are_named(buffer, message, kl_divergence):
+    model = CASES["discrete"].build(AdaptiveKLPPO, rollout_buffer_class=buffer, kl_divergence=kl_divergence, **SMALL)
     with pytest.raises(ValueError, match=message):
         model.learn(64)
 
@@ -133,11 +137,23 @@ class SecretivePolicy(ActorCriticPolicy):
         return self.value_net(latent_vf), own.log_prob(actions), own.entropy()
 
 
+class MoreSecretivePolicy(SecretivePolicy):
+    """Does not use ``action_dist`` when it acts, either."""
+
+    def forward(self, obs, deterministic=False):
+        actions = th.zeros(len(obs), dtype=th.long)
+        values, log_prob, _ = self.evaluate_actions(obs, actions)
+        return actions, values, log_prob
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+@pytest.mark.parametrize("policy", [SecretivePolicy, MoreSecretivePolicy])
 @pytest.mark.parametrize("kl_divergence", ["forward", "reverse"])
-def test_policy_that_hides_its_distribution_is_named(kl_divergence):
-    model = AdaptiveKLPPO(SecretivePolicy, gym.make("CartPole-v1"), kl_divergence=kl_divergence, seed=0, **SMALL)
-    with pytest.raises(ValueError, match=r"policy=SecretivePolicy.*_get_action_dist_from_latent.*kl_divergence='k3'"):
-        model.learn(64)
+def test_policy_that_hides_its_distribution_is_named(kl_divergence, policy, n_envs):
+    env = make_vec_env("CartPole-v1", n_envs=n_envs)
+    model = AdaptiveKLPPO(policy, env, kl_divergence=kl_divergence, seed=0, **SMALL)
+    with pytest.raises(ValueError, match=rf"policy={policy.__name__}:.*_get_action_dist_from_latent.*kl_divergence='k3'"):
+        model.learn(64 * n_envs)
 
 
 def test_policy_that_hides_its_distribution_can_use_an_estimator():

@@ -86,11 +86,21 @@ def test_options_restrain_a_step_that_is_too_long(option):
     assert restrained < 0.03
 
 
-def test_hinge_is_off_below_its_cutoff():
-    runs = [CASES["box"].build(AdaptiveKLPPO, kl_cutoff_coef=coef, kl_cutoff_factor=1e6, **SMALL) for coef in (0.0, 1000.0)]
-    first = parameters(runs[0].learn(128))
-    second = CASES["box"].build(AdaptiveKLPPO, kl_cutoff_coef=1000.0, kl_cutoff_factor=1e6, **SMALL).learn(128)
-    assert th.equal(first, parameters(second))
+def test_hinge_begins_at_its_factor():
+    """Of a policy that was moved by a known KL, the loss grows by c · (KL − factor · target)², and not below."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0))
+    old = model._old_distributions()
+    with th.no_grad():
+        model.policy.log_std += 0.2
+    kl = model._divergence_on_rollout(old).mean().item()
+    rollout_data, index = next(minibatches(model.rollout_buffer, batch_size=128))
+
+    def loss(coef, factor):
+        model.kl_cutoff_coef, model.kl_cutoff_factor = coef, factor
+        return model._loss(rollout_data, old[index], model._settings())[0].item()
+
+    assert loss(1000.0, factor=2.0) - loss(0.0, factor=2.0) == pytest.approx(1000 * (kl - 2 * 0.01) ** 2, rel=1e-3)
+    assert loss(1000.0, factor=10.0) == loss(0.0, factor=10.0)
 
 
 def test_early_stop_skips_epochs_but_not_the_rule(capsys):
@@ -189,6 +199,28 @@ def test_logged_values_mean_what_ppos_mean():
     theirs = logged(ppo)
     for key in theirs.keys() & logged(ours).keys():
         assert logged(ours)[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+
+
+def test_means_over_minibatches():
+    """All minibatches count alike, but for SB3's two habits: approx_kl is of the last epoch, loss of the last minibatch."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=32, n_epochs=2, init_kl_coef=3.0))
+    norms, seen = [], []
+    clip, loss = th.nn.utils.clip_grad_norm_, model._loss_function
+
+    def recorded_loss(*args):
+        result = loss(*args)
+        seen.append(result[1])
+        return result
+
+    model._loss_function = recorded_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(th.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
+        model.train()
+    assert len(norms) == len(seen) == 8
+    assert logged(model)["grad_norm"] == pytest.approx(np.mean(norms))
+    assert logged(model)["kl_loss"] == pytest.approx(3.0 * np.mean([minibatch.kl for minibatch in seen]))
+    assert logged(model)["approx_kl"] == pytest.approx(np.mean([minibatch.approx_kl for minibatch in seen[4:]]))
+    assert logged(model)["loss"] == seen[-1].loss.item()
 
 
 class TestCompiled:
