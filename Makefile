@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all one needs: they create the virtual environment on first use.
-# Another torch (CUDA, a newer one), interpreter or place: make test TORCH=torch PYTHON=python3.12 VENV=/tmp/venv
+# For another torch, interpreter or place: make clean, then make test TORCH=torch PYTHON=python3.12 VENV=/tmp/venv
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,9 +32,9 @@ benchmark: $(STAMP)
 clean:
 	rm -rf $(VENV) runs
 
-# torch first: left to itself, pip would take the newest build, with gigabytes of CUDA packages
+# torch first and by itself: its build (CPU, CUDA) is the user's choice, and the newest may bring gigabytes of CUDA packages
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

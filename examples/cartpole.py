@@ -19,6 +19,7 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 
 ENV = "CartPole-v1"
 TOTAL_TIMESTEPS = 100_000
+N_EVAL_EPISODES = 100
 FOLDER = Path("runs/cartpole")
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's palette: told apart by colour-blind readers
 
@@ -72,9 +73,9 @@ def draw(log: dict[str, list[tuple[int, float]]], target_kl: float, tolerance: f
 def main() -> None:
     th.set_num_threads(1)
     model = train()
-    mean, std = evaluate_policy(model, make_vec_env(ENV, n_envs=8, seed=1000), n_eval_episodes=100)
+    mean, std = evaluate_policy(model, make_vec_env(ENV, n_envs=8, seed=1000), n_eval_episodes=N_EVAL_EPISODES)
     picture = draw(read_log(), target_kl=model.target_kl, tolerance=model.kl_tolerance)
-    print(f"Mean return over 100 episodes: {mean:.1f} ± {std:.1f}")
+    print(f"Mean return over {N_EVAL_EPISODES} episodes: {mean:.1f} ± {std:.1f}")
     print(f"Picture of return, KL and β:   {picture}")
 
 

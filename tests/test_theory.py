@@ -1,4 +1,4 @@
-"""Every decimal number in docs/theory.md, computed; and none there that is not. Its fractions are in the closed forms below."""
+"""Every decimal number in docs/theory.md, computed, and none there that is not; its fractions in the closed forms below."""
 
 import math
 import re
