@@ -29,6 +29,7 @@ def train() -> AdaptiveKLPPO:
     model.set_logger(configure(str(FOLDER), ["csv"]))
     model.learn(TOTAL_TIMESTEPS, progress_bar=True)
     model.logger.dump(model.num_timesteps)  # the last update, which SB3 would write after the next rollout
+    model.logger.close()
     model.save(FOLDER / "model")
     return model
 
