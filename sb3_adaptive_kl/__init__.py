@@ -1,10 +1,18 @@
 """PPO with an adaptive KL penalty, for Stable-Baselines3."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sb3_adaptive_kl.penalty import AdaptivePenalty, FixedPenalty, PenaltyRule, ProportionalPenalty
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 
+if TYPE_CHECKING:
+    from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
+    from sb3_adaptive_kl.ppo_recurrent import RecurrentAdaptiveKLPPO as RecurrentAdaptiveKLPPO
+
 __version__ = "0.1.0"
 
+# Without the variants: `from sb3_adaptive_kl import *` has to work where sb3-contrib is not installed
 __all__ = [
     "AdaptiveKLPPO",
     "AdaptivePenalty",
@@ -13,3 +21,18 @@ __all__ = [
     "ProportionalPenalty",
     "__version__",
 ]
+
+_VARIANTS = {"MaskableAdaptiveKLPPO": "ppo_mask", "RecurrentAdaptiveKLPPO": "ppo_recurrent"}
+
+
+def __getattr__(name: str) -> Any:
+    """The variants are imported on first use, since they need sb3-contrib."""
+    if name not in _VARIANTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"{__name__}.{_VARIANTS[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "sb3_contrib":
+            raise
+        raise ImportError(f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'") from error
+    return getattr(module, name)

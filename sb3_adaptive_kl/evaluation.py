@@ -101,8 +101,8 @@ class PolicyEvaluation(OnPolicyAlgorithm):
 
     def _actions(self, rollout_data: Any) -> th.Tensor:
         actions: th.Tensor = rollout_data.actions
-        # The buffer holds floats; a categorical wants its outcome's number
-        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
+        # A categorical wants the number of its outcome, the others floats, which contrib's recurrent buffers do not give
+        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions.float()
 
     @property
     def _divergence(self) -> Divergence:

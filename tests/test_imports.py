@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sb3_adaptive_kl
+from sb3_adaptive_kl.training import KLPenaltyTraining
 
 PACKAGE = Path(sb3_adaptive_kl.__file__).parent
 
@@ -51,6 +52,37 @@ def test_the_mathematics_is_free_of_the_framework():
     assert imports("penalty") <= {"math", "dataclasses", "typing"}
     for module in ("divergences", "losses"):
         assert imports(module) <= {"torch", "torch.nn"}
+
+
+@pytest.mark.parametrize("name", ["MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
+def test_variant_without_contrib_names_the_extra(name):
+    """In a fresh interpreter where sb3-contrib cannot be imported: the package works, the variant says what to install."""
+    code = f"""
+import sys
+sys.modules["sb3_contrib"] = None
+from sb3_adaptive_kl import *
+import sb3_adaptive_kl
+from sb3_adaptive_kl.training import KLPenaltyTraining
+try:
+    from sb3_adaptive_kl import {name}
+except ImportError as error:
+    print(error)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'"
+
+
+def test_one_train_step():
+    """The three algorithms share it; none has its own."""
+    trains = [path.stem for path in PACKAGE.glob("*.py") if "def train(" in path.read_text()]
+    assert trains == ["training"]
+    for name in ("AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"):
+        assert getattr(sb3_adaptive_kl, name).train is KLPenaltyTraining.train
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'AdaptiveKLTRPO'"):
+        _ = sb3_adaptive_kl.AdaptiveKLTRPO
 
 
 def test_public_names_exist():

@@ -1,0 +1,154 @@
+"""MaskableAdaptiveKLPPO: sb3-contrib's PPO with invalid action masking, with an adaptive KL penalty instead of clipping."""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.training import KLPenaltyTraining
+
+SelfMaskableAdaptiveKLPPO = TypeVar("SelfMaskableAdaptiveKLPPO", bound="MaskableAdaptiveKLPPO")
+
+
+class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[misc]  # as for AdaptiveKLPPO
+    """
+    Proximal Policy Optimization algorithm (PPO) (adaptive KL penalty version) with invalid action masking
+
+    Papers: https://arxiv.org/abs/1707.06347, section 4, and https://arxiv.org/abs/2006.14171
+
+    The KL divergence is that of the masked distributions: an action that is masked contributes exactly nothing.
+
+    The arguments are those of sb3-contrib's MaskablePPO and, for the penalty, those of
+    :class:`~sb3_adaptive_kl.AdaptiveKLPPO`, where all of them are described.
+
+    :raises ValueError: if an argument is out of its range; during training, if a mask leaves no action at all
+    """
+
+    def __init__(
+        self,
+        policy: str | type[MaskableActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int | None = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | Schedule = 0.01,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        init_kl_coef: float = 1.0,
+        kl_rule: str | PenaltyRule = "adaptive",
+        kl_tolerance: float = 1.5,
+        kl_factor: float = 2.0,
+        kl_coef_bounds: tuple[float, float] | None = None,
+        kl_divergence: str = "forward",
+        kl_cutoff_coef: float = 0.0,
+        kl_cutoff_factor: float = 2.0,
+        kl_stop_factor: float | None = None,
+        compile: bool = False,
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            init_kl_coef=init_kl_coef,
+            kl_rule=kl_rule,
+            kl_tolerance=kl_tolerance,
+            kl_factor=kl_factor,
+            kl_coef_bounds=kl_coef_bounds,
+            kl_divergence=kl_divergence,
+            kl_cutoff_coef=kl_cutoff_coef,
+            kl_cutoff_factor=kl_cutoff_factor,
+            kl_stop_factor=kl_stop_factor,
+            compile=compile,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def learn(  # type: ignore[override]  # use_masking comes where MaskablePPO has it
+        self: SelfMaskableAdaptiveKLPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "MaskableAdaptiveKLPPO",
+        reset_num_timesteps: bool = True,
+        use_masking: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaskableAdaptiveKLPPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            use_masking=use_masking,
+            progress_bar=progress_bar,
+        )
+
+    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return self.policy.evaluate_actions(rollout_data.observations, actions, action_masks=rollout_data.action_masks)
+
+    def _check_rollout(self) -> None:
+        forbidden = _states_without_action(self.rollout_buffer.action_masks, self.action_space)
+        if forbidden > 0:
+            raise ValueError(
+                f"action_masks: in {forbidden} states of the rollout an action dimension has no valid choice left, so that an "
+                "invalid one was taken: let action_masks() allow at least one choice per dimension in every state"
+            )
+
+
+def _states_without_action(action_masks: np.ndarray, action_space: spaces.Space[Any]) -> int:
+    """
+    How many states have an action dimension with nothing left to choose.
+
+    :param action_masks: shape (..., number of choices of all action dimensions together), 0 where a choice is invalid
+    :param action_space: Discrete, MultiDiscrete or MultiBinary (which has two choices per dimension)
+    """
+    if isinstance(action_space, spaces.MultiDiscrete):
+        n_choices = action_space.nvec
+    elif isinstance(action_space, spaces.MultiBinary):
+        n_choices = np.full(action_masks.shape[-1] // 2, 2)
+    else:
+        n_choices = np.array([action_masks.shape[-1]])
+    first_choices = np.cumsum(n_choices) - n_choices
+    n_valid = np.add.reduceat(action_masks, first_choices, axis=-1)
+    return int((n_valid == 0).any(axis=-1).sum())

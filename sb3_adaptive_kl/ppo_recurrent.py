@@ -1,0 +1,134 @@
+"""RecurrentAdaptiveKLPPO: sb3-contrib's PPO with LSTM policies, with an adaptive KL penalty instead of clipping."""
+
+from typing import Any, TypeVar
+
+import torch as th
+from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.training import KLPenaltyTraining
+
+SelfRecurrentAdaptiveKLPPO = TypeVar("SelfRecurrentAdaptiveKLPPO", bound="RecurrentAdaptiveKLPPO")
+
+
+class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[misc]  # as for AdaptiveKLPPO
+    """
+    Proximal Policy Optimization algorithm (PPO) (adaptive KL penalty version) with support for recurrent policies (LSTM)
+
+    Paper: https://arxiv.org/abs/1707.06347, section 4
+
+    The hidden states are those of collection. Padded steps of a minibatch are dropped before anything is computed from them.
+
+    The arguments are those of sb3-contrib's RecurrentPPO and, for the penalty, those of
+    :class:`~sb3_adaptive_kl.AdaptiveKLPPO`, where all of them are described.
+
+    :raises ValueError: if an argument is out of its range
+    """
+
+    policy: RecurrentActorCriticPolicy
+
+    # A longer minibatch cuts the sequences elsewhere, and an LSTM that has moved would then give another divergence
+    _min_sweep_batch_size = 1
+
+    def __init__(
+        self,
+        policy: str | type[RecurrentActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 128,
+        batch_size: int | None = 128,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        target_kl: float | Schedule = 0.01,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        init_kl_coef: float = 1.0,
+        kl_rule: str | PenaltyRule = "adaptive",
+        kl_tolerance: float = 1.5,
+        kl_factor: float = 2.0,
+        kl_coef_bounds: tuple[float, float] | None = None,
+        kl_divergence: str = "forward",
+        kl_cutoff_coef: float = 0.0,
+        kl_cutoff_factor: float = 2.0,
+        kl_stop_factor: float | None = None,
+        compile: bool = False,
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            init_kl_coef=init_kl_coef,
+            kl_rule=kl_rule,
+            kl_tolerance=kl_tolerance,
+            kl_factor=kl_factor,
+            kl_coef_bounds=kl_coef_bounds,
+            kl_divergence=kl_divergence,
+            kl_cutoff_coef=kl_cutoff_coef,
+            kl_cutoff_factor=kl_cutoff_factor,
+            kl_stop_factor=kl_stop_factor,
+            compile=compile,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def learn(
+        self: SelfRecurrentAdaptiveKLPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentAdaptiveKLPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfRecurrentAdaptiveKLPPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return self.policy.evaluate_actions(
+            rollout_data.observations, actions, rollout_data.lstm_states, rollout_data.episode_starts
+        )
+
+    def _valid(self, rollout_data: Any) -> th.Tensor:
+        valid: th.Tensor = rollout_data.mask > 0.5  # 1 for a transition, 0 for padding, as a float
+        return valid

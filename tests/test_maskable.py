@@ -1,0 +1,176 @@
+"""MaskableAdaptiveKLPPO: the same train step over sb3-contrib's MaskablePPO."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
+from sb3_contrib.common.maskable.evaluation import evaluate_policy
+
+from sb3_adaptive_kl import MaskableAdaptiveKLPPO
+from sb3_adaptive_kl.distributions import action_distribution
+from tests.conftest import Case, collect, logged, parameters
+
+
+class MaskedDict(gym.ObservationWrapper):
+    """The same task with a dict observation."""
+
+    def __init__(self):
+        super().__init__(InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3))
+        self.observation_space = spaces.Dict({"state": self.env.observation_space})
+
+    def observation(self, observation):
+        return {"state": observation}
+
+    def action_masks(self):
+        return self.env.action_masks()
+
+
+CASES = {
+    "discrete": Case("MlpPolicy", lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)),
+    "multidiscrete": Case("MlpPolicy", lambda: InvalidActionEnvMultiDiscrete(dims=[3, 4], n_invalid_actions=2)),
+    "multibinary": Case("MlpPolicy", lambda: InvalidActionEnvMultiBinary(dims=4, n_invalid_actions=2)),
+    "dict": Case("MultiInputPolicy", MaskedDict),
+}
+FULL_BATCH = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+
+
+@pytest.mark.parametrize("batch_size", [128, None])
+@pytest.mark.parametrize("case", CASES)
+def test_first_update_equals_the_hosts(case, batch_size):
+    """See test_first_update.py: whatever β is."""
+    kwargs = {**FULL_BATCH, "batch_size": batch_size}
+    host = CASES[case].build(MaskablePPO, **kwargs).learn(128)
+    ours = CASES[case].build(MaskableAdaptiveKLPPO, init_kl_coef=30.0, **kwargs)
+    start = parameters(ours)
+    ours.learn(128)
+    assert (parameters(ours) - start).abs().max() > 1e-3
+    assert (parameters(ours) - parameters(host)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kl_is_that_of_the_masked_distributions(case):
+    """Against probabilities renormalised over the valid choices by hand."""
+    model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
+    old = model._old_distributions()
+    masks = th.as_tensor(model.rollout_buffer.action_masks).bool()
+    before = old.log_probs.exp()
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
+    after = model._old_distributions().log_probs.exp()
+    assert (before[~masks] == 0).all()
+    assert (after[~masks] == 0).all()
+    terms = th.where(masks, before * (before.log() - after.log()), 0.0)
+    assert th.allclose(model._divergence_on_rollout(old).mean(), terms.sum(dim=1).mean(), rtol=1e-4)
+    assert terms.sum() > 0.1
+
+
+def test_masked_action_contributes_nothing_and_leaves_finite_gradients():
+    model = collect(CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL))
+    with th.no_grad():
+        model.policy.action_net.bias[:] = th.tensor([1e4, -1e4, 0.0, 0.0, 1e4, 0.0])  # extreme where it is masked or not
+    observations = th.tensor([0, 1])
+    masks = th.tensor([[False, False, True, True, False, True], [False, False, False, True, False, False]])
+    model.policy.evaluate_actions(observations, th.tensor([3, 3]), action_masks=masks)
+    new = action_distribution(model.policy.action_dist)
+    old = type(new)(new.log_probs.detach().clone())
+    with th.no_grad():
+        model.policy.action_net.bias += th.randn(6, generator=th.Generator().manual_seed(0))
+    model.policy.evaluate_actions(observations, th.tensor([3, 3]), action_masks=masks)
+    kl = old.kl(action_distribution(model.policy.action_dist))
+    assert kl[0] > 0
+    assert kl[1] == 0  # a single legal action
+    kl.sum().backward()
+    gradient = model.policy.action_net.bias.grad
+    assert th.isfinite(gradient).all()
+    assert (gradient[[0, 1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_of_the_update_are_those_of_collection(case):
+    """At unchanged parameters the update sees exactly the log-probabilities of collection."""
+    model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
+    for _, evaluation in model._sweep():
+        assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
+
+
+class Forbidding(InvalidActionEnvDiscrete):
+    def action_masks(self):
+        return np.zeros(6, dtype=bool) if self.current_step % 10 == 3 else np.ones(6, dtype=bool)
+
+
+class ForbiddingOneDimension(InvalidActionEnvMultiDiscrete):
+    """The second dimension, of 4 choices, has none left now and then."""
+
+    def action_masks(self):
+        return [True] * 3 + [self.current_step % 10 != 3] * 4
+
+
+class ForbiddingOneSwitch(InvalidActionEnvMultiBinary):
+    def action_masks(self):
+        return [True] * 4 + [self.current_step % 10 != 3] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        lambda: Forbidding(dim=6, n_invalid_actions=1),
+        lambda: ForbiddingOneDimension(dims=[3, 4], n_invalid_actions=1),
+        lambda: ForbiddingOneSwitch(dims=4, n_invalid_actions=1),
+    ],
+)
+def test_mask_that_forbids_everything_is_named(make_env):
+    model = MaskableAdaptiveKLPPO("MlpPolicy", make_env(), seed=0, device="cpu", **SMALL)
+    with pytest.raises(ValueError, match=r"action_masks: in \d+ states .* allow at least one choice"):
+        model.learn(64)
+
+
+def test_save_load_predict_and_continue(tmp_path):
+    model = CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL).learn(3 * 64)
+    model.save(tmp_path / "model")
+    loaded = MaskableAdaptiveKLPPO.load(tmp_path / "model", env=CASES["discrete"].make_env())
+    assert loaded.kl_coef == model.kl_coef != model.init_kl_coef
+    assert isinstance(loaded, MaskablePPO)
+    mask = np.array([False] * 5 + [True])
+    action, _ = loaded.predict(0, action_masks=mask)
+    assert action == 5
+    loaded.learn(64, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 4 * 64
+
+
+def test_masking_may_be_switched_off():
+    model = CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL).learn(64, use_masking=False)
+    assert logged(model)["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10),
+        lambda: InvalidActionEnvMultiDiscrete(dims=[4, 4], n_invalid_actions=3),
+        lambda: InvalidActionEnvMultiBinary(dims=6, n_invalid_actions=3),
+    ],
+    ids=["discrete", "multidiscrete", "multibinary"],
+)
+def test_learns(make_env):
+    """The action that equals the observation is rewarded, 100 times an episode. Contrib's own tests ask for 90."""
+    model = MaskableAdaptiveKLPPO(
+        "MlpPolicy",
+        make_env(),
+        n_steps=512,
+        batch_size=128,
+        learning_rate=4e-3,
+        gamma=0.4,
+        target_kl=0.03,
+        seed=0,
+        device="cpu",
+    )
+    untrained, _ = evaluate_policy(model, make_env(), n_eval_episodes=5, warn=False)
+    model.learn(20 * 512)
+    trained, _ = evaluate_policy(model, make_env(), n_eval_episodes=20, warn=False)
+    assert untrained < 40
+    assert trained > 90

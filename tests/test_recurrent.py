@@ -1,0 +1,197 @@
+"""RecurrentAdaptiveKLPPO: the same train step over sb3-contrib's RecurrentPPO."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from gymnasium.envs.classic_control import CartPoleEnv
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import IdentityEnv, IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.minibatches import minibatches
+from tests.conftest import Case, collect, image, logged, multi_input, parameters, pendulum
+
+
+def lstm(**kwargs):
+    return {"policy_kwargs": {"lstm_hidden_size": 16, **kwargs}}
+
+
+class AsBox(gym.ObservationWrapper):
+    """Integers as floats: contrib's LSTM policies cannot take MultiDiscrete or MultiBinary observations."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = spaces.Box(0, 10, env.observation_space.shape)
+
+    def observation(self, observation):
+        return np.asarray(observation, dtype=np.float32)
+
+
+CASES = {
+    "discrete": Case("MlpLstmPolicy", lambda: IdentityEnv(4, ep_length=11), lstm()),
+    "two-environments": Case("MlpLstmPolicy", lambda: make_vec_env("CartPole-v1", n_envs=2, seed=0), lstm()),
+    "multidiscrete": Case("MlpLstmPolicy", lambda: AsBox(IdentityEnvMultiDiscrete(3, ep_length=11)), lstm()),
+    "multibinary": Case("MlpLstmPolicy", lambda: AsBox(IdentityEnvMultiBinary(3, ep_length=11)), lstm()),
+    "box": Case("MlpLstmPolicy", pendulum, lstm()),
+    "gsde": Case("MlpLstmPolicy", pendulum, {"use_sde": True, **lstm()}),
+    "shared-lstm": Case("MlpLstmPolicy", pendulum, lstm(shared_lstm=True, enable_critic_lstm=False)),
+    "actor-lstm-only": Case("MlpLstmPolicy", pendulum, lstm(enable_critic_lstm=False)),
+    "cnn": Case("CnnLstmPolicy", lambda: image(action_dim=3), lstm()),
+    "dict": Case("MultiInputLstmPolicy", multi_input, lstm()),
+}
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+
+
+@pytest.mark.parametrize("batch_size", [128, None])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case != "multibinary"]
+)  # where RecurrentPPO of sb3-contrib 2.9.2 fails
+def test_first_update_equals_the_hosts(case, batch_size):
+    """See test_first_update.py: whatever β is."""
+    kwargs = {"n_steps": 128, "batch_size": batch_size, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
+    if case == "two-environments":
+        kwargs["n_steps"] = 64
+    host = CASES[case].build(RecurrentPPO, **kwargs).learn(128)
+    ours = CASES[case].build(RecurrentAdaptiveKLPPO, init_kl_coef=30.0, **kwargs)
+    start = parameters(ours)
+    ours.learn(128)
+    assert (parameters(ours) - start).abs().max() > 1e-3
+    assert (parameters(ours) - parameters(host)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_learns_in_several_rollouts(case):
+    model = CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL)
+    start = parameters(model)
+    model.learn(3 * 64)
+    assert not th.equal(parameters(model), start)
+    assert 0 < logged(model)["kl"] < 1
+    assert logged(model)["undone_updates"] == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_are_those_of_collection(case):
+    """At unchanged parameters the update sees the log-probabilities of collection, across the ends of episodes too."""
+    model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
+    for _, evaluation in model._sweep():
+        assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
+
+
+def padded_further(data, extra=3):
+    """The same minibatch with ``extra`` more padded steps of garbage at the end of every sequence."""
+    n_sequences = data.lstm_states.pi[0].shape[1]
+
+    def pad(tensor, garbage):
+        sequences = tensor.reshape(n_sequences, -1, *tensor.shape[1:])
+        tail = th.full_like(sequences[:, :1], garbage).repeat_interleave(extra, dim=1)
+        return th.cat([sequences, tail], dim=1).flatten(0, 1)
+
+    observations = data.observations
+    if isinstance(observations, dict):
+        observations = {key: pad(observation, 3) for key, observation in observations.items()}
+    else:
+        observations = pad(observations, 3)
+    return data._replace(
+        observations=observations,
+        actions=pad(data.actions, 1),
+        episode_starts=pad(data.episode_starts, 0),
+        mask=pad(data.mask, 0),
+        **{name: pad(getattr(data, name), 77.0) for name in ("old_values", "old_log_prob", "advantages", "returns")},
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_changes_nothing(case):
+    """Neither the measured KL, nor the loss and its parts, nor a gradient."""
+    model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, ent_coef=0.01, **SMALL))
+    old = model._old_distributions()
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.02 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
+
+    def measure():
+        np.random.seed(0)  # contrib's buffers cut the rollout at a random step
+        kl = model._divergence_on_rollout(old).mean()
+        model.policy.set_training_mode(True)
+        rollout_data, index = next(minibatches(model.rollout_buffer, model.batch_size))
+        loss, metrics = model._loss(rollout_data, old[index], model._settings())
+        model.policy.optimizer.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.policy.parameters() if parameter.grad is not None]
+        return len(rollout_data.mask), kl, metrics, th.cat([gradient.flatten() for gradient in gradients])
+
+    length, kl, metrics, gradients = measure()
+
+    class Padding(type(model.rollout_buffer)):
+        def _get_samples(self, *args, **kwargs):
+            return padded_further(super()._get_samples(*args, **kwargs))
+
+    model.rollout_buffer.__class__ = Padding
+    longer, padded_kl, padded_metrics, padded_gradients = measure()
+    assert longer > length
+    assert kl > 1e-6
+    assert padded_kl.item() == pytest.approx(kl.item(), rel=1e-5, abs=1e-8)
+    for one, other in zip(metrics[:-1], padded_metrics[:-1], strict=True):
+        assert one.item() == pytest.approx(other.item(), rel=1e-4, abs=1e-6)
+    assert (padded_gradients - gradients).abs().max() < 1e-6 * max(1.0, gradients.abs().max().item())
+
+
+def test_save_load_predict_and_continue(tmp_path):
+    model = CASES["box"].build(RecurrentAdaptiveKLPPO, **SMALL).learn(3 * 64)
+    model.save(tmp_path / "model")
+    loaded = RecurrentAdaptiveKLPPO.load(tmp_path / "model", env=pendulum())
+    assert isinstance(loaded, RecurrentPPO)
+    assert loaded.kl_coef == model.kl_coef
+    observation = np.array([1.0, 0.0, 0.5], dtype=np.float32)
+    action, states = loaded.predict(observation, deterministic=True)
+    expected, _ = model.predict(observation, deterministic=True)
+    assert action == expected
+    second, _ = loaded.predict(observation, state=states, episode_start=np.array([False]), deterministic=True)
+    assert second != action  # it remembers
+    loaded.learn(64, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 4 * 64
+
+
+class CartPoleWithoutVelocities(gym.ObservationWrapper):
+    """Position and angle only: what to do depends on where the pole came from. As in sb3-contrib's tests."""
+
+    def __init__(self):
+        super().__init__(gym.wrappers.TimeLimit(CartPoleEnv(), max_episode_steps=500))
+        high = self.env.observation_space.high[[0, 2]]
+        self.observation_space = spaces.Box(-high, high)
+
+    def observation(self, observation):
+        return observation[[0, 2]]
+
+
+@pytest.mark.filterwarnings("ignore:kl_coef has been at its lower bound")  # the feed-forward policy finds nothing to learn
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "remembers"),
+    [(RecurrentAdaptiveKLPPO, "MlpLstmPolicy", True), (AdaptiveKLPPO, "MlpPolicy", False)],
+    ids=["lstm", "feed-forward"],
+)
+def test_task_that_needs_memory(algorithm, policy, remembers):
+    """Without velocities a feed-forward policy stays below 50; contrib's own test asks RecurrentPPO for 160."""
+    env = VecNormalize(make_vec_env(CartPoleWithoutVelocities, n_envs=8, seed=1))
+    model = algorithm(
+        policy,
+        env,
+        n_steps=64,
+        batch_size=512,
+        learning_rate=2e-3,
+        max_grad_norm=1.0,
+        gae_lambda=0.98,
+        target_kl=0.02,
+        policy_kwargs={"lstm_hidden_size": 32, "enable_critic_lstm": False, "ortho_init": False} if remembers else {},
+        seed=1,
+        device="cpu",
+    )
+    model.learn(40_000)
+    env.training, env.norm_reward = False, False
+    mean_return, _ = evaluate_policy(model, env, n_eval_episodes=20, warn=False)
+    assert mean_return > 300 if remembers else mean_return < 100
