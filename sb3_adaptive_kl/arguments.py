@@ -30,17 +30,17 @@ def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> floa
     :param target_kl: a number, or a function of the remaining progress
     :param progress_remaining: from 1 (beginning) to 0 (end)
     :return: in nats, > 0
-    :raises ValueError: if a schedule returns a negative or non-finite number
+    :raises ValueError: if a schedule returns anything but a finite number that is not negative
     """
     if not callable(target_kl):
         return float(target_kl)
-    value = float(target_kl(progress_remaining))
-    if not 0 <= value < math.inf:
+    value = target_kl(progress_remaining)
+    if not _is_number(value) or value < 0:
         raise ValueError(
-            f"target_kl: the schedule returned {value} at progress_remaining={progress_remaining}, "
+            f"target_kl: the schedule returned {value!r} at progress_remaining={progress_remaining}, "
             "but a KL divergence to aim for is finite and not negative: check the schedule over [0, 1]"
         )
-    return max(value, MIN_SCHEDULED_TARGET_KL)
+    return max(float(value), MIN_SCHEDULED_TARGET_KL)
 
 
 def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: float) -> PenaltyRule:
@@ -179,7 +179,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     :param alternative: what else is valid, in words
     :raises ValueError: if ``value`` is none of the ``choices``, with the one that was probably meant
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{name}={value!r} is unknown, did you mean {nearest!r}? Valid are {', '.join(map(repr, choices))}{alternative}"
@@ -187,4 +187,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False

@@ -35,8 +35,10 @@ class ActionDistribution(ABC):
         return self._map(lambda tensor: tensor[index])
 
     @classmethod
-    def concatenate(cls, batches: "Sequence[SelfActionDistribution]") -> "SelfActionDistribution":
-        """One batch out of several of the same family."""
+    def concatenate(cls, batches: "Sequence[SelfActionDistribution]") -> "SelfActionDistribution | None":
+        """One batch out of several of the same family, None out of none."""
+        if not batches:
+            return None
         fields = zip(*(batch._tensors() for batch in batches), strict=True)
         return type(batches[0])(*(th.cat(tensors) for tensors in fields))
 
@@ -85,8 +87,7 @@ def action_distribution(distribution: Distribution) -> ActionDistribution:
     :return: its parameters
     :raises ValueError: if it is of a family without an exact KL here
     """
-    # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
-    held: Any = getattr(distribution, "distributions", None) or distribution.distribution
+    held = held_by(distribution)
     if isinstance(held, Normal):
         return DiagGaussian(held.loc, held.scale)
     if isinstance(held, Bernoulli):
@@ -99,6 +100,17 @@ def action_distribution(distribution: Distribution) -> ActionDistribution:
         f"kl_divergence: no exact KL is known here for the action distribution {type(distribution).__name__} "
         f"(it holds {type(held).__name__}): pass kl_divergence='k3', which needs only log-probabilities"
     )
+
+
+def held_by(distribution: Distribution | None) -> Any:
+    """
+    What a distribution of SB3 or sb3-contrib wraps: one of torch's, or a list of them; a new object after each evaluation.
+
+    :param distribution: for instance ``policy.action_dist``
+    :return: None if nothing was evaluated yet
+    """
+    # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
+    return getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
 
 
 def _finite(log_probs: th.Tensor) -> th.Tensor:

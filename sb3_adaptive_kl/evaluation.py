@@ -12,9 +12,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution
+from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution, held_by
 from sb3_adaptive_kl.divergences import k3, pearson
-from sb3_adaptive_kl.minibatches import minibatches, random_state_kept
+from sb3_adaptive_kl.minibatches import in_order, minibatches, random_state_kept
+
+# Transitions evaluated at a time when nothing is trained: enough to be quick, few enough not to be felt in memory
+SWEEP_CHUNK_SIZE = 256
 
 
 class Evaluation(NamedTuple):
@@ -57,8 +60,8 @@ class PolicyEvaluation(OnPolicyAlgorithm):
     batch_size: int | None
     kl_divergence: str
 
-    # Transitions evaluated at a time, at least, when nothing is trained: many are quicker, and these few cost no memory
-    _min_sweep_batch_size: int = 256
+    # Whether to sweep over one environment's whole rollout at a time
+    _keep_sequences_whole: bool = False
     _action_dist_checked: bool = False
 
     # ---------------------------------------------------------------- what the host decides
@@ -111,15 +114,15 @@ class PolicyEvaluation(OnPolicyAlgorithm):
 
     def _sweep(self) -> Iterator[tuple[th.Tensor, Evaluation]]:
         """
-        The policy as it acts (eval mode) on every transition of the rollout, without a graph or a random number. To be
-        exhausted: until then, gradients are off for the caller as well.
+        The policy as it acts (eval mode) on every transition of the rollout, in order, without a graph or a random number.
+        To be exhausted: until then, gradients are off for the caller as well.
 
         :return: pairs of indices into the flattened rollout and the evaluation of these transitions
         """
         self.policy.set_training_mode(False)
-        batch_size = None if self.batch_size is None else max(self.batch_size, self._min_sweep_batch_size)
+        chunk_size = self.rollout_buffer.buffer_size if self._keep_sequences_whole else SWEEP_CHUNK_SIZE
         with th.no_grad(), random_state_kept():
-            for rollout_data, index in minibatches(self.rollout_buffer, batch_size):
+            for rollout_data, index in in_order(self.rollout_buffer, chunk_size):
                 yield index, self._evaluate(rollout_data)
 
     # ---------------------------------------------------------------- comparison
@@ -133,15 +136,8 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         if self._divergence.needs_distribution and not self._action_dist_checked:
             self._check_action_dist()
             self._action_dist_checked = True
-        batches: list[ActionDistribution] = []
-        indices: list[th.Tensor] = []
-        for index, evaluation in self._sweep():
-            if evaluation.distribution is not None:
-                batches.append(evaluation.distribution)
-                indices.append(index)
-        if not batches:
-            return None
-        return ActionDistribution.concatenate(batches)[th.cat(indices).argsort()]
+        batches = [evaluation.distribution for _, evaluation in self._sweep()]
+        return ActionDistribution.concatenate([batch for batch in batches if batch is not None])
 
     def _divergence_on_rollout(self, old: ActionDistribution | None) -> th.Tensor:
         """
@@ -161,13 +157,14 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         with th.no_grad(), random_state_kept(), closing(minibatches(self.rollout_buffer, self.batch_size)) as epoch:
             rollout_data, _ = next(epoch)
             actions = self._actions(rollout_data)
+            before = held_by(getattr(self.policy, "action_dist", None))
             _, log_prob, _ = self._evaluate_actions(rollout_data, actions)
-            try:
-                left_behind = self.policy.action_dist.log_prob(actions)
-                same = left_behind.shape == log_prob.shape and bool(th.isclose(left_behind, log_prob, equal_nan=True).all())
-            except (AttributeError, RuntimeError, ValueError):  # no distribution at all, or that of an earlier batch
-                same = False
-        if not same:
+            after = held_by(getattr(self.policy, "action_dist", None))
+            left_behind = after is not None and after is not before
+            if left_behind:
+                log_prob_after = self.policy.action_dist.log_prob(actions)
+                left_behind = bool(th.isclose(log_prob_after, log_prob, equal_nan=True).all())
+        if not left_behind:
             raise ValueError(
                 f"policy={type(self.policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
                 "policy.action_dist, so its KL divergence cannot be computed: build it with "

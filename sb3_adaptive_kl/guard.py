@@ -14,17 +14,22 @@ class Checkpoint:
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
-        self.policy = policy
-        # copy.deepcopy(policy) would fail: gSDE's exploration matrices and the last distribution carry a graph
-        self.policy_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        self.optimizer = policy.optimizer
+        # Neither copy.deepcopy(policy), since gSDE's exploration matrices and the last distribution carry a graph, nor its
+        # state_dict(), which leaves out buffers that are not persistent and may hold what is no tensor
+        self.tensors = [*policy.parameters(), *policy.buffers()]
+        self.saved = [tensor.detach().clone() for tensor in self.tensors]
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 
     def restore(self) -> None:
         """Put the policy and its optimiser back to where they were."""
-        self.policy.load_state_dict(self.policy_state)
-        self.policy.optimizer.load_state_dict(self.optimizer_state)
+        with th.no_grad():
+            for tensor, saved in zip(self.tensors, self.saved, strict=True):
+                tensor.copy_(saved)
+        self.optimizer.load_state_dict(self.optimizer_state)
 
-
-def is_finite(policy: ActorCriticPolicy) -> bool:
-    """Whether every parameter and buffer of the policy is finite."""
-    return all(bool(th.isfinite(tensor).all()) for tensor in policy.state_dict().values())
+    def still_finite(self) -> bool:
+        """Whether what was finite still is. A constant −inf, as in the mask of an attention layer, does no harm."""
+        return all(
+            bool((tensor.isfinite() | ~saved.isfinite()).all()) for tensor, saved in zip(self.tensors, self.saved, strict=True)
+        )

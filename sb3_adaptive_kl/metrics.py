@@ -39,6 +39,13 @@ class UpdateMetrics:
         self.epochs: list[list[MinibatchMetrics]] = []
         self.grad_norms: list[th.Tensor] = []
 
+    def finite(self) -> bool:
+        """
+        Whether every step was taken along a finite gradient. An infinite norm is clipped to a step of 0: the parameters would
+        stay finite, and the same, for ever.
+        """
+        return not self.grad_norms or bool(th.stack(self.grad_norms).isfinite().all())
+
     def record(self, logger: Logger, settings: Settings) -> None:
         """Write the means over all minibatches; ``approx_kl`` over those of the last epoch only, and ``loss`` of the last
         one, as SB3's PPO does."""

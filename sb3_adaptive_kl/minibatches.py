@@ -1,5 +1,5 @@
 """
-Rollout buffer → shuffled minibatches that know which transitions they hold.
+Rollout buffer → minibatches that know which transitions they hold: shuffled for training, in order for measuring.
 
 The minibatches of SB3's rollout buffers do not say which transitions were drawn, but the old policy's parameters are stored
 once per rollout and have to be looked up by index. All buffers of SB3 and sb3-contrib draw through ``_get_samples(indices,
@@ -8,12 +8,21 @@ numbers.
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+
+
+class Draw(NamedTuple):
+    """One call of ``buffer._get_samples(batch_inds, *args, **kwargs)`` and what it gave."""
+
+    samples: Any
+    batch_inds: np.ndarray
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, th.Tensor], None, None]:
@@ -26,29 +35,57 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tupl
         padded samples hold more rows than there are indices, the valid ones in the order of the indices
     :raises ValueError: if the buffer does not draw through ``_get_samples``, or draws an empty minibatch
     """
-    drawn: list[np.ndarray] = []
+    for samples, draw in _draws(buffer, batch_size):
+        yield samples, th.as_tensor(draw.batch_inds, device=buffer.device)
+
+
+def in_order(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.Tensor]]:
+    """
+    Every transition of the rollout once, in the order of the flattened rollout: one environment after the other.
+
+    :param buffer: as for ``minibatches``
+    :param chunk_size: transitions at a time
+    :return: as for ``minibatches``
+    :raises ValueError: as for ``minibatches``
+    """
+    # The first minibatch of an epoch: drawing it flattens the rollout, and shows what _get_samples is called with
+    with closing(_draws(buffer, batch_size=1)) as epoch:
+        _, draw = next(epoch)
+    n_transitions = buffer.buffer_size * buffer.n_envs
+    for start in range(0, n_transitions, chunk_size):
+        batch_inds = np.arange(start, min(start + chunk_size, n_transitions))
+        samples = buffer._get_samples(batch_inds, *draw.args, **draw.kwargs)
+        yield samples, th.as_tensor(batch_inds, device=buffer.device)
+
+
+def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, Draw], None, None]:
+    pending: list[Draw] = []
     get_samples = buffer._get_samples
 
     def listening(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-        drawn.append(batch_inds)
-        return get_samples(batch_inds, *args, **kwargs)
+        samples = get_samples(batch_inds, *args, **kwargs)
+        pending.append(Draw(samples, batch_inds, args, kwargs))
+        return samples
 
     buffer._get_samples = listening  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            if not drawn:
+            # By identity, since a buffer may draw ahead or drop what it has drawn; else the only one there is
+            position = next((i for i, draw in enumerate(pending) if draw.samples is samples), 0)
+            if not pending or (pending[position].samples is not samples and len(pending) > 1):
                 raise ValueError(
                     f"rollout_buffer_class={type(buffer).__name__} does not draw its minibatches through "
                     "_get_samples(batch_inds, ...), so their transitions are unknown: subclass RolloutBuffer and "
                     "override _get_samples instead of get"
                 )
-            batch_inds = drawn.pop()
-            if len(batch_inds) == 0:
+            draw = pending[position]
+            del pending[: position + 1]
+            if len(draw.batch_inds) == 0:
                 raise ValueError(
                     f"rollout_buffer_class={type(buffer).__name__} drew an empty minibatch, whose mean loss is NaN: "
                     "check its get() and batch_size"
                 )
-            yield samples, th.as_tensor(batch_inds, device=buffer.device)
+            yield samples, draw
     finally:
         del buffer._get_samples
 

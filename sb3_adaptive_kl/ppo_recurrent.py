@@ -29,8 +29,8 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
 
     policy: RecurrentActorCriticPolicy
 
-    # A longer minibatch cuts the sequences elsewhere, and an LSTM that has moved would then give another divergence
-    _min_sweep_batch_size = 1
+    # A sequence that is cut goes on from the old policy's hidden state, which would hide a part of the divergence
+    _keep_sequences_whole = True
 
     def __init__(
         self,

@@ -20,12 +20,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_adaptive_kl import losses
-from sb3_adaptive_kl.acceleration import compiled
+from sb3_adaptive_kl.acceleration import Compiled
 from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
 from sb3_adaptive_kl.distributions import ActionDistribution
 from sb3_adaptive_kl.divergences import k3
 from sb3_adaptive_kl.evaluation import PolicyEvaluation
-from sb3_adaptive_kl.guard import Checkpoint, is_finite
+from sb3_adaptive_kl.guard import Checkpoint
 from sb3_adaptive_kl.metrics import MinibatchMetrics, Settings, UpdateMetrics
 from sb3_adaptive_kl.minibatches import minibatches
 from sb3_adaptive_kl.penalty import PenaltyRule
@@ -103,9 +103,8 @@ class KLPenaltyTraining(PolicyEvaluation):
         super()._setup_model()
         self.clip_range = self.clip_range if clipping else None
         # Not after load(): the running β is part of the checkpoint
-        if not hasattr(self, "kl_coef"):
-            self.kl_coef = float(self.init_kl_coef)
-        self._loss_function = compiled(self._loss) if self.compile else self._loss
+        self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
+        self._loss_function = Compiled(self._loss) if self.compile else self._loss
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew; the policy may be another when it is loaded
@@ -134,7 +133,7 @@ class KLPenaltyTraining(PolicyEvaluation):
 
         kl = self._optimize_and_measure(old, settings, metrics)
         d = kl.mean().item()
-        sound = math.isfinite(d) and is_finite(self.policy)
+        sound = math.isfinite(d) and metrics.finite() and checkpoint.still_finite()
         if not sound:
             checkpoint.restore()
             self._undone_updates += 1
@@ -263,24 +262,19 @@ class KLPenaltyTraining(PolicyEvaluation):
         same_side = side * self._rollouts_at_bound > 0
         self._rollouts_at_bound = self._rollouts_at_bound + side if same_side else side
         if abs(self._rollouts_at_bound) == PATIENCE_AT_BOUND:
-            self._warn_at_bound(above=side > 0, target_kl=target_kl)
+            self._warn_at_bound(side > 0, kl, target_kl)
 
-    def _warn_at_bound(self, above: bool, target_kl: float) -> None:
-        if above:
-            bound, miss, remedy = "upper", "above", "Lower learning_rate or n_epochs, or raise target_kl."
-        else:
-            bound, miss, remedy = (
-                "lower",
-                "below",
-                (
-                    "Raise learning_rate or n_epochs, or lower target_kl. (Expected while a schedule takes learning_rate "
-                    "to 0. If the policy has become deterministic, it is learning_rate that was too high.)"
-                ),
+    def _warn_at_bound(self, above: bool, kl: float, target_kl: float) -> None:
+        bound, remedy = "upper", "For a lower divergence lower learning_rate or n_epochs, or raise target_kl."
+        if not above:
+            bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
+            remedy += (
+                " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower it instead.)"
             )
         warnings.warn(
-            f"kl_coef has been at its {bound} bound {self.kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and the KL "
-            f"divergence is still {miss} target_kl={target_kl:g}. The coefficient alone cannot correct this: the length of "
-            f"Adam's step does not depend on the scale of the loss. {remedy}",
+            f"kl_coef has been at its {bound} bound {self.kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "
+            f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
+            f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}",
             stacklevel=2,
         )
 

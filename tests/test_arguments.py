@@ -19,6 +19,7 @@ BAD = [
     ({"target_kl": None}, r"target_kl=None"),
     ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*LinearSchedule\(0.02, 0.0, 1.0\)"),
     ({"target_kl": True}, r"target_kl=True"),
+    ({"target_kl": 10**400}, r"target_kl=1000"),
     ({"kl_factor": 1.0}, r"kl_factor=1.0.*> 1.*kl_rule='fixed'"),
     ({"kl_factor": math.inf}, r"kl_factor=inf"),
     ({"kl_tolerance": 0.9}, r"kl_tolerance=0.9.*>= 1"),
@@ -38,6 +39,7 @@ BAD = [
     ({"kl_rule": 3}, r"kl_rule=3 cannot be called"),
     ({"kl_rule": FixedPenalty}, r"kl_rule=FixedPenalty is a class: pass an instance, FixedPenalty\(\)"),
     ({"kl_divergence": "revers"}, r"kl_divergence='revers' is unknown, did you mean 'reverse'\?"),
+    ({"kl_divergence": ["k3"]}, r"kl_divergence=\['k3'\] is unknown"),
     ({"kl_divergence": "KL3"}, r"did you mean 'k3'\?"),
     ({"clip_range": 0.0}, r"clip_range=0.0.*None deactivates"),
     ({"clip_range": -0.2}, r"clip_range=-0.2"),
@@ -107,8 +109,12 @@ def test_scheduled_target_may_end_at_zero_but_not_below():
     schedule = LinearSchedule(0.02, 0.0, 1.0)
     assert target_kl_at(schedule, 1.0) == pytest.approx(0.02)
     assert 0 < target_kl_at(schedule, 0.0) < 1e-9
-    with pytest.raises(ValueError, match=r"target_kl: the schedule returned -0.01 at progress_remaining=0.5"):
-        target_kl_at(lambda progress: -0.01, 0.5)
+
+
+@pytest.mark.parametrize("value", [-0.01, math.nan, None, "0.01"])
+def test_schedule_that_returns_no_target_is_named(value):
+    with pytest.raises(ValueError, match=rf"target_kl: the schedule returned {value!r} at progress_remaining=0.5"):
+        target_kl_at(lambda progress: value, 0.5)
 
 
 def test_running_beta_must_fit_new_bounds(tmp_path):

@@ -1,5 +1,7 @@
 """Parameters of the hosts' distributions: remembered rather than referenced, for every family and action space."""
 
+import math
+
 import pytest
 import torch as th
 from stable_baselines3.common.distributions import (
@@ -111,6 +113,14 @@ def test_impossible_outcomes_are_finite():
     assert th.isfinite(parameters.log_probs).all()
     (gradient,) = th.autograd.grad(parameters.kl(parameters).sum(), logits)
     assert not th.isnan(gradient).any()
+
+
+def test_saturated_bernoulli():
+    """Logits 18 and 20, whose probabilities float32 rounds to 1: the KL is that of the improbable outcome, not inf."""
+    old, new = (BernoulliDistribution(1).proba_distribution(th.tensor([[logit]])) for logit in (18.0, 20.0))
+    p, q = 1 / (1 + math.exp(18)), 1 / (1 + math.exp(20))
+    expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert action_distribution(old).kl(action_distribution(new)).item() == pytest.approx(expected, rel=0.05)
 
 
 def test_unknown_family_names_the_way_out():

@@ -54,6 +54,52 @@ def test_first_update_of_all_is_undone(monkeypatch):
     assert optimizer_state(model) == []
 
 
+def test_parameter_lost_where_the_kl_cannot_see_it(monkeypatch):
+    """The value function overflows in the last step: the KL is finite, and the loss was."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
+    before, step = parameters(model), model.policy.optimizer.step
+
+    def overflowing_step():
+        step()
+        with th.no_grad():
+            model.policy.value_net.bias.fill_(th.inf)
+
+    monkeypatch.setattr(model.policy.optimizer, "step", overflowing_step)
+    monkeypatch.setattr(losses, "value_loss", lambda *args: th.zeros((), requires_grad=True))
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert math.isfinite(logged(model)["kl"])
+    assert th.equal(parameters(model), before)
+
+
+def test_step_of_length_zero_is_not_taken_for_a_sound_one(monkeypatch):
+    """A gradient norm beyond float32 is clipped to 0: nothing would ever move, and nothing would be NaN."""
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: 1e30 * ratio.mean())
+    model = collect(CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **SMALL))
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+
+
+def test_constant_minus_infinity_is_no_divergence():
+    """As in the mask of an attention layer; nor does a module's extra state confuse the checkpoint."""
+
+    class Masked(th.nn.Linear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("mask", th.full((4, 4), -th.inf).triu(1))
+
+        def get_extra_state(self):
+            return {"version": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.policy.action_net.masked = Masked(1, 1)
+    model.learn(2 * 64)
+    assert logged(model)["undone_updates"] == 0
+
+
 @pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
 def test_gives_up_after_several_in_a_row(monkeypatch, kl_divergence):
     with_nan_loss(monkeypatch)
@@ -111,14 +157,14 @@ def test_other_errors_are_not_taken_for_divergence():
 
 def test_warns_once_at_the_upper_bound():
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=0.1, kl_coef_bounds=(0.5, 2.0), target_kl=1e-4, **SMALL)
-    with pytest.warns(UserWarning, match=r"upper bound 2 for 10.*above target_kl=0.0001\..*Lower learning_rate") as caught:
+    with pytest.warns(UserWarning, match=r"upper bound 2 for 10.*target_kl 0.0001\..*lower learning_rate") as caught:
         model.learn(15 * 64)
     assert len(caught) == 1
 
 
 def test_warns_once_at_the_lower_bound():
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, **SMALL)
-    with pytest.warns(UserWarning, match=r"lower bound 0.03125 for 10.*below target_kl=0.01\..*Raise learning_rate") as caught:
+    with pytest.warns(UserWarning, match=r"lower bound 0.03125 for 10.*target_kl 0.01\..*raise learning_rate") as caught:
         model.learn(15 * 64)
     assert len(caught) == 1
 

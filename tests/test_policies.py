@@ -11,10 +11,11 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.minibatches import minibatches
 from tests.conftest import CASES, collect, logged, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -98,6 +99,50 @@ def test_user_supplied_rollout_buffer():
     assert "_get_samples" not in vars(model.rollout_buffer)
 
 
+class DropLastBuffer(RolloutBuffer):
+    """Leaves out what does not fill a minibatch."""
+
+    def get(self, batch_size=None):
+        yield from list(super().get(batch_size))[: self.buffer_size * self.n_envs // batch_size]
+
+
+class ReplacingBuffer(RolloutBuffer):
+    """Draws with replacement."""
+
+    def get(self, batch_size=None):
+        next(super().get(1))  # flattens
+        for _ in range(4):
+            yield self._get_samples(np.random.randint(self.buffer_size * self.n_envs, size=batch_size))
+
+
+class PrefetchingBuffer(RolloutBuffer):
+    """Draws the next minibatch before it hands out this one."""
+
+    def get(self, batch_size=None):
+        epoch = super().get(batch_size)
+        ahead = next(epoch)
+        for samples in epoch:
+            yield ahead
+            ahead = samples
+        yield ahead
+
+
+@pytest.mark.parametrize("buffer", [DropLastBuffer, ReplacingBuffer, PrefetchingBuffer])
+def test_unusual_rollout_buffers(buffer):
+    """Every transition is compared with itself: at unchanged parameters the KL of each minibatch is 0."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, rollout_buffer_class=buffer, n_steps=60, batch_size=20))
+    with th.no_grad():
+        model.policy.action_net.weight *= 100  # so that states differ
+    old = model._old_distributions()
+    assert (model._divergence_on_rollout(old) == 0).all()
+    for _ in range(2):
+        for rollout_data, index in minibatches(model.rollout_buffer, 20):
+            _, metrics = model._loss(rollout_data, old[index], model._settings())
+            assert metrics.kl < 1e-9
+    model.train()
+    assert logged(model)["undone_updates"] == 0
+
+
 class OpaqueBuffer(RolloutBuffer):
     """Draws its minibatches by itself."""
 
@@ -146,8 +191,24 @@ class MoreSecretivePolicy(SecretivePolicy):
         return actions, values, log_prob
 
 
+class PolicyWithoutDistribution(MoreSecretivePolicy):
+    @property
+    def action_dist(self):
+        raise AttributeError("no action_dist")
+
+    @action_dist.setter
+    def action_dist(self, value):
+        self.__dict__["hidden_dist"] = value
+
+    def _build(self, lr_schedule):
+        self.mlp_extractor = MlpExtractor(self.features_dim, self.net_arch, self.activation_fn)
+        self.action_net = th.nn.Linear(self.mlp_extractor.latent_dim_pi, int(self.action_space.n))
+        self.value_net = th.nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))
+
+
 @pytest.mark.parametrize("n_envs", [1, 4])
-@pytest.mark.parametrize("policy", [SecretivePolicy, MoreSecretivePolicy])
+@pytest.mark.parametrize("policy", [SecretivePolicy, MoreSecretivePolicy, PolicyWithoutDistribution])
 @pytest.mark.parametrize("kl_divergence", ["forward", "reverse"])
 def test_policy_that_hides_its_distribution_is_named(kl_divergence, policy, n_envs):
     env = make_vec_env("CartPole-v1", n_envs=n_envs)

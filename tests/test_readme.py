@@ -15,11 +15,13 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     namespace: dict = {}
+    timesteps = []
     for block in blocks:
         exec(re.sub(r"learn\(\d+_000", "learn(4096", block), namespace)
-    assert namespace["model"].num_timesteps == 2 * 4096
+        timesteps.append(namespace["model"].num_timesteps)
+    assert timesteps == [4096, 2 * 4096, 4096, 4096, 4096]
     assert "train/" in capsys.readouterr().out
 
 

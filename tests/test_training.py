@@ -1,5 +1,6 @@
 """The update as a whole: what is measured, when, on what; what each option does to it; what is logged."""
 
+import copy
 import math
 
 import numpy as np
@@ -15,15 +16,16 @@ from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
 
 
-def torch_kl(model, distribution):
-    """KL(old ‖ new) of the whole rollout by torch's own formulas, given the old policy's torch distributions."""
+def torch_kl(model, distribution, reduce=th.mean):
+    """KL(old ‖ new) over the whole rollout by torch's own formulas, given the old policy's torch distributions."""
     observations = th.as_tensor(model.rollout_buffer.observations)
     with th.no_grad():
         new = model.policy.get_distribution(observations).distribution
     if isinstance(new, list):
-        return sum(th.distributions.kl_divergence(p, q) for p, q in zip(distribution, new, strict=True)).mean().item()
-    kl = th.distributions.kl_divergence(distribution, new)
-    return (kl.sum(dim=1) if kl.ndim > 1 else kl).mean().item()
+        kl = sum(th.distributions.kl_divergence(p, q) for p, q in zip(distribution, new, strict=True))
+    else:
+        kl = th.distributions.kl_divergence(distribution, new)
+    return reduce(kl.sum(dim=1) if kl.ndim > 1 else kl).item()
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -36,7 +38,7 @@ def test_measured_after_the_update_on_the_whole_rollout(case):
     model.train()
     assert logged(model)["kl"] == pytest.approx(torch_kl(model, before), rel=1e-3, abs=1e-7)
     assert logged(model)["kl"] > 1e-5
-    assert logged(model)["kl_max"] > logged(model)["kl"]
+    assert logged(model)["kl_max"] == pytest.approx(torch_kl(model, before, reduce=th.max), rel=1e-3, abs=1e-7)
     assert logged(model)["kl_over_target"] == pytest.approx(logged(model)["kl"] / 0.01)
 
 
@@ -86,9 +88,28 @@ def test_options_restrain_a_step_that_is_too_long(option):
     assert restrained < 0.03
 
 
+def test_stop_factor_is_relative_to_the_target():
+    """The same run stops later at twice the factor, and at the same place at twice the factor and half the target."""
+    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 10, "learning_rate": 0.001, "init_kl_coef": 0.05}
+
+    def n_updates(target_kl, factor):
+        options = {"target_kl": target_kl, "kl_stop_factor": factor}
+        return CASES["discrete"].build(AdaptiveKLPPO, **kwargs, **options).learn(128)._n_updates
+
+    assert n_updates(0.01, 0.5) < n_updates(0.01, 2.0) == n_updates(0.005, 4.0) < 10
+
+
+def test_clip_ranges_follow_their_schedules():
+    schedule = LinearSchedule(0.4, 0.0, 1.0)
+    model = CASES["box"].build(AdaptiveKLPPO, clip_range=schedule, clip_range_vf=schedule, **SMALL).learn(2 * 128)
+    assert logged(model)["clip_range"] == logged(model)["clip_range_vf"] == 0.0
+    model._current_progress_remaining = 0.5
+    assert model._settings()[2:] == pytest.approx((0.2, 0.2))
+
+
 def test_hinge_begins_at_its_factor():
     """Of a policy that was moved by a known KL, the loss grows by c · (KL − factor · target)², and not below."""
-    model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0, target_kl=0.005))
     old = model._old_distributions()
     with th.no_grad():
         model.policy.log_std += 0.2
@@ -99,8 +120,8 @@ def test_hinge_begins_at_its_factor():
         model.kl_cutoff_coef, model.kl_cutoff_factor = coef, factor
         return model._loss(rollout_data, old[index], model._settings())[0].item()
 
-    assert loss(1000.0, factor=2.0) - loss(0.0, factor=2.0) == pytest.approx(1000 * (kl - 2 * 0.01) ** 2, rel=1e-3)
-    assert loss(1000.0, factor=10.0) == loss(0.0, factor=10.0)
+    assert loss(1000.0, factor=2.0) - loss(0.0, factor=2.0) == pytest.approx(1000 * (kl - 2 * 0.005) ** 2, rel=1e-3)
+    assert loss(1000.0, factor=20.0) == loss(0.0, factor=20.0)
 
 
 def test_early_stop_skips_epochs_but_not_the_rule(capsys):
@@ -233,6 +254,17 @@ class TestCompiled:
         runs[1].save(tmp_path / "model")
         assert AdaptiveKLPPO.load(tmp_path / "model").compile is True
         assert runs[1].get_parameters()["policy"].keys() == runs[0].get_parameters()["policy"].keys()
+
+    def test_a_copy_trains_itself(self):
+        model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL))
+        model._loss_function.fast = model._loss  # what compilation would give, bound to the original
+        copied = copy.deepcopy(model)
+        start = parameters(model)
+        copied._loss_function.failed = True  # spares the copy's compilation
+        copied.train()
+        assert th.equal(parameters(model), start)
+        assert not th.equal(parameters(copied), start)
+        assert copied._loss_function.fast is None
 
     def test_falls_back_to_eager_with_one_warning(self, monkeypatch):
         def refuse(function):
