@@ -82,6 +82,13 @@ def test_hidden_states_are_those_of_collection(case):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
+def test_measured_on_whole_sequences():
+    """One environment's rollout at a time, since a sequence that is cut goes on from the old policy's hidden state."""
+    kwargs = {"n_steps": 300, "batch_size": 100}
+    model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, **kwargs))
+    assert [index.tolist() for index, _ in model._sweep()] == [list(range(300)), list(range(300, 600))]
+
+
 def padded_further(data, extra=3):
     """The same minibatch with ``extra`` more padded steps of garbage at the end of every sequence."""
     n_sequences = data.lstm_states.pi[0].shape[1]
