@@ -36,3 +36,7 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'") from None
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_VARIANTS]

@@ -1,7 +1,8 @@
 """
 The policy on the rollout: evaluated on a minibatch with its graph, or swept over every transition without one.
 
-What only the host knows stands here in two methods: how a minibatch is evaluated, and which of its entries are not padding.
+What only the host knows stands here in three methods: how a minibatch is evaluated, which of its entries are not padding, and
+whether the rollout is sound.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class PolicyEvaluation(OnPolicyAlgorithm):
     batch_size: int | None
     kl_divergence: str
 
-    # Whether to sweep over one environment's whole rollout at a time
+    # Whether a sweep may cut the rollout only where an episode ends
     _keep_sequences_whole: bool = False
     _action_dist_checked: bool = False
 
@@ -120,9 +121,8 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         :return: pairs of indices into the flattened rollout and the evaluation of these transitions
         """
         self.policy.set_training_mode(False)
-        chunk_size = self.rollout_buffer.buffer_size if self._keep_sequences_whole else SWEEP_CHUNK_SIZE
         with th.no_grad(), random_state_kept():
-            for rollout_data, index in in_order(self.rollout_buffer, chunk_size):
+            for rollout_data, index in in_order(self.rollout_buffer, SWEEP_CHUNK_SIZE, self._keep_sequences_whole):
                 yield index, self._evaluate(rollout_data)
 
     # ---------------------------------------------------------------- comparison

@@ -9,6 +9,7 @@ numbers.
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,12 +40,14 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tupl
         yield samples, th.as_tensor(draw.batch_inds, device=buffer.device)
 
 
-def in_order(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.Tensor]]:
+def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = False) -> Iterator[tuple[Any, th.Tensor]]:
     """
     Every transition of the rollout once, in the order of the flattened rollout: one environment after the other.
 
     :param buffer: as for ``minibatches``
-    :param chunk_size: transitions at a time
+    :param chunk_size: transitions at a time, at most, padding included
+    :param whole_sequences: whether to cut only where an episode or an environment ends; a chunk then holds at least one
+        whole sequence, even if that is longer
     :return: as for ``minibatches``
     :raises ValueError: as for ``minibatches``
     """
@@ -52,10 +55,29 @@ def in_order(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.T
     with closing(_draws(buffer, batch_size=1)) as epoch:
         _, draw = next(epoch)
     n_transitions = buffer.buffer_size * buffer.n_envs
-    for start in range(0, n_transitions, chunk_size):
-        batch_inds = np.arange(start, min(start + chunk_size, n_transitions))
+    cuts = _cuts_between_sequences(buffer, chunk_size) if whole_sequences else range(0, n_transitions, chunk_size)
+    for start, end in pairwise([*cuts, n_transitions]):
+        batch_inds = np.arange(start, end)
         samples = buffer._get_samples(batch_inds, *draw.args, **draw.kwargs)
         yield samples, th.as_tensor(batch_inds, device=buffer.device)
+
+
+def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]:
+    """
+    Where chunks begin. Their sequences are padded to the longest: one long episode among many short ones would otherwise
+    take memory quadratic in the length of the rollout.
+    """
+    begins = buffer.episode_starts.flatten() > 0
+    begins[:: buffer.buffer_size] = True  # the first step of each environment
+    sequences = np.flatnonzero(begins)
+    cuts, n_sequences, longest = [0], 0, 0
+    for start, length in zip(sequences, np.diff([*sequences, len(begins)]), strict=True):
+        longest = max(longest, length)
+        if n_sequences > 0 and (n_sequences + 1) * longest > chunk_size:
+            cuts.append(int(start))
+            n_sequences, longest = 0, length
+        n_sequences += 1
+    return cuts
 
 
 def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, Draw], None, None]:

@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.minibatches import minibatches
+from sb3_adaptive_kl.minibatches import in_order, minibatches
 from tests.conftest import Case, collect, image, logged, multi_input, parameters, pendulum
 
 
@@ -83,10 +83,26 @@ def test_hidden_states_are_those_of_collection(case):
 
 
 def test_measured_on_whole_sequences():
-    """One environment's rollout at a time, since a sequence that is cut goes on from the old policy's hidden state."""
-    kwargs = {"n_steps": 300, "batch_size": 100}
-    model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, **kwargs))
-    assert [index.tolist() for index, _ in model._sweep()] == [list(range(300)), list(range(300, 600))]
+    """A sequence that is cut goes on from the old policy's hidden state: chunks begin where episodes or environments do."""
+    model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, n_steps=300, batch_size=100))
+    chunks = [index.tolist() for index, _ in model._sweep()]
+    assert [transition for chunk in chunks for transition in chunk] == list(range(600))
+    assert len(chunks) > 2
+    for first, *_ in chunks:
+        assert first % 300 == 0 or model.rollout_buffer.episode_starts[first] == 1
+
+
+@pytest.mark.parametrize("position", [0, 100, 600])
+def test_one_long_episode_among_short_ones_is_not_padded_quadratically(position):
+    """1000 steps, one episode of 400, all others of 3: at most 256 rows at a time, but for the long one itself."""
+    model = collect(CASES["discrete"].build(RecurrentAdaptiveKLPPO, n_steps=1000, batch_size=100))
+    starts = np.zeros(1000, dtype=np.float32)
+    starts[: position + 1 : 3] = starts[position + 400 :: 3] = starts[position] = 1
+    model.rollout_buffer.episode_starts = starts[:, None]
+    rows = [len(data.mask) for data, _ in in_order(model.rollout_buffer, 256, whole_sequences=True)]
+    assert max(rows) <= 402
+    assert sorted(rows)[-2] <= 256
+    assert sum(rows) < 1100
 
 
 def padded_further(data, extra=3):
