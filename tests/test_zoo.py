@@ -63,7 +63,8 @@ def test_train_enjoy_record_continue_and_plot(tmp_path):
 
 
 def test_recurrent(tmp_path):
-    zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs --vec-env subproc")
+    zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs --vec-env subproc -P -tb tb")
+    assert list(tmp_path.glob("tb/**/events.out.tfevents.*"))
     output = zoo(tmp_path, "enjoy --algo ppo_kl_lstm --env CartPoleNoVel-v1 -f logs --no-render -n 100")
     assert "Mean reward: " in output or "Episode Reward" in output
 
