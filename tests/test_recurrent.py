@@ -200,8 +200,8 @@ class CartPoleWithoutVelocities(gym.ObservationWrapper):
 )
 def test_task_that_needs_memory(algorithm, policy, remembers):
     """
-    Without velocities a feed-forward policy stays below 50; contrib's own test asks RecurrentPPO for 160. With the hinge, since
-    the KL of single updates is heavy-tailed on rollouts of a thousand steps: without it, seeds end between 150 and 500.
+    Without velocities a feed-forward policy stays below 50; contrib's own test asks RecurrentPPO for 160. With the hinge,
+    since on small rollouts the KL of single updates is heavy-tailed: without it, seeds ended between 150 and 500.
     """
     env = VecNormalize(make_vec_env(CartPoleWithoutVelocities, n_envs=8, seed=1))
     model = algorithm(
