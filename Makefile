@@ -6,11 +6,21 @@ VENV ?= .venv
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+DEMO = runs/demo
+AGENT = --algo ppo_kl --env CartPole-v1 -f $(DEMO)
+
+SHELL = bash
+.SHELLFLAGS = -eu -o pipefail -c
 
 .PHONY: demo test lint type format benchmark clean
 
+# RL Baselines3 Zoo's own commands: train, evaluate over 100 episodes, record a video; then a picture of the training run
 demo: $(STAMP)
-	$(BIN)/python examples/cartpole.py
+	rm -rf $(DEMO)
+	$(BIN)/python -m rl_zoo3.train $(AGENT) --seed 1 --num-threads 1 --eval-freq -1 --verbose 0 -P -tb $(DEMO)/tensorboard
+	$(BIN)/python -m rl_zoo3.enjoy $(AGENT) --no-render -n 50000 | tail -n 3
+	SDL_VIDEODRIVER=dummy $(BIN)/python -m rl_zoo3.record_video $(AGENT) -n 500 2>&1 | tail -n 1
+	$(BIN)/python examples/training_curves.py $(DEMO)/tensorboard/CartPole-v1/AdaptiveKLPPO_1 -o $(DEMO)/training.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

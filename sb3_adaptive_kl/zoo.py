@@ -8,8 +8,12 @@ The start-up hook (`startup/`) registers both as soon as the zoo is imported. Wh
 runs any script of the zoo with the algorithms registered, though not the child processes that some scripts start.
 """
 
+import atexit
+import os
 import runpy
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -35,6 +39,8 @@ def complete_registry(module: ModuleType) -> None:
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
             module.ALGOS.setdefault(algo, getattr(import_module("sb3_adaptive_kl"), class_name))
+        if "rl_zoo3.record_training" in sys.orig_argv:  # `python -m` imports the package before it says in __main__ what it runs
+            provide_programs()
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         for algo in ALGORITHMS:
             module.HYPERPARAMS_SAMPLER.setdefault(algo, penalty_sampler(module.sample_ppo_params))
@@ -116,6 +122,26 @@ def _understand_linear_target(manager: Any) -> None:
         return preprocess(hyperparams)  # type: ignore[no-any-return]
 
     manager._preprocess_schedules = staticmethod(preprocess_schedules)
+
+
+def provide_programs() -> None:
+    """
+    Make `python` and `ffmpeg` mean something in this process and its children: the zoo's record_training calls them by these names.
+
+    :raises SystemExit: if the system has no ffmpeg and imageio-ffmpeg brings none, which record_training would notice only
+        after it has recorded everything
+    """
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if shutil.which("ffmpeg"):
+        return
+    try:
+        bundled = import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        sys.exit(f"record_training joins its videos with ffmpeg, which is not here ({error}): pip install imageio-ffmpeg")
+    folder = tempfile.mkdtemp(prefix="ffmpeg-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "ffmpeg").symlink_to(bundled)
+    os.environ["PATH"] += os.pathsep + folder
 
 
 def main() -> None:

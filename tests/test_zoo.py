@@ -1,19 +1,17 @@
 """RL Baselines3 Zoo: its own commands, word for word, as child processes, with `--algo ppo_kl`."""
 
-import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.zoo import hyperparameter_file
+from sb3_adaptive_kl.zoo import provide_programs
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
@@ -38,8 +36,8 @@ def saved_kl_coef(path: Path) -> float:
 
 
 def test_train_enjoy_record_continue_and_plot(tmp_path):
-    train = "train --algo ppo_kl --env CartPole-v1 --seed 1 -n 6144"
-    output = zoo(tmp_path, f"{train} --eval-freq 2048 --eval-episodes 2 --save-freq 2048 -f logs")
+    train = "train --algo ppo_kl --env CartPole-v1 -n 6144 --eval-freq 2048 --eval-episodes 2 -f logs"
+    output = zoo(tmp_path, f"{train} --seed 1 --save-freq 2048")
     assert "hyperparams/ppo_kl.yml" in output
     folder = tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1"
     agent = folder / "CartPole-v1.zip"
@@ -54,17 +52,52 @@ def test_train_enjoy_record_continue_and_plot(tmp_path):
     # Continued with a fixed β: it is the one that was saved, not the init_kl_coef of the yml
     kl_coef = saved_kl_coef(agent)
     assert kl_coef != 1.0
-    zoo(tmp_path, f"{train} --eval-freq -1 -f logs -i {agent} -params kl_rule:'fixed' target_kl:'lin_0.03'")
+    zoo(tmp_path, f"{train} --seed 2 -i {agent} -params kl_rule:'fixed' target_kl:'lin_0.03'")
     assert saved_kl_coef(tmp_path / "logs" / "ppo_kl" / "CartPole-v1_2" / "CartPole-v1.zip") == kl_coef
 
     zoo(tmp_path, "plots.plot_train -a ppo_kl -e CartPole-v1 -f logs")
-    zoo(tmp_path, "plots.all_plots -a ppo_kl -e CartPole-v1 -f logs -o results")
-    assert (tmp_path / "results.pkl").exists()
+    assert "|CartPole-v1 |" in zoo(tmp_path, "plots.all_plots -a ppo_kl -e CartPole-v1 -f logs -o results")
+    zoo(tmp_path, "plots.plot_from_file -i results -o scores.svg")
+    assert (tmp_path / "scores.svg").stat().st_size > 0
+
+
+def test_the_zoos_console_command(tmp_path):
+    """`rl_zoo3 train` is `python -m rl_zoo3.train`, here on a Box action space, in processes, with a bar and tensorboard."""
+    command = [Path(sys.executable).parent / "rl_zoo3", "train", "--algo", "ppo_kl", "--env", "Pendulum-v1", "-n", "4096"]
+    options = ["--eval-freq", "-1", "-f", "logs", "--vec-env", "subproc", "-P", "-tb", "tensorboard"]
+    child = subprocess.run([*command, *options], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "4,096" in child.stdout  # the bar
+    assert (tmp_path / "logs" / "ppo_kl" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
+    assert list(tmp_path.glob("tensorboard/Pendulum-v1/AdaptiveKLPPO_1/events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_record_training_with_the_ffmpeg_and_python_that_are_there(tmp_path):
+    """A child process for each checkpoint. The PATH has neither a `python` nor an `ffmpeg` that would do."""
+    zoo(tmp_path, "train --algo ppo_kl --env CartPole-v1 -n 4096 --eval-freq -1 --save-freq 2048 -f logs")
+    record = "record_training --algo ppo_kl --env CartPole-v1 -f logs -n 20 --gif"
+    zoo(tmp_path, record, PATH="/usr/bin:/bin")
+    videos = tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1" / "videos"
+    for name in ("training.mp4", "training.gif"):
+        assert (videos / name).stat().st_size > 1000
+
+
+def test_record_training_finds_its_programs_or_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    provide_programs()
+    assert Path(shutil.which("python")).parent == Path(sys.executable).parent
+    version = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith("ffmpeg version")
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(SystemExit, match="pip install imageio-ffmpeg"):
+        provide_programs()
 
 
 def test_recurrent(tmp_path):
-    zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs --vec-env subproc -P -tb tb")
-    assert list(tmp_path.glob("tb/**/events.out.tfevents.*"))
+    zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs")
     output = zoo(tmp_path, "enjoy --algo ppo_kl_lstm --env CartPoleNoVel-v1 -f logs --no-render -n 100")
     assert "Mean reward: " in output or "Episode Reward" in output
 
@@ -73,7 +106,14 @@ def test_search_and_replay_of_a_trial(tmp_path):
     """The search space has the penalty in the place of the clip range, and its trials can be trained from the storage."""
     storage = "--storage study.log --study-name kl"
     train = "train --algo ppo_kl --env CartPole-v1 -n 300 --eval-freq -1 -f logs"
-    zoo(tmp_path, f"{train} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots {storage}")
+    search = f"-m rl_zoo3.{train} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots {storage}".split()
+    with (tmp_path / "printed").open("w") as printed:  # by both, which share the journal
+        options = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": printed, "stderr": printed}
+        searches = [subprocess.Popen([sys.executable, *search, "--seed", seed], **options) for seed in "01"]
+        codes = [child.wait() for child in searches]
+    assert codes == [0, 0], (tmp_path / "printed").read_text()
+    finished = re.findall(r"Trial (\d) finished", (tmp_path / "printed").read_text())
+    assert sorted(finished) == ["0", "1", "2", "3"]
     output = zoo(tmp_path, f"{train} {storage} --trial-id 1")
     assert "Loading from Optuna study" in output
     (config,) = [path.read_text() for path in tmp_path.glob("logs/ppo_kl/CartPole-v1_*/CartPole-v1/config.yml")]
@@ -138,43 +178,3 @@ def test_trained_agent(env, n_timesteps, least):
     mean = float(re.search(r"Mean reward: (-?[\d.]+)", output)[1])
     assert mean >= least
     assert re.search(rf"^\| {env} \| \d", (REPOSITORY / "docs" / "results.md").read_text(), flags=re.MULTILINE)
-
-
-ZOO_KEYS = {
-    "n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack", "callback", "env_kwargs",
-    "monitor_kwargs",
-}  # fmt: skip
-ALGORITHMS = {"ppo_kl": AdaptiveKLPPO, "ppo_kl_lstm": RecurrentAdaptiveKLPPO}
-HYPERPARAMETERS = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_every_hyperparameter_is_an_argument(algo):
-    arguments = inspect.signature(ALGORITHMS[algo]).parameters.keys()
-    for env, hyperparameters in HYPERPARAMETERS[algo].items():
-        assert hyperparameters.keys() <= arguments | ZOO_KEYS, env
-        assert {"n_timesteps", "policy"} <= hyperparameters.keys(), env
-        assert "clip_range" not in hyperparameters, env
-
-
-@pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
-def test_every_environment_of_the_zoo_has_an_entry(algo, host):
-    theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
-    assert theirs.keys() <= HYPERPARAMETERS[algo].keys()
-    assert {f"{name}-v5" for name in ("Ant", "HalfCheetah", "Hopper", "Swimmer", "Walker2d")} <= HYPERPARAMETERS[algo].keys()
-
-
-INSTALLED = [
-    "Acrobot-v1", "BipedalWalker-v3", "CartPole-v1", "LunarLander-v3", "LunarLanderContinuous-v3", "MountainCar-v0",
-    "MountainCarContinuous-v0", "Pendulum-v1", "Swimmer-v5", "HalfCheetah-v5", "Hopper-v5", "InvertedPendulum-v5",
-    "Reacher-v5",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("env", INSTALLED)
-def test_entry_constructs_and_updates(tmp_path, env):
-    """On its environment, with the rollout shortened to 64 steps and 2 environments, since only one update is wanted."""
-    shortened = "n_steps:64 n_envs:2 batch_size:32 n_epochs:1"
-    output = zoo(tmp_path, f"train --algo ppo_kl --env {env} -n 128 --eval-freq -1 -f logs -params {shortened}")
-    assert "Using 'default' hyperparameters" not in output
-    assert (tmp_path / "logs" / "ppo_kl" / f"{env}_1" / f"{env}.zip").exists()

@@ -1,0 +1,71 @@
+"""
+Draw a training run of AdaptiveKLPPO, return, KL and β, from the tensorboard log that SB3 (or the zoo's `-tb`) wrote.
+
+    python -m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -f logs -tb logs/tensorboard
+    python examples/training_curves.py logs/tensorboard/CartPole-v1/AdaptiveKLPPO_1 --target-kl 0.01 -o training.png
+
+Needs the extra `zoo`, for tensorboard and matplotlib; `make demo` installs it.
+"""
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's palette: told apart by colour-blind readers
+Curve = tuple[list[int], list[float]]
+
+
+def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
+    """Each logged quantity as its time steps and values."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    try:
+        scalars = {key: events.Scalars(key) for key in [*keys, "time/fps"]}
+    except KeyError as error:
+        raise SystemExit(f"{folder} has no log of {error.args[0].split()[1]}: is it the folder of one run of AdaptiveKLPPO?") from None
+    curves = {key: ([event.step for event in scalars[key]], [event.value for event in scalars[key]]) for key in keys}
+    # SB3 writes what an update did with the rollout that follows it
+    dumps = [event.step for event in scalars["time/fps"]]
+    before = dict(zip(dumps[1:], dumps, strict=False))
+    return {
+        key: ([before[step] for step in steps], values) if key.startswith("train/") else (steps, values)
+        for key, (steps, values) in curves.items()
+    }
+
+
+def draw(log: dict[str, Curve], target_kl: float, tolerance: float) -> Figure:
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    returns, kl, kl_coef = figure.subplots(3, 1, sharex=True)
+    returns.plot(*log["rollout/ep_rew_mean"], color=BLUE)
+    returns.set(title="AdaptiveKLPPO", ylabel="mean episode return")
+
+    kl.plot(*log["train/kl"], color=BLUE, marker=".")
+    kl.axhspan(target_kl / tolerance, target_kl * tolerance, color=VERMILION, alpha=0.25, lw=0, label="β stays")
+    kl.axhline(target_kl, color=VERMILION, lw=1, label=f"target_kl = {target_kl}")
+    kl.set(ylabel="KL after the update [nats]", yscale="log")
+    kl.legend()
+
+    kl_coef.step(*log["train/kl_coef"], color=BLUE, where="post")
+    kl_coef.set(ylabel="KL coefficient β", xlabel="time steps")
+    kl_coef.set_yscale("log", base=2)
+
+    for axes in (returns, kl, kl_coef):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of one run, with its events.out.tfevents file")
+    parser.add_argument("--target-kl", type=float, default=0.01, help="the target of the run")
+    parser.add_argument("--kl-tolerance", type=float, default=1.5, help="the tolerance of the run")
+    parser.add_argument("-o", "--output", type=Path, default=Path("training.png"), help="the picture, .png or .svg")
+    arguments = parser.parse_args()
+    log = read_log(arguments.folder, ["rollout/ep_rew_mean", "train/kl", "train/kl_coef"])
+    draw(log, arguments.target_kl, arguments.kl_tolerance).savefig(arguments.output, dpi=120)
+    print(f"Return, KL and β: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""hyperparams/*.yml: nothing but arguments, an entry for every environment of the zoo's, each of which trains."""
+
+import inspect
+import sys
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.zoo import hyperparameter_file
+
+ZOO_KEYS = {
+    "n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack", "callback", "env_kwargs",
+    "monitor_kwargs",
+}  # fmt: skip
+ALGORITHMS = {"ppo_kl": AdaptiveKLPPO, "ppo_kl_lstm": RecurrentAdaptiveKLPPO}
+HYPERPARAMETERS = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
+# Names that the zoo's files keep: gymnasium 1 has no MuJoCo -v2 and no LunarLander-v2, and pybullet builds from source only
+GONE = ("Bullet", "HumanoidStandup-v2", "Pendulum-v2", "Reacher-v2", "NoVel-v2")
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_hyperparameter_is_an_argument(algo):
+    arguments = inspect.signature(ALGORITHMS[algo]).parameters.keys()
+    for env, hyperparameters in HYPERPARAMETERS[algo].items():
+        assert hyperparameters.keys() <= arguments | ZOO_KEYS, env
+        assert {"n_timesteps", "policy"} <= hyperparameters.keys(), env
+        assert "clip_range" not in hyperparameters, env
+
+
+@pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
+def test_every_environment_of_the_zoo_has_an_entry(algo, host):
+    theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
+    assert theirs.keys() <= HYPERPARAMETERS[algo].keys()
+    assert {f"{name}-v5" for name in ("Ant", "HalfCheetah", "Hopper", "Swimmer", "Walker2d")} <= HYPERPARAMETERS[algo].keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # of environments, rendering libraries and the zoo: none of our making
+@pytest.mark.parametrize(
+    ("algo", "env"),
+    [
+        (algo, {"atari": "PongNoFrameskip-v4", "default": "FrozenLake-v1"}.get(env, env))
+        for algo in ALGORITHMS
+        for env in HYPERPARAMETERS[algo]
+        if not any(name in env for name in GONE)
+    ],
+)
+def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
+    """On its environment, through the zoo's train script, with the rollout shortened, since only one update is wanted."""
+    from rl_zoo3.train import train  # not at import: it registers environments
+
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    package = ["--gym-packages", "minigrid"] if env.startswith("MiniGrid") else []
+    arguments = f"--algo {algo} --env {env} -n 64 --eval-freq -1 --verbose 0 --num-threads 1 -f {tmp_path}".split()
+    shortened = ["-params", "n_steps:32", "n_envs:2", "batch_size:32", "n_epochs:1"]
+    monkeypatch.setattr(sys, "argv", ["train", *package, *arguments, *shortened])
+    train()
+    assert ("Using 'default' hyperparameters" in capsys.readouterr().out) == (env == "FrozenLake-v1")
+    assert (tmp_path / algo / f"{env}_1" / f"{env}.zip").exists()
