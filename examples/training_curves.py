@@ -23,7 +23,9 @@ def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
     try:
         scalars = {key: events.Scalars(key) for key in [*keys, "time/fps"]}
     except KeyError as error:
-        raise SystemExit(f"{folder} has no log of {error.args[0].split()[1]}: is it the folder of one run of AdaptiveKLPPO?") from None
+        raise SystemExit(
+            f"{folder} has no log of {error.args[0].split()[1]}: is it the folder of one run of AdaptiveKLPPO?"
+        ) from None
     curves = {key: ([event.step for event in scalars[key]], [event.value for event in scalars[key]]) for key in keys}
     # SB3 writes what an update did with the rollout that follows it
     dumps = [event.step for event in scalars["time/fps"]]

@@ -39,7 +39,9 @@ def complete_registry(module: ModuleType) -> None:
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
             module.ALGOS.setdefault(algo, getattr(import_module("sb3_adaptive_kl"), class_name))
-        if "rl_zoo3.record_training" in sys.orig_argv:  # `python -m` imports the package before it says in __main__ what it runs
+        if (
+            "rl_zoo3.record_training" in sys.orig_argv
+        ):  # `python -m` imports the package before it says in __main__ what it runs
             provide_programs()
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         for algo in ALGORITHMS:

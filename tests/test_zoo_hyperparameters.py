@@ -50,6 +50,7 @@ def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
     """On its environment, through the zoo's train script, with the rollout shortened, since only one update is wanted."""
     from rl_zoo3.train import train  # not at import: it registers environments
 
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log into the current folder
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     package = ["--gym-packages", "minigrid"] if env.startswith("MiniGrid") else []
     arguments = f"--algo {algo} --env {env} -n 64 --eval-freq -1 --verbose 0 --num-threads 1 -f {tmp_path}".split()
