@@ -128,7 +128,7 @@ def _understand_linear_target(manager: Any) -> None:
 
 def provide_programs() -> None:
     """
-    Make `python` and `ffmpeg` mean something in this process and its children: the zoo's record_training calls them by these names.
+    Put `python` and `ffmpeg` on the PATH of this process and its children: record_training calls them by these names.
 
     :raises SystemExit: if the system has no ffmpeg and imageio-ffmpeg brings none, which record_training would notice only
         after it has recorded everything
