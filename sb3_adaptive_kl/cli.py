@@ -1,0 +1,27 @@
+"""The command `sb3-adaptive-kl`: a name for the modules that can be run."""
+
+import sys
+
+USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (as python -m sb3_adaptive_kl.compare)
+       sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (as python -m sb3_adaptive_kl.zoo)"""
+
+
+def main() -> None:
+    command = sys.argv.pop(1) if len(sys.argv) > 1 else None
+    try:
+        if command == "compare":
+            from sb3_adaptive_kl.compare.cli import main as compare
+
+            sys.exit(compare())
+        if command == "zoo":
+            from sb3_adaptive_kl.zoo import main as zoo
+
+            zoo()
+        else:
+            sys.exit(USAGE)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: pip install 'sb3-adaptive-kl[{command}]'")
+
+
+if __name__ == "__main__":
+    main()

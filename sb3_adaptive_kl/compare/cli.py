@@ -1,0 +1,122 @@
+"""
+The command: `python -m sb3_adaptive_kl.compare`, or `sb3-adaptive-kl compare`.
+
+Exit code 0 if all runs are done, 1 if some failed, 2 for wrong input (one line, nothing written), 130 after Ctrl-C.
+"""
+
+import argparse
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sb3_adaptive_kl.compare import backends
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan, PlanError
+from sb3_adaptive_kl.compare.run import carry_out
+from sb3_adaptive_kl.compare.store import Store
+
+
+PACKAGES = (
+    "sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "rliable",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sb3-adaptive-kl compare",
+        description="Compare algorithms on environments: train, measure, and write a report.",
+        epilog="Run it again with the same arguments to continue where it ended.",
+    )
+    parser.add_argument("--env", nargs="+", default=[], metavar="ID", help="environments")
+    parser.add_argument(
+        "--algo",
+        nargs="+",
+        default=["ppo_kl", "ppo"],
+        metavar="ARM",
+        help="algorithms of RL Baselines3 Zoo, with overrides or without: 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
+    )
+    parser.add_argument("--seeds", type=int, default=FEW_SEEDS, metavar="N", help=f"seeds for each (default: {FEW_SEEDS})")
+    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="budget of a run (default: the zoo's)")
+    parser.add_argument(
+        "--n-eval-episodes", type=int, default=20, metavar="N", help="for a final policy's score (default: 20)"
+    )
+    parser.add_argument(
+        "--own-hyperparameters",
+        action="store_true",
+        help="give each algorithm the zoo's entry that was tuned for it, instead of PPO's with its own trust region",
+    )
+    parser.add_argument("--gym-packages", nargs="+", default=[], metavar="PACKAGE", help="packages that register environments")
+    parser.add_argument("--plan", type=Path, metavar="YML", help="a plan in a file, instead of the arguments above")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="this machine, or a Ray cluster")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of an existing cluster (default: one is started here)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    :return: the exit code
+    """
+    args = parser().parse_args(arguments)
+    try:
+        plan = _plan(args)
+        if args.jobs < 1:
+            raise PlanError(f"jobs must be at least 1, not {args.jobs}")
+        command = sys.argv[:1] + (sys.argv[1:] if arguments is None else arguments)
+        Store.check(args.output, plan)
+        backend = backends.ray(args.jobs, args.ray_address) if args.backend == "ray" else backends.loky(args.jobs)
+        store = Store.create(args.output, plan, _command(command))
+        carry_out(plan, store, backend)
+        return summarise(plan, store)
+    except PlanError as error:
+        print(f"sb3-adaptive-kl compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command goes on with the rest", file=sys.stderr)
+        return 130
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.plan is not None:
+        return Plan.load(args.plan)
+    return Plan.settle(
+        args.env,
+        args.algo,
+        args.seeds,
+        n_timesteps=args.n_timesteps,
+        n_eval_episodes=args.n_eval_episodes,
+        own_hyperparameters=args.own_hyperparameters,
+        gym_packages=args.gym_packages,
+    )
+
+
+def summarise(plan: Plan, store: Store) -> int:
+    """Statistics, plots and report of the runs that are done."""
+    from sb3_adaptive_kl.compare import plots, report, statistics
+
+    statistics.write(plan, store)
+    plots.write(plan, store)
+    page = report.write(plan, store)
+    if plan.seeds < FEW_SEEDS:
+        print(f"Warning: {plan.seeds} seeds. With fewer than {FEW_SEEDS}, the intervals say little.", file=sys.stderr)
+    failures = store.failures(plan)
+    for run, line in failures.items():
+        print(f"failed: {run}: {line}", file=sys.stderr)
+    print(f"Report: {page}")
+    return 1 if failures else 0
+
+
+def _command(arguments: list[str]) -> dict[str, Any]:
+    return {
+        "command": arguments,
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
+    }

@@ -1,0 +1,132 @@
+"""
+The last stage: `report.html`, one file to share, and `report.md`, with the same content.
+
+    python -m sb3_adaptive_kl.compare.report FOLDER
+"""
+
+import base64
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sb3_adaptive_kl.compare import plots
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Arm, Plan
+from sb3_adaptive_kl.compare.statistics import BOOTSTRAP_SAMPLES, STATISTICS_FILE, TIMINGS_FILE
+from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
+
+REPORT_FILE = "report.html"
+
+# What a picture shows, for those who cannot see it and for the line below it
+CAPTIONS = {
+    "final_returns": "Return of the final policy: each seed a dot, the mean with its 95 % interval.",
+    "aggregates": "Normalised scores over all environments, with 95 % intervals.",
+    "probability_of_improvement": "Probability that a run of the first arm is better than one of the second; at ½ they are level.",
+    "performance_profile": "Share of runs above each normalised score. Higher is better.",
+}
+CURVES_CAPTION = (
+    "Learning curves: mean over seeds with its 95 % interval; dotted, the threshold. Below, on the same time axis, the exact KL of "
+    "each update and β: median and middle 80 % over seeds; dashed, the target."
+)
+
+
+def write(plan: Plan, store: Store) -> Path:
+    """
+    :return: the page
+    """
+    content = gather(plan, store)
+    for template, autoescape in ((REPORT_FILE, True), ("report.md", False)):
+        environment = Environment(
+            loader=PackageLoader("sb3_adaptive_kl.compare"),
+            autoescape=autoescape,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters.update(number=number, interval=interval, percent=percent)
+        store.write(template, environment.get_template(template).render(content))
+    return store.folder / REPORT_FILE
+
+
+def gather(plan: Plan, store: Store) -> dict[str, Any]:
+    """Everything that the templates show."""
+    statistics = store.read_json(STATISTICS_FILE)
+    runs = list(plan.runs())
+    return {
+        "plan": plan,
+        "statistics": statistics,
+        "timings": store.read_json(TIMINGS_FILE),
+        "command": store.read_json(COMMAND_FILE),
+        "command_line": shlex.join(store.read_json(COMMAND_FILE)["command"]),
+        "n_runs": len(runs),
+        "n_finished": sum(store.finished(run) for run in runs),
+        "failures": store.failures(plan),
+        "few_seeds": FEW_SEEDS if plan.seeds < FEW_SEEDS else None,
+        "bootstrap_samples": BOOTSTRAP_SAMPLES,
+        "verdicts": [verdict(env, pair) for env, found in statistics["environments"].items() for pair in found["pairs"]],
+        "differing": {env: differing(arms) for env, arms in plan.hyperparameters.items()},
+        "shared": {env: shared(arms) for env, arms in plan.hyperparameters.items()},
+        "curves": {env: plots.curves_name(env) for env in statistics["environments"]},
+        "curves_caption": CURVES_CAPTION,
+        "captions": {name: CAPTIONS[name] for name in plots.picture_names(statistics) if name in CAPTIONS},
+        "image": lambda name, suffix="": _data_uri(store.folder / plots.FOLDER / f"{name}{suffix}.svg"),
+        "folder": plots.FOLDER,
+        "zoo_logs": {arm: f"runs/{Arm.parse(arm).folder}" for arm in plan.arms},
+    }
+
+
+def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
+    """What may be said of two arms, and no more."""
+    a, b = pair["arms"]
+    if pair["difference"] is None:
+        return {"env": env, "text": f"{a} and {b} have no seed in common that finished.", "clear": False}
+    difference = f"{a} − {b} = {interval(pair['difference'])} over {pair['seeds']} seeds"
+    if pair["winner"] is None:
+        return {"env": env, "text": f"no difference between {a} and {b} is shown: {difference}.", "clear": False}
+    loser = b if pair["winner"] == a else a
+    return {"env": env, "text": f"{pair['winner']} is better than {loser}: {difference}.", "clear": True}
+
+
+def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Hyperparameter → arm → value, of those that are not the same for all."""
+    keys = dict.fromkeys(key for arm in arms.values() for key in arm)
+    return {
+        key: {arm: given.get(key, "–") for arm, given in arms.items()}
+        for key in keys
+        if any(key not in given or given[key] != next(iter(arms.values())).get(key) for given in arms.values())
+    }
+
+
+def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The hyperparameters that are the same for all arms."""
+    return {key: value for key, value in next(iter(arms.values())).items() if key not in differing(arms)}
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """As many digits as one reads."""
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    if value == 0 or 0.1 <= abs(value) < 1000:
+        text = f"{value:{sign}.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 or value == 0 else 3}f}"
+    else:
+        text = f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.2g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def interval(values: list[float] | None) -> str:
+    """An estimate with its limits."""
+    return "–" if values is None else f"{number(values[0])} [{number(values[1])}, {number(values[2])}]"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+if __name__ == "__main__":
+    on_folder(write)
