@@ -5,6 +5,7 @@ Both are generators of events. Files come back to the driver, so that no disk ne
 `Failure`, and stops no other. Closing the generator ends what is still running.
 """
 
+import logging
 import os
 import queue
 import signal
@@ -23,7 +24,7 @@ Files = dict[str, bytes]
 
 POLL_SECONDS = 0.3
 # A run is one thread; the limits must be in place before numpy and torch are imported
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Ray gives a task another node this often when it loses one; a failure of the run itself is not retried
 MAX_LOST_NODES = 5
 
@@ -144,7 +145,7 @@ def ray(jobs: int, address: str | None = None) -> Backend:
         raise PlanError("the ray backend needs Ray: pip install 'sb3-adaptive-kl[ray]'") from None
     cluster: dict[str, Any] = {"address": "local", "num_cpus": jobs, "include_dashboard": False}
     try:
-        library.init(**({"address": address} if address else cluster), log_to_driver=False, logging_level="error")
+        library.init(**({"address": address} if address else cluster), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PlanError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
 

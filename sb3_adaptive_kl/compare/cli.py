@@ -16,7 +16,6 @@ from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan, PlanError
 from sb3_adaptive_kl.compare.run import carry_out
 from sb3_adaptive_kl.compare.store import Store
 
-
 PACKAGES = (
     "sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "rliable",
 )  # fmt: skip
@@ -39,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["ppo_kl", "ppo"],
         metavar="ARM",
-        help="algorithms of RL Baselines3 Zoo, with overrides or without: 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
+        help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
     )
     parser.add_argument("--seeds", type=int, default=FEW_SEEDS, metavar="N", help=f"seeds for each (default: {FEW_SEEDS})")
     parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="budget of a run (default: the zoo's)")

@@ -1,8 +1,8 @@
 """
 One training run: through the zoo's ExperimentManager, into an ordinary zoo log folder, measured by the ruler.
 
-It is a function of the run alone, and gives back the contents of its folder: who runs it where is `backends.py`'s business. The
-folder gets, beside the zoo's files,
+It is a function of the run alone, and gives back the contents of its folder: who runs it where is `backends.py`'s business.
+The folder gets, beside the zoo's files,
 
     episodes.csv    every training episode: time step at which it ended, return, length
     updates.csv     every update of an on-policy algorithm: see `Ruler`
@@ -104,7 +104,9 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         device="cpu",
         config=str(config),
     )
-    model, _ = manager.setup_experiment()
+    experiment = manager.setup_experiment()
+    assert experiment is not None  # as in a search for hyperparameters
+    model, _ = experiment
     recorder, ruler = Recorder(report), Ruler()
     manager.callbacks.extend([recorder, ruler] if measurable(model) else [recorder])
     start = time.perf_counter()

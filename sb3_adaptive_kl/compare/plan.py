@@ -32,7 +32,17 @@ FEW_SEEDS = 5
 TRUST_REGION = frozenset({"clip_range", "target_kl"})
 # What the zoo's ExperimentManager takes out of an entry before the algorithm sees it
 ZOO_KEYS = frozenset(
-    "n_timesteps n_envs normalize env_wrapper vec_env_wrapper frame_stack callback env_kwargs monitor_kwargs".split()
+    {
+        "n_timesteps",
+        "n_envs",
+        "normalize",
+        "env_wrapper",
+        "vec_env_wrapper",
+        "frame_stack",
+        "callback",
+        "env_kwargs",
+        "monitor_kwargs",
+    }
 )
 
 
@@ -168,7 +178,7 @@ class Plan:
 
     def dump(self) -> str:
         """The plan as yml, from which ``load`` makes an equal one."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return str(yaml.safe_dump(asdict(self), sort_keys=False))
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed, so that an early stop leaves a balanced comparison."""
@@ -211,11 +221,11 @@ def _check(environments: Sequence[str], arms: Sequence[str], gym_packages: Seque
         if twice:
             raise PlanError(f"{kind}: {', '.join(sorted(twice))} given twice")
     import_module("rl_zoo3.import_envs")  # registers those of ale-py, minigrid, pybullet, … where they are installed
-    for package in gym_packages:
-        try:
+    try:
+        for package in gym_packages:
             import_module(package)
-        except ImportError as error:
-            raise PlanError(f"gym_packages: {error}") from None
+    except ImportError as error:
+        raise PlanError(f"gym_packages: {error}") from None
     for env in environments:
         if env not in gym.registry:
             raise PlanError(f"unknown environment {env!r}{_nearest(env, gym.registry)}")

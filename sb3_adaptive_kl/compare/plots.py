@@ -3,13 +3,14 @@ The fourth stage: pictures of the statistics and of the runs, as png and svg, fo
 
     python -m sb3_adaptive_kl.compare.plots FOLDER
 
-For each environment one picture with the learning curves and, below them on the same time axis, KL and β; then final returns seed
-by seed, and across environments the aggregates, the probability of improvement and the performance profile.
+For each environment one picture with the learning curves and, below them on the same time axis, KL and β; then final returns
+seed by seed, and across environments the aggregates, the probability of improvement and the performance profile.
 """
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -84,7 +85,7 @@ def pictures(statistics: dict[str, Any], results: Results) -> dict[str, Callable
     environments = statistics["environments"]
     drawn: dict[str, Callable[[Pen], Figure]] = {}
     for env, environment in environments.items():
-        drawn[curves_name(env)] = lambda pen, env=env, environment=environment: _curves(pen, env, environment, results[env])
+        drawn[curves_name(env)] = partial(_curves, env=env, environment=environment, results=results[env])
     if environments:
         drawn["final_returns"] = lambda pen: _final_returns(pen, environments, results)
     across = statistics["across"]
@@ -221,7 +222,7 @@ def _rows(axes: Axes, labels: list[str]) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
+def _settings(theme: Theme) -> Any:
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.ink)
     return {
         **ink,

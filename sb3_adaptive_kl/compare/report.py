@@ -22,12 +22,12 @@ REPORT_FILE = "report.html"
 CAPTIONS = {
     "final_returns": "Return of the final policy: each seed a dot, the mean with its 95 % interval.",
     "aggregates": "Normalised scores over all environments, with 95 % intervals.",
-    "probability_of_improvement": "Probability that a run of the first arm is better than one of the second; at ½ they are level.",
+    "probability_of_improvement": "Probability that a run of the first arm is better than one of the second; ½ is level.",
     "performance_profile": "Share of runs above each normalised score. Higher is better.",
 }
 CURVES_CAPTION = (
-    "Learning curves: mean over seeds with its 95 % interval; dotted, the threshold. Below, on the same time axis, the exact KL of "
-    "each update and β: median and middle 80 % over seeds; dashed, the target."
+    "Learning curves: mean over seeds with its 95 % interval; dotted, the threshold. Below, on the same time axis, the exact "
+    "KL of each update and β: median and middle 80 % over seeds; dashed, the target."
 )
 
 

@@ -76,7 +76,7 @@ class Result:
         with np.errstate(invalid="ignore"):
             means = (sums[last] - sums[first]) / (last - first)
         # Between the ends of long episodes the last mean holds; before the first, the first
-        return pd.Series(means).ffill().bfill().to_numpy()
+        return np.asarray(pd.Series(means).ffill().bfill())
 
     @property
     def area(self) -> float:
@@ -205,15 +205,15 @@ def _pair(a: str, runs_a: dict[int, Result], b: str, runs_b: dict[int, Result]) 
 
 def _winner(a: str, b: str, differences: list[float], interval: Interval) -> str | None:
     """
-    An arm is called better if 0 lies outside of the bootstrap's interval and outside of Student's t as well: the bootstrap's is
-    too narrow with few seeds. With two it cannot be told at all.
+    An arm is called better if 0 lies outside of the bootstrap's interval and outside of Student's t as well: the bootstrap's
+    is too narrow with few seeds. With two it cannot be told at all.
     """
     low, high = interval[1:]
     if len(differences) < 3 or low <= 0 <= high:
         return None
     if np.ptp(differences) > 0:
         student = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
-        low, high = student.low, student.high
+        low, high = float(student.low), float(student.high)
     return a if low > 0 else b if high < 0 else None
 
 
@@ -274,7 +274,7 @@ def _probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _profile(scores: np.ndarray) -> np.ndarray:
     """Share of runs above each score."""
-    return (scores[..., None] > PROFILE_AT).mean(axis=(0, 1))
+    return np.asarray((scores[..., None] > PROFILE_AT).mean(axis=(0, 1)))
 
 
 # ---------------------------------------------------------------- intervals
