@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/training_curves.py $(DEMO)/tensorboard/CartPole-v1/AdaptiveKLPPO_1 -o $(DEMO)/training.png
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,8 +42,9 @@ benchmark: $(STAMP)
 clean:
 	rm -rf $(VENV) runs
 
-# torch first and by itself: its build (CPU, CUDA) is the user's choice, and the newest may bring gigabytes of CUDA packages
-$(STAMP): pyproject.toml
+# torch first and by itself: its build (CPU, CUDA) is the user's choice, and the newest may bring gigabytes of CUDA packages.
+# Again when the start-up hook changes, which an editable installation copies
+$(STAMP): pyproject.toml $(wildcard sb3_adaptive_kl/startup/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"

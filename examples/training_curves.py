@@ -18,22 +18,15 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
-    """Each logged quantity as its time steps and values."""
+    """Each quantity as time steps and values. SB3 logs an update after the rollout that follows it, so that is where it is."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     try:
-        scalars = {key: events.Scalars(key) for key in [*keys, "time/fps"]}
+        scalars = {key: events.Scalars(key) for key in keys}
     except KeyError as error:
         raise SystemExit(
             f"{folder} has no log of {error.args[0].split()[1]}: is it the folder of one run of AdaptiveKLPPO?"
         ) from None
-    curves = {key: ([event.step for event in scalars[key]], [event.value for event in scalars[key]]) for key in keys}
-    # SB3 writes what an update did with the rollout that follows it
-    dumps = [event.step for event in scalars["time/fps"]]
-    before = dict(zip(dumps[1:], dumps, strict=False))
-    return {
-        key: ([before[step] for step in steps], values) if key.startswith("train/") else (steps, values)
-        for key, (steps, values) in curves.items()
-    }
+    return {key: ([event.step for event in found], [event.value for event in found]) for key, found in scalars.items()}
 
 
 def draw(log: dict[str, Curve], target_kl: float, tolerance: float) -> Figure:

@@ -5,11 +5,12 @@ The start-up hook (`startup/`) registers both as soon as the zoo is imported. Wh
 
     python -m sb3_adaptive_kl.zoo train --algo ppo_kl --env CartPole-v1
 
-runs any script of the zoo with the algorithms registered, though not the child processes that some scripts start.
+runs the zoo's scripts (those that start no child processes: train, enjoy, record_video, the plots) with both registered.
 """
 
 import atexit
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -23,6 +24,8 @@ from typing import Any
 
 # The zoo's names are lower case: its plot scripts lower-case folder names
 ALGORITHMS = {"ppo_kl": "AdaptiveKLPPO", "ppo_kl_lstm": "RecurrentAdaptiveKLPPO"}
+HOSTS = {"ppo_kl": "ppo", "ppo_kl_lstm": "ppo_lstm"}
+# The hook has them as well: it must not import this module to know them
 REGISTRIES = ("rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
 LAUNCHER = "python -m sb3_adaptive_kl.zoo"
 
@@ -39,14 +42,13 @@ def complete_registry(module: ModuleType) -> None:
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
             module.ALGOS.setdefault(algo, getattr(import_module("sb3_adaptive_kl"), class_name))
-        if (
-            "rl_zoo3.record_training" in sys.orig_argv
-        ):  # `python -m` imports the package before it says in __main__ what it runs
+        if _started_as("rl_zoo3.record_training"):
             provide_programs()
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         for algo in ALGORITHMS:
-            module.HYPERPARAMS_SAMPLER.setdefault(algo, penalty_sampler(module.sample_ppo_params))
-            module.HYPERPARAMS_CONVERTER.setdefault(algo, module.convert_onpolicy_params)
+            host = HOSTS[algo]
+            module.HYPERPARAMS_SAMPLER.setdefault(algo, penalty_sampler(module.HYPERPARAMS_SAMPLER[host]))
+            module.HYPERPARAMS_CONVERTER.setdefault(algo, module.HYPERPARAMS_CONVERTER[host])
     elif module.__name__ == "rl_zoo3.exp_manager":
         _find_hyperparameters(module.ExperimentManager)
         _understand_linear_target(module.ExperimentManager)
@@ -119,11 +121,19 @@ def _understand_linear_target(manager: Any) -> None:
     def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
         target_kl = hyperparams.get("target_kl")
         if isinstance(target_kl, str) and target_kl.startswith("lin_"):
+            if not re.fullmatch(r"lin_\d*\.?\d+([eE][-+]?\d+)?", target_kl) or float(target_kl[4:]) == 0:
+                raise ValueError(f"target_kl={target_kl!r}: a linear schedule is written lin_0.02, with a number above 0")
             schedule = preprocess({"learning_rate": target_kl})["learning_rate"]
             hyperparams = {**hyperparams, "target_kl": schedule}
         return preprocess(hyperparams)  # type: ignore[no-any-return]
 
     manager._preprocess_schedules = staticmethod(preprocess_schedules)
+
+
+def _started_as(module: str) -> bool:
+    """Whether this is `python -m module`, which imports the module's package before `__main__` says what is run."""
+    arguments = sys.orig_argv
+    return f"-m{module}" in arguments or ("-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == [module])
 
 
 def provide_programs() -> None:

@@ -1,10 +1,11 @@
-"""examples/training_curves.py: the picture of a tensorboard log, with each update where it happened."""
+"""examples/training_curves.py: the picture of a tensorboard log."""
 
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_adaptive_kl import AdaptiveKLPPO
@@ -14,16 +15,17 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "training_curves.py"
 
 @pytest.mark.filterwarnings("ignore")  # tensorboard's and protobuf's own
 def test_training_curves(tmp_path, monkeypatch, capsys):
-    model = AdaptiveKLPPO("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=256, tensorboard_log=str(tmp_path), seed=0)
-    updated, train = [], model.train
-    monkeypatch.setattr(model, "train", lambda: (updated.append(model.num_timesteps), train()))
-    model.learn(1024)
+    env = make_vec_env("CartPole-v1", seed=0)
+    model = AdaptiveKLPPO("MlpPolicy", env, n_steps=256, init_kl_coef=3.0, tensorboard_log=str(tmp_path), seed=0)
+    evaluation = EvalCallback(make_vec_env("CartPole-v1", seed=1), eval_freq=600, n_eval_episodes=1)  # which logs as well
+    model.learn(1024, callback=evaluation)
 
     read_log = runpy.run_path(str(SCRIPT))["read_log"]
     log = read_log(tmp_path / "AdaptiveKLPPO_1", ["rollout/ep_rew_mean", "train/kl", "train/kl_coef"])
-    assert log["train/kl"][0] == log["train/kl_coef"][0] == updated[:-1]  # SB3 does not write the last update
-    assert log["train/kl_coef"][1][0] == 1.0
-    assert log["rollout/ep_rew_mean"][0] == updated
+    # After the update at 256, 512 and 768: with the next rollout, or with an evaluation before that
+    assert log["train/kl"][0] == log["train/kl_coef"][0] == [512, 600, 1024]
+    assert log["train/kl_coef"][1][0] == 3.0
+    assert log["rollout/ep_rew_mean"][0] == [256, 512, 768, 1024]
 
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "AdaptiveKLPPO_1"), "-o", str(tmp_path / "picture.png")])
     runpy.run_path(str(SCRIPT), run_name="__main__")

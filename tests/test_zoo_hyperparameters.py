@@ -36,6 +36,14 @@ def test_every_environment_of_the_zoo_has_an_entry(algo, host):
     assert {f"{name}-v5" for name in ("Ant", "HalfCheetah", "Hopper", "Swimmer", "Walker2d")} <= HYPERPARAMETERS[algo].keys()
 
 
+@pytest.mark.parametrize(("algo", "n_steps"), [("ppo_kl", 2048), ("ppo_kl_lstm", 128)])
+def test_small_rollouts_have_the_hinge(algo, n_steps):
+    for env, hyperparameters in HYPERPARAMETERS[algo].items():
+        rollout = hyperparameters.get("n_envs", 1) * hyperparameters.get("n_steps", n_steps)
+        assert (hyperparameters.get("kl_cutoff_coef", 0.0) > 0) == (rollout < 1024), env
+    assert HYPERPARAMETERS[algo]["Swimmer-v5"]["gamma"] == 0.9999  # with PPO's 0.99 it cannot be learned
+
+
 @pytest.mark.filterwarnings("ignore")  # of environments, rendering libraries and the zoo: none of our making
 @pytest.mark.parametrize(
     ("algo", "env"),

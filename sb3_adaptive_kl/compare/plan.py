@@ -196,6 +196,19 @@ class Plan:
                         f"runs/{arm.folder}/{arm.algo}/{env.replace('/', '-')}_{seed + 1}",
                     )
 
+    def effective(self, env: str) -> dict[str, Hyperparameters]:
+        """Arm → hyperparameters, with an algorithm's own default for what the plan leaves to it and gives another arm."""
+        arms = self.hyperparameters[env]
+        named = TRUST_REGION.union(*arms.values())
+        defaults = {name: inspect.signature(ALGOS[Arm.parse(name).algo]).parameters for name in arms}
+        return {
+            name: {
+                **given,
+                **{key: defaults[name][key].default for key in sorted(named - given.keys()) if key in defaults[name]},
+            }
+            for name, given in arms.items()
+        }
+
     def difference(self, other: "Plan") -> list[str]:
         """Where another plan differs, one line each."""
         ours, theirs = _flat(asdict(self)), _flat(asdict(other))

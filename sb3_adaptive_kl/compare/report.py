@@ -65,8 +65,8 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
         "few_seeds": FEW_SEEDS if plan.seeds < FEW_SEEDS else None,
         "bootstrap_samples": BOOTSTRAP_SAMPLES,
         "verdicts": [verdict(env, pair) for env, found in statistics["environments"].items() for pair in found["pairs"]],
-        "differing": {env: differing(arms) for env, arms in plan.hyperparameters.items()},
-        "shared": {env: shared(arms) for env, arms in plan.hyperparameters.items()},
+        "differing": {env: differing(plan.effective(env)) for env in plan.environments},
+        "shared": {env: shared(plan.effective(env)) for env in plan.environments},
         "curves": {env: plots.curves_name(env) for env in statistics["environments"]},
         "curves_caption": CURVES_CAPTION,
         "captions": {name: CAPTIONS[name] for name in plots.picture_names(statistics) if name in CAPTIONS},
@@ -91,11 +91,8 @@ def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Hyperparameter → arm → value, of those that are not the same for all."""
     keys = dict.fromkeys(key for arm in arms.values() for key in arm)
-    return {
-        key: {arm: given.get(key, "–") for arm, given in arms.items()}
-        for key in keys
-        if any(key not in given or given[key] != next(iter(arms.values())).get(key) for given in arms.values())
-    }
+    table = {key: {arm: given.get(key, "–") for arm, given in arms.items()} for key in keys}
+    return {key: values for key, values in table.items() if len({repr(value) for value in values.values()}) > 1}
 
 
 def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -31,12 +31,16 @@ def measurable(model: Any) -> bool:
 
 def evaluator(model: OnPolicyAlgorithm) -> PolicyEvaluation:
     """
-    A second view of the model, able to evaluate its policy on the rollout that it has now: policy and tensors are the
-    model's own; the buffer is a shallow copy, since reading flattens its arrays, and the model will soon empty it.
+    A second view of the model, able to evaluate its policy on the rollout that it has now: policy and arrays are the
+    model's own; the buffer is a copy that holds them, since reading it puts flattened arrays in their place, and the model
+    will soon put empty ones there.
     """
     view: Any = copy.copy(model)
     view.__class__ = next(ours for host, ours in EVALUATED_AS if isinstance(model, host))
-    view.rollout_buffer = copy.copy(model.rollout_buffer)
+    buffer: Any = copy.copy(model.rollout_buffer)
+    if isinstance(buffer.observations, dict):
+        buffer.observations = dict(buffer.observations)
+    view.rollout_buffer = buffer
     view.batch_size = view.rollout_buffer.buffer_size  # only one minibatch is ever drawn, to see how the buffer draws
     view.kl_divergence = "forward"
     return view  # type: ignore[no-any-return]

@@ -137,4 +137,5 @@ def on_folder(stage: Callable[[Plan, Store], object]) -> None:
         store, plan = Store.open(Path(sys.argv[1]))
         stage(plan, store)
     except PlanError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+# Those of sb3_adaptive_kl.zoo, which is not to be imported for it
 REGISTRIES = frozenset({"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"})
 
 
@@ -51,6 +52,7 @@ def complete(module: "ModuleType") -> None:
         import warnings
 
         warnings.warn(f"sb3_adaptive_kl could not register with rl-zoo3: {error!r}", stacklevel=2)
+        sys.meta_path.remove(RegistryFinder)  # one warning is enough
 
 
 def install() -> None:

@@ -1,0 +1,178 @@
+"""Statistics: what a learning curve is, that intervals repeat, and that nothing is claimed that is not shown."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rliable", reason="the extra `compare` is not installed")
+
+from sb3_adaptive_kl.compare import statistics
+from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.statistics import Result, intervals
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A finished run on disk: final returns, episodes as (time step, return), updates as (kl, target)."""
+
+    def make(final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "episodes.csv").write_text("timesteps,return,length\n" + "".join(f"{t},{r},1\n" for t, r in episodes))
+        rows = "".join(
+            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''}\n" for i, (kl, target) in enumerate(updates)
+        )
+        (folder / "updates.csv").write_text("timesteps,kl,kl_max,kl_coef,target_kl\n" + rows)
+        summary = {
+            "algo": "ppo_kl",
+            "hyperparameters": {"n_timesteps": budget},
+            "final_returns": list(final),
+            "random_returns": list(random),
+            "reward_threshold": threshold,
+            "kl_tolerance": 1.5,
+            "timesteps": budget,
+            "seconds": 1.0,
+        }
+        return Result(folder, summary)
+
+    return make
+
+
+def test_learning_curve(make):
+    """Of 1000 steps a point covers 10, and is the mean of the episodes that ended in the 50 steps before it."""
+    run = make(episodes=[(25, 2.0), (60, 4.0), (61, 6.0), (200, 10.0)])
+    curve = dict(zip(range(10, 1001, 10), run.curve, strict=True))
+    assert curve[10] == 2.0  # before the first episode ended: the first
+    assert curve[30] == 2.0
+    assert curve[60] == 3.0  # those that ended at 25 and 60
+    assert curve[70] == 4.0  # at 25, 60 and 61
+    assert curve[80] == 5.0
+    assert curve[110] == 6.0  # at 61
+    assert curve[150] == 6.0  # none: the last
+    assert curve[200] == curve[1000] == 10.0
+    assert run.area == pytest.approx(np.mean(list(curve.values())))
+    assert run.steps_to(4.0) == 70.0
+    assert run.steps_to(11.0) is None
+
+
+def test_intervals_do_not_depend_on_the_global_generator_nor_touch_it():
+    scores = np.random.default_rng(0).normal(size=(6, 2))
+
+    def estimate():
+        return intervals(lambda x: np.array([x.mean()]), scores)
+
+    np.random.seed(1)
+    first, following = estimate(), np.random.random()
+    np.random.seed(2)
+    assert estimate() == first
+    np.random.seed(1)
+    assert np.random.random() == following
+    ((mean, low, high),) = first
+    assert low < mean < high
+    assert mean == pytest.approx(scores.mean())
+
+
+def test_interval_is_the_bootstraps():
+    """Its half-width for a mean of many scores is 1.96 standard errors."""
+    scores = np.random.default_rng(0).normal(size=(400, 1))
+    ((_, low, high),) = intervals(lambda x: np.array([x.mean()]), scores)
+    assert (high - low) / 2 == pytest.approx(1.96 * scores.std() / 20, rel=0.05)
+
+
+def compute(make, arms, **kwargs):
+    """Statistics of arms given as lists of final returns, one per seed."""
+    seeds = max(len(finals) for finals in arms.values())
+    plan = Plan(["E"], list(arms), seeds, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in arms}})
+    results = {"E": {arm: {s: make(final=(f,), **kwargs) for s, f in enumerate(finals)} for arm, finals in arms.items()}}
+    return statistics.compute(plan, results)
+
+
+def pair(make, a, b):
+    (found,) = compute(make, {"a": a, "b": b})["environments"]["E"]["pairs"]
+    return found
+
+
+def test_a_winner_only_where_it_is_shown(make):
+    assert pair(make, [10, 11, 12, 13, 14], [1, 2, 4, 3, 5])["winner"] == "a"
+    assert pair(make, [1, 2, 4, 3, 5], [10, 11, 12, 13, 14])["winner"] == "b"
+    assert pair(make, [1, 2, 3, 4, 5], [2, 1, 4, 3, 5])["winner"] is None
+    assert pair(make, [5, 5, 5, 5, 5], [5, 5, 5, 5, 5])["winner"] is None
+    assert pair(make, [6, 6, 6, 6, 6], [5, 5, 5, 5, 5])["winner"] == "a"
+    assert pair(make, [100, 101], [1, 2])["winner"] is None  # two seeds show nothing
+    # The bootstrap of three seeds cannot leave their range, so that it alone would call this shown
+    close = pair(make, [2.0, 9.0, 4.0], [1.0, 1.0, 1.0])
+    assert close["difference"][1] > 0
+    assert close["winner"] is None
+
+
+def test_differences_are_paired_by_seed(make):
+    """Seeds that differ much and arms that differ little: pairing shows it."""
+    found = pair(make, [100.5, 201, 300.5, 401, 500.8], [100, 200, 300, 400, 500])
+    assert found["differences"] == pytest.approx([0.5, 1, 0.5, 1, 0.8])
+    assert found["winner"] == "a"
+
+
+def test_false_claims_are_as_rare_as_the_confidence_says():
+    """Five seeds, no difference: "better" is said in at most 5 % of 400 comparisons, within 3 standard errors."""
+    generator = np.random.default_rng(0)
+    claims = 0
+    for _ in range(400):
+        differences = generator.normal(size=5)
+        means = generator.choice(differences, size=(1000, 5)).mean(axis=1)
+        interval = [differences.mean(), *np.quantile(means, [0.025, 0.975])]
+        claims += statistics._winner("a", "b", list(differences), interval) is not None
+    assert claims / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+def test_normalised_scores(make):
+    """0 is a random policy and 1 the best arm, so the best arm's mean is 1."""
+    found = compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"]
+    assert found["arms"]["a"]["mean"][0] == pytest.approx(1.0)
+    assert found["arms"]["b"]["mean"] == pytest.approx([0.5, 0.5, 0.5])
+    assert found["arms"]["b"]["optimality_gap"][0] == pytest.approx(0.5)
+    assert found["probability_of_improvement"][0]["probability"][0] == 1.0
+    at, profile = found["profile"]["at"], found["profile"]["arms"]["b"][0]
+    assert [share for tau, share in zip(at, profile, strict=True) if tau < 0.49] == [1.0] * sum(tau < 0.49 for tau in at)
+    assert profile[-1] == 0.0
+
+
+def test_environments_where_nothing_beats_random_do_not_count(make):
+    assert compute(make, {"a": [1, 2], "b": [1, 1]}, random=(5.0,))["across"] is None
+
+
+def test_kl_against_its_target(make):
+    updates = [(0.01, 0.01), (0.015, 0.01), (0.016, 0.01), (0.04, 0.01)]
+    kl = compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
+    assert kl["updates"] == 4
+    assert kl["in_band"] == 0.5
+    assert kl["worst_overshoot"] == pytest.approx(4.0)
+    assert kl["spread"] == pytest.approx(np.log2([1, 1.5, 1.6, 4]).std())
+    without = compute(make, {"a": [1.0]}, updates=[(d, None) for d, _ in updates])["environments"]["E"]["arms"]["a"]["kl"]
+    assert without["in_band"] is None
+    assert without["spread"] == pytest.approx(kl["spread"])
+
+
+def test_threshold_is_gymnasiums_or_nine_tenths_of_the_way(make):
+    assert compute(make, {"a": [100.0]}, threshold=42.0)["environments"]["E"]["threshold"] == 42.0
+    assert compute(make, {"a": [100.0]}, random=(20.0,))["environments"]["E"]["threshold"] == pytest.approx(92.0)
+
+
+def test_the_median_of_steps_counts_runs_that_never_arrive(make):
+    runs = {0: make(episodes=[(100, 1.0)]), 1: make(episodes=[(500, 0.0), (600, 1.0)]), 2: make(episodes=[(100, 0.0)])}
+    plan = Plan(["E"], ["a"], 3, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
+    for run in runs.values():
+        run.summary["reward_threshold"] = 0.9
+    arm = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]
+    assert arm["reached"] == 2
+    assert arm["steps_to_threshold"] == 600.0  # of 100, 600 and never
+    del runs[0]
+    arm = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]
+    assert arm["steps_to_threshold"] is None
+
+
+def test_json_has_no_nan_and_no_clock(make):
+    found = compute(make, {"a": [1.0, 2.0], "b": [2.0]})
+    assert "NaN" not in json.dumps(found)
+    assert "Infinity" not in json.dumps(found)
+    assert "seconds" not in json.dumps(found)
