@@ -14,13 +14,15 @@ SHELL = bash
 
 .PHONY: demo test lint type format benchmark clean
 
-# RL Baselines3 Zoo's own commands: train, evaluate over 100 episodes, record a video; then a picture of the training run
+# RL Baselines3 Zoo's own commands: train, evaluate over 100 episodes, record a video; then a picture of the
+# training run, and a small head-to-head with PPO
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/python -m rl_zoo3.train $(AGENT) --seed 1 --num-threads 1 --eval-freq -1 --verbose 0 -P -tb $(DEMO)/tensorboard
 	$(BIN)/python -m rl_zoo3.enjoy $(AGENT) --no-render -n 50000 | tail -n 3
 	SDL_VIDEODRIVER=dummy $(BIN)/python -m rl_zoo3.record_video $(AGENT) -n 500 2>&1 | tail -n 1
 	$(BIN)/python examples/training_curves.py $(DEMO)/tensorboard/CartPole-v1/AdaptiveKLPPO_1 -o $(DEMO)/training.png
+	$(BIN)/sb3-adaptive-kl compare --env CartPole-v1 --algo ppo_kl ppo --seeds 3 -n 50000 --jobs 2 -o $(DEMO)/compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
