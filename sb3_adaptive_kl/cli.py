@@ -8,6 +8,9 @@ USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (as p
 
 def main() -> None:
     command = sys.argv.pop(1) if len(sys.argv) > 1 else None
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return
     try:
         if command == "compare":
             from sb3_adaptive_kl.compare.cli import main as compare
@@ -18,7 +21,8 @@ def main() -> None:
 
             zoo()
         else:
-            sys.exit(USAGE)
+            print(USAGE, file=sys.stderr)
+            sys.exit(2)
     except ModuleNotFoundError as error:
         sys.exit(f"{error}: pip install 'sb3-adaptive-kl[{command}]'")
 

@@ -64,10 +64,12 @@ def test_the_report_is_one_file_that_says_what_was_done(unbroken):
     page, text = (results / "report.html").read_text(), (results / "report.md").read_text()
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", page)
     assert "<script" not in page
+    assert 'class="open"' in page  # a verdict that says nothing does not look like one
+    assert 'class="shown"' not in page
     for content in (page, text):
         assert "2 seeds: with fewer than 5, the intervals say little" in content
         assert "no difference between ppo_kl and ppo is shown" in content
-        assert "--plan plan.yml" in content
+        assert "sb3-adaptive-kl compare --plan plan.yml" in content
         assert "lin_0.2" in content  # where they differ
         assert "torch" in content
     for picture in re.findall(r"\]\((.*?)\)", text):
@@ -185,6 +187,22 @@ def test_a_failing_arm_stops_no_other(tmp_path):
     assert (tmp_path / "results" / "runs/ppo/ppo/CartPole-v1_1/run.json").exists()
 
 
+def test_a_run_that_exits_is_a_failure(tmp_path):
+    """Not a driver that waits for ever."""
+    (tmp_path / "exiting.py").write_text(
+        """
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+class Exiting(CartPoleEnv):
+    def step(self, action):
+        raise SystemExit("bye")
+gym.register("Exiting-v0", Exiting, max_episode_steps=10)
+"""
+    )
+    options = "--env Exiting-v0 --algo ppo --seeds 1 -n 64 --gym-packages exiting -o results"
+    assert "failed: SystemExit: bye" in compare(tmp_path, *options.split(), expect=1).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -197,6 +215,9 @@ def test_a_failing_arm_stops_no_other(tmp_path):
         ("--plan nowhere.yml", "cannot be read"),
         ("--env CartPole-v1 -o occupied", "is not empty and holds no results"),
         ("--env CartPole-v1 -o occupied/file", "is a file"),
+        ("--env CartPole-v1 -o occupied/file/below", "is a file"),
+        ("--plan plan.yml --seeds 3", "without --seeds, please"),
+        ("--env CartPole-v1 --ray-address there", "--ray-address goes with --backend ray"),
     ],
 )
 def test_bad_input(tmp_path, arguments, message, capsys, monkeypatch):

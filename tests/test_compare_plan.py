@@ -1,5 +1,6 @@
 """A plan: what is shared and what is not, what is refused, and that the file says all of it."""
 
+import re
 from importlib.resources import files
 
 import pytest
@@ -7,12 +8,14 @@ import yaml
 
 pytest.importorskip("rl_zoo3", reason="the extra `compare` is not installed")
 
-from sb3_adaptive_kl.compare.plan import Arm, Plan, PlanError
+from sb3_adaptive_kl.compare.arms import Arm, PlanError
+from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing, shared
 
 
 def settle(environments=("CartPole-v1",), arms=("ppo_kl", "ppo"), seeds=2, **kwargs):
-    return Plan.settle(list(environments), list(arms), seeds, **kwargs)
+    lists = [list(names) if isinstance(names, tuple) else names for names in (environments, arms)]
+    return Plan.settle(*lists, seeds, **kwargs)
 
 
 def test_only_the_trust_region_differs():
@@ -43,7 +46,45 @@ def test_own_hyperparameters():
 def test_off_policy_algorithms_keep_their_entry():
     arms = settle(["Pendulum-v1"], ["ppo", "sac"]).hyperparameters["Pendulum-v1"]
     theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / "sac.yml").read_text())
-    assert arms["sac"] == theirs["Pendulum-v1"]
+    assert arms["sac"] == {**theirs["Pendulum-v1"], "n_timesteps": 100_000}  # but for the budget, which is PPO's
+
+
+def test_the_budget_is_shared():
+    for kwargs in ({}, {"own_hyperparameters": True}, {"n_timesteps": 300}):
+        arms = settle(arms=["ppo", "ppo_lstm", "dqn", "trpo", "ppo_kl"], **kwargs).hyperparameters["CartPole-v1"]
+        assert {entry["n_timesteps"] for entry in arms.values()} == {kwargs.get("n_timesteps", 100_000)}
+
+
+def test_recurrent_arms_have_ppos_entry_beside_ppo_and_their_own_among_themselves():
+    beside = settle(arms=["ppo", "ppo_kl_lstm"]).hyperparameters["CartPole-v1"]
+    assert beside["ppo_kl_lstm"]["n_steps"] == beside["ppo"]["n_steps"] == 32
+    assert beside["ppo_kl_lstm"]["policy"] == "MlpLstmPolicy"
+    among = settle(["CartPoleNoVel-v1"], ["ppo_lstm", "ppo_kl_lstm"]).hyperparameters["CartPoleNoVel-v1"]
+    assert set(differing(among)) <= {"target_kl", "clip_range", "kl_cutoff_coef"}
+    assert "lstm_hidden_size" in among["ppo_lstm"]["policy_kwargs"]
+
+
+def test_defaults_are_shared_too():
+    """LunarLander's entry names no learning rate, and TRPO's and A2C's defaults are others than PPO's."""
+    plan = settle(["LunarLander-v3"], ["ppo_kl", "trpo", "a2c"])
+    effective = plan.effective("LunarLander-v3")
+    assert {arm["learning_rate"] for arm in effective.values()} == {3e-4}
+    assert {arm["normalize_advantage"] for arm in effective.values()} == {True}
+    assert not {"learning_rate", "n_steps", "gae_lambda"} & differing(effective).keys()
+    assert differing(effective)["batch_size"] == {"ppo_kl": 64, "trpo": 64, "a2c": "–"}  # which A2C does not know
+
+
+def test_a_difference_in_defaults_is_told():
+    effective = settle(["LunarLander-v3"], ["ppo", "a2c"], own_hyperparameters=True).effective("LunarLander-v3")
+    assert differing(effective)["normalize_advantage"] == {"ppo": True, "a2c": False}
+
+
+def test_the_order_leaves_a_balanced_comparison():
+    runs = list(settle(["CartPole-v1", "Pendulum-v1"]).runs())
+    assert [run.seed for run in runs] == [0] * 4 + [1] * 4
+    assert [(run.env, run.arm) for run in runs[:4]] == [
+        (env, arm) for env in ("CartPole-v1", "Pendulum-v1") for arm in ("ppo_kl", "ppo")
+    ]
 
 
 def test_effective_names_the_defaults_that_are_compared():
@@ -81,22 +122,30 @@ def test_runs_have_folders_of_their_own_in_the_zoos_layout():
     folders = [run.folder for run in plan.runs()]
     assert len(set(folders)) == 2 * 3 * 2
     assert folders[0] == "runs/ppo_kl-target_kl=0.1/ppo_kl/CartPole-v1_1"
+    brackets = [Arm.parse(f"ppo:policy_kwargs=dict(net_arch={size})").folder for size in ("[8]", "(8)", "{8}")]
+    assert len(set(brackets)) == 3
+    assert all(re.fullmatch(r"[\w.=,+-]+", folder) for folder in brackets)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"environments": ["CartPole-v3"]}, "unknown environment 'CartPole-v3', did you mean 'CartPole-v"),
-        ({"environments": []}, "environments must be a list of names"),
+        ({"environments": []}, "no environments to compare"),
+        ({"environments": "CartPole-v1"}, "environments must be a list of names"),
         ({"arms": ["pppo"]}, "unknown algorithm 'pppo', did you mean 'ppo'"),
         ({"arms": ["ppo_kl:target=0.1"]}, "ppo_kl has no hyperparameter 'target', did you mean 'target_kl'"),
         ({"arms": ["ppo:target_kl"]}, "not of the form name=value"),
         ({"arms": ["ppo", "ppo"]}, "ppo given twice"),
+        ({"arms": ["ppo:policy=A", "ppo:policy=a"]}, "given twice"),  # on a file system that ignores case
+        ({"arms": ["ppo:n_timesteps=5"]}, "the budget is the same for all arms"),
+        ({"arms": []}, "no arms to compare"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, not 0"),
         ({"seeds": 2.5}, "seeds must be a whole number"),
         ({"n_timesteps": -5}, "n_timesteps must be"),
         ({"n_eval_episodes": 0}, "n_eval_episodes must be"),
-        ({"gym_packages": ["no_such_package"]}, "gym_packages: No module named 'no_such_package'"),
+        ({"gym_packages": ["no_such_package"]}, "gym_packages: ModuleNotFoundError: No module named 'no_such_package'"),
+        ({"gym_packages": "minigrid"}, "gym_packages must be a list of names"),
     ],
 )
 def test_refused(arguments, message):
@@ -122,9 +171,18 @@ def test_files_that_are_no_plan(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_settled_plan_that_lost_an_arm_is_refused(tmp_path):
-    content = yaml.safe_load(settle().dump())
-    del content["hyperparameters"]["CartPole-v1"]["ppo"]
+@pytest.mark.parametrize(
+    ("hyperparameters", "message"),
+    [
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}}}, "no hyperparameters of ppo for CartPole-v1"),
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}, "ppo": None}}, "no hyperparameters of ppo for CartPole-v1"),
+        (5, "no hyperparameters of ppo_kl for CartPole-v1"),
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 0}}}, "n_timesteps must be"),
+        ({"CartPole-v1": {"ppo_kl": {"n_envs": 1}}}, "n_timesteps must be"),
+    ],
+)
+def test_a_settled_plan_that_was_damaged_is_refused(tmp_path, hyperparameters, message):
+    content = {**yaml.safe_load(settle().dump()), "hyperparameters": hyperparameters}
     (tmp_path / "plan.yml").write_text(yaml.safe_dump(content))
-    with pytest.raises(PlanError, match="no hyperparameters of ppo for CartPole-v1"):
+    with pytest.raises(PlanError, match=message):
         Plan.load(tmp_path / "plan.yml")

@@ -9,7 +9,13 @@ pytest.importorskip("rliable", reason="the extra `compare` is not installed")
 
 from sb3_adaptive_kl.compare import statistics
 from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.statistics import Result, intervals
+from sb3_adaptive_kl.compare.results import Result
+from sb3_adaptive_kl.compare.statistics import intervals
+
+
+@pytest.fixture(autouse=True)
+def _fewer_samples(monkeypatch):
+    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 1000)
 
 
 @pytest.fixture
@@ -33,6 +39,7 @@ def make(tmp_path):
             "kl_tolerance": 1.5,
             "timesteps": budget,
             "seconds": 1.0,
+            "machine": "here",
         }
         return Result(folder, summary)
 
@@ -53,7 +60,9 @@ def test_learning_curve(make):
     assert curve[200] == curve[1000] == 10.0
     assert run.area == pytest.approx(np.mean(list(curve.values())))
     assert run.steps_to(4.0) == 70.0
+    assert run.steps_to(2.0) == 30.0  # and not at the first point, before anything was known
     assert run.steps_to(11.0) is None
+    assert make(episodes=[(1001, 1.0)]).curve is None  # after the budget
 
 
 def test_intervals_do_not_depend_on_the_global_generator_nor_touch_it():
@@ -100,6 +109,7 @@ def test_a_winner_only_where_it_is_shown(make):
     assert pair(make, [5, 5, 5, 5, 5], [5, 5, 5, 5, 5])["winner"] is None
     assert pair(make, [6, 6, 6, 6, 6], [5, 5, 5, 5, 5])["winner"] == "a"
     assert pair(make, [100, 101], [1, 2])["winner"] is None  # two seeds show nothing
+    assert statistics._winner("a", "b", [1.0, 1.1, 1.2, 1.3], [1.0, -0.1, 2.0]) is None  # the bootstrap's interval, too
     # The bootstrap of three seeds cannot leave their range, so that it alone would call this shown
     close = pair(make, [2.0, 9.0, 4.0], [1.0, 1.0, 1.0])
     assert close["difference"][1] > 0
@@ -108,9 +118,11 @@ def test_a_winner_only_where_it_is_shown(make):
 
 def test_differences_are_paired_by_seed(make):
     """Seeds that differ much and arms that differ little: pairing shows it."""
-    found = pair(make, [100.5, 201, 300.5, 401, 500.8], [100, 200, 300, 400, 500])
-    assert found["differences"] == pytest.approx([0.5, 1, 0.5, 1, 0.8])
+    found = pair(make, [500.8, 201, 100.5, 401, 300.5], [500, 200, 100, 400, 300])
+    assert found["differences"] == pytest.approx([0.8, 1, 0.5, 1, 0.5])
     assert found["winner"] == "a"
+    assert pair(make, [500.8, 201, 100.5, 401, 300.5], [100, 200, 300, 400, 500])["winner"] is None
+    assert pair(make, [3.0, 1.0], [2.0])["differences"] == [1.0]  # only the seeds of both
 
 
 def test_false_claims_are_as_rare_as_the_confidence_says():
@@ -123,6 +135,33 @@ def test_false_claims_are_as_rare_as_the_confidence_says():
         interval = [differences.mean(), *np.quantile(means, [0.025, 0.975])]
         claims += statistics._winner("a", "b", list(differences), interval) is not None
     assert claims / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+def test_aggregates_of_final_returns(make):
+    arm = compute(make, {"a": [0.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 1000.0]})["environments"]["E"]["arms"]["a"]["final"]
+    assert arm["mean"][0] == pytest.approx(134.375)
+    assert arm["median"][0] == pytest.approx(12.5)
+    assert arm["iqm"][0] == pytest.approx(12.5)  # of the middle four
+    assert arm["iqm"][2] < arm["mean"][2]
+
+
+def test_a_single_run_has_no_interval(make):
+    found = compute(make, {"a": [5.0]})
+    assert found["environments"]["E"]["arms"]["a"]["final"]["mean"] == [5.0, None, None]
+    assert found["environments"]["E"]["pairs"] == []
+
+
+def test_runs_that_ended_no_episode(make):
+    arm = compute(make, {"a": [5.0, 6.0]}, episodes=[(1500, 1.0)])["environments"]["E"]["arms"]["a"]
+    assert arm["curve"] is None
+    assert arm["area"] is None
+    assert arm["reached"] == 0
+
+
+def test_no_threshold_where_nothing_beats_random(make):
+    environment = compute(make, {"a": [1.0, 2.0]}, random=(5.0,))["environments"]["E"]
+    assert environment["threshold"] is None
+    assert environment["arms"]["a"]["steps_to_threshold"] is None
 
 
 def test_normalised_scores(make):

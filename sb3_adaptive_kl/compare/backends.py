@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sb3_adaptive_kl.compare.plan import PlanError, Run
+from sb3_adaptive_kl.compare.arms import PlanError
+from sb3_adaptive_kl.compare.plan import Run
 
 Files = dict[str, bytes]
 
@@ -64,7 +65,7 @@ def carry_out(run: Run, report: Callable[[int], None]) -> Files | Failure:
         from sb3_adaptive_kl.compare.execute import execute
 
         return execute(run, report)
-    except Exception as error:
+    except BaseException as error:  # whatever an environment does, sys.exit() too
         return Failure.of(error)
 
 
@@ -75,6 +76,7 @@ def loky(jobs: int) -> Backend:
     """
     :param jobs: runs at a time
     """
+    from loky import ProcessPoolExecutor
 
     def carry_out_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
         events: queue.Queue[Progress | Finished] = queue.Queue()
@@ -82,7 +84,7 @@ def loky(jobs: int) -> Backend:
         with ThreadPoolExecutor(jobs) as threads:
             try:
                 for run in runs:
-                    threads.submit(_in_own_process, run, events, stop)
+                    threads.submit(_in_own_process, ProcessPoolExecutor, run, events, stop)
                 for _ in range(len(runs)):
                     event = events.get()
                     while isinstance(event, Progress):
@@ -95,24 +97,24 @@ def loky(jobs: int) -> Backend:
     return carry_out_all
 
 
-def _in_own_process(run: Run, events: "queue.Queue[Progress | Finished]", stop: threading.Event) -> None:
+def _in_own_process(
+    make_executor: Callable[..., Any], run: Run, events: "queue.Queue[Progress | Finished]", stop: threading.Event
+) -> None:
     """An executor per run: a process that is killed, by the system for its memory for instance, takes no other along."""
-    from loky import ProcessPoolExecutor
-
     if stop.is_set():
         return
     executor = None
     try:
         with tempfile.TemporaryDirectory() as folder:
             timesteps = Path(folder, "timesteps")
-            executor = ProcessPoolExecutor(max_workers=1, env=ONE_THREAD)
+            executor = make_executor(max_workers=1, env=ONE_THREAD)
             future = executor.submit(_report_to_file, run, str(timesteps), os.getpid())
             while not future.done() and not stop.wait(POLL_SECONDS):
                 if timesteps.exists():
                     events.put(Progress(run, int(timesteps.read_text())))
             if not stop.is_set():
                 events.put(Finished(run, future.result()))
-    except Exception as error:  # of the process, not of the run: killed, out of memory
+    except BaseException as error:  # of the process, not of the run: killed, out of memory. Somebody waits for an event
         events.put(Finished(run, Failure.of(error)))
     finally:
         if executor is not None:

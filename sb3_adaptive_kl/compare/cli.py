@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sb3_adaptive_kl.compare import backends
-from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan, PlanError
+from sb3_adaptive_kl.compare import backends, plots, report, statistics
+from sb3_adaptive_kl.compare.arms import PlanError
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
 from sb3_adaptive_kl.compare.run import carry_out
 from sb3_adaptive_kl.compare.store import Store
 
@@ -26,34 +27,36 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+# Of a plan; where it comes from a file they are not given
+PLAN_ARGUMENTS = ("env", "algo", "seeds", "n_timesteps", "n_eval_episodes", "own_hyperparameters", "gym_packages")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sb3-adaptive-kl compare",
         description="Compare algorithms on environments: train, measure, and write a report.",
         epilog="Run it again with the same arguments to continue where it ended.",
     )
-    parser.add_argument("--env", nargs="+", default=[], metavar="ID", help="environments")
+    parser.add_argument("--env", nargs="+", metavar="ID", help="environments")
     parser.add_argument(
         "--algo",
         nargs="+",
-        default=["ppo_kl", "ppo"],
         metavar="ARM",
         help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
     )
-    parser.add_argument("--seeds", type=int, default=FEW_SEEDS, metavar="N", help=f"seeds for each (default: {FEW_SEEDS})")
-    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="budget of a run (default: the zoo's)")
-    parser.add_argument(
-        "--n-eval-episodes", type=int, default=20, metavar="N", help="for a final policy's score (default: 20)"
-    )
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds for each (default: {FEW_SEEDS})")
+    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="budget of a run (default: the zoo's for PPO)")
+    parser.add_argument("--n-eval-episodes", type=int, metavar="N", help="for a final policy's score (default: 20)")
     parser.add_argument(
         "--own-hyperparameters",
         action="store_true",
+        default=None,
         help="give each algorithm the zoo's entry that was tuned for it, instead of PPO's with its own trust region",
     )
-    parser.add_argument("--gym-packages", nargs="+", default=[], metavar="PACKAGE", help="packages that register environments")
+    parser.add_argument("--gym-packages", nargs="+", metavar="PACKAGE", help="packages that register environments")
     parser.add_argument("--plan", type=Path, metavar="YML", help="a plan in a file, instead of the arguments above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
-    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="this machine, or a Ray cluster")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of an existing cluster (default: one is started here)")
     return parser
@@ -63,15 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     :return: the exit code
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
         plan = _plan(args)
-        if args.jobs < 1:
-            raise PlanError(f"jobs must be at least 1, not {args.jobs}")
-        command = sys.argv[:1] + (sys.argv[1:] if arguments is None else arguments)
         Store.check(args.output, plan)
-        backend = backends.ray(args.jobs, args.ray_address) if args.backend == "ray" else backends.loky(args.jobs)
-        store = Store.create(args.output, plan, _command(command))
+        backend = _backend(args)
+        store = Store.create(args.output, plan, _command(arguments))
         carry_out(plan, store, backend)
         return summarise(plan, store)
     except PlanError as error:
@@ -83,28 +84,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if args.plan is not None:
-        return Plan.load(args.plan)
-    return Plan.settle(
-        args.env,
-        args.algo,
-        args.seeds,
-        n_timesteps=args.n_timesteps,
-        n_eval_episodes=args.n_eval_episodes,
-        own_hyperparameters=args.own_hyperparameters,
-        gym_packages=args.gym_packages,
-    )
+    given = {name: getattr(args, name) for name in PLAN_ARGUMENTS if getattr(args, name) is not None}
+    if args.plan is None:
+        defaults = {"env": [], "algo": ["ppo_kl", "ppo"], "seeds": FEW_SEEDS}
+        renamed = {"env": "environments", "algo": "arms"}
+        return Plan.settle(**{renamed.get(name, name): value for name, value in {**defaults, **given}.items()})
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PlanError(f"--plan says what is compared: without {names}, please")
+    return Plan.load(args.plan)
+
+
+def _backend(args: argparse.Namespace) -> backends.Backend:
+    if args.jobs is not None and args.jobs < 1:
+        raise PlanError(f"jobs must be at least 1, not {args.jobs}")
+    if args.ray_address is not None and (args.backend != "ray" or args.jobs is not None):
+        raise PlanError("--ray-address goes with --backend ray, and without --jobs: the cluster decides")
+    if args.backend == "ray":
+        return backends.ray(args.jobs or 1, args.ray_address)
+    return backends.loky(args.jobs or 1)
 
 
 def summarise(plan: Plan, store: Store) -> int:
     """Statistics, plots and report of the runs that are done."""
-    from sb3_adaptive_kl.compare import plots, report, statistics
-
     statistics.write(plan, store)
     plots.write(plan, store)
     page = report.write(plan, store)
     if plan.seeds < FEW_SEEDS:
-        print(f"Warning: {plan.seeds} seeds. With fewer than {FEW_SEEDS}, the intervals say little.", file=sys.stderr)
+        print(
+            f"Warning: {report.count(plan.seeds, 'seed')}. With fewer than {FEW_SEEDS}, the intervals say little.",
+            file=sys.stderr,
+        )
     failures = store.failures(plan)
     for run, line in failures.items():
         print(f"failed: {run}: {line}", file=sys.stderr)
@@ -114,7 +124,7 @@ def summarise(plan: Plan, store: Store) -> int:
 
 def _command(arguments: list[str]) -> dict[str, Any]:
     return {
-        "command": arguments,
+        "command": ["sb3-adaptive-kl", "compare", *arguments],
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",

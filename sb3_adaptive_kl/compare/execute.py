@@ -18,7 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ Files = dict[str, bytes]
 
 N_EVALUATIONS = 10  # the zoo's, while training, for its plots
 EVAL_SEED = 1_000_000  # apart from the seeds that are trained on
-PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy")
 
 
 class Recorder(BaseCallback):
@@ -132,7 +131,6 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         "kl_tolerance": getattr(model, "kl_tolerance", None),
         "seconds": seconds,
         "machine": platform.node(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
     }
 
 

@@ -1,92 +1,24 @@
 """
 What is compared: environments, arms and seeds, with every hyperparameter settled before the first run.
 
-An arm is an algorithm of the zoo with overrides, written ``ppo_kl:target_kl=0.1,kl_rule=fixed``. All arms share seeds, budget,
-network, normalisation and every hyperparameter that they have in common, which is the zoo's tuned entry for PPO; only what
-makes the trust region is each algorithm's own. The settled plan is written into the results, and is all that a run depends on.
+The settled plan is written into the results, and is all that a run depends on.
 """
 
-import difflib
 import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import yaml
-from rl_zoo3.utils import ALGOS
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_adaptive_kl import zoo
-
-Hyperparameters = dict[str, Any]
+from sb3_adaptive_kl.compare.arms import TRUST_REGION, Arm, Hyperparameters, PlanError, arguments, defaults, nearest, settle
 
 PLAN_FILE = "plan.yml"
 # With fewer, intervals say little
 FEW_SEEDS = 5
-# How far a policy may move per update: never shared, even where two algorithms give it one name
-TRUST_REGION = frozenset({"clip_range", "target_kl"})
-# What the zoo's ExperimentManager takes out of an entry before the algorithm sees it
-ZOO_KEYS = frozenset(
-    {
-        "n_timesteps",
-        "n_envs",
-        "normalize",
-        "env_wrapper",
-        "vec_env_wrapper",
-        "frame_stack",
-        "callback",
-        "env_kwargs",
-        "monitor_kwargs",
-    }
-)
-
-
-class PlanError(ValueError):
-    """A mistake of the user's, told in one line."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """
-    An algorithm with overrides.
-
-    :param name: as the user wrote it
-    :param algo: the zoo's name of the algorithm
-    :param overrides: hyperparameters that replace those of the plan
-    """
-
-    name: str
-    algo: str
-    overrides: Hyperparameters
-
-    @classmethod
-    def parse(cls, text: str) -> "Arm":
-        """
-        :param text: ``algo`` or ``algo:name=value,name=value``; values are yml
-        :raises PlanError: if there is no such algorithm, or it does not know an override
-        """
-        algo, _, assignments = text.partition(":")
-        if algo not in ALGOS:
-            raise PlanError(f"unknown algorithm {algo!r}{_nearest(algo, ALGOS)}")
-        overrides = {}
-        for assignment in _split_outside_brackets(assignments):
-            name, equals, value = assignment.partition("=")
-            if not equals:
-                raise PlanError(f"{text!r}: {assignment!r} is not of the form name=value")
-            if name not in _arguments(algo) | ZOO_KEYS:
-                raise PlanError(f"{algo} has no hyperparameter {name!r}{_nearest(name, _arguments(algo) | ZOO_KEYS)}")
-            overrides[name] = _value(value)
-        return cls(text, algo, overrides)
-
-    @property
-    def folder(self) -> str:
-        """The name as a file system likes it."""
-        return re.sub(r"[^\w.=,+-]", "-", self.name)
 
 
 @dataclass(frozen=True)
@@ -127,28 +59,25 @@ class Plan:
     @classmethod
     def settle(
         cls,
-        environments: Sequence[str],
-        arms: Sequence[str],
+        environments: list[str],
+        arms: list[str],
         seeds: int,
         n_timesteps: int | None = None,
         n_eval_episodes: int = 20,
         own_hyperparameters: bool = False,
-        gym_packages: Sequence[str] = (),
+        gym_packages: list[str] | None = None,
     ) -> "Plan":
         """
-        :param n_timesteps: budget of each run; None for that of the zoo's entry
+        :param n_timesteps: budget of each run; None for that of the zoo's entry for PPO
         :param own_hyperparameters: give each algorithm the zoo's tuned entry for itself, instead of sharing PPO's
         :raises PlanError: if something in it does not exist or cannot be
         """
+        gym_packages = gym_packages or []
         parsed = _check(
             environments, arms, gym_packages, seeds=seeds, n_eval_episodes=n_eval_episodes, n_timesteps=n_timesteps
         )
-        budget = {} if n_timesteps is None else {"n_timesteps": n_timesteps}
-        hyperparameters = {
-            env: {arm.name: {**_settle(arm, env, own_hyperparameters), **budget, **arm.overrides} for arm in parsed}
-            for env in environments
-        }
-        return cls(list(environments), list(arms), seeds, n_eval_episodes, list(gym_packages), hyperparameters)
+        hyperparameters = {env: settle(parsed, env, n_timesteps, own_hyperparameters) for env in environments}
+        return cls(environments, arms, seeds, n_eval_episodes, gym_packages, hyperparameters)
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
@@ -166,14 +95,17 @@ class Plan:
         known = inspect.signature(make).parameters
         missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in content]
         for name in [*missing, *(name for name in content if name not in known)]:
-            raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + _nearest(name, known)}")
+            raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + nearest(name, known)}")
         plan = make(**content)
-        for arm in _check(
-            plan.environments, plan.arms, plan.gym_packages, seeds=plan.seeds, n_eval_episodes=plan.n_eval_episodes
-        ):
+        counts = {"seeds": plan.seeds, "n_eval_episodes": plan.n_eval_episodes}
+        for arm in _check(plan.environments, plan.arms, plan.gym_packages, **counts):
             for env in plan.environments:
-                if arm.name not in plan.hyperparameters.get(env, {}):
+                entry = plan.hyperparameters
+                for key in (env, arm.name):
+                    entry = entry.get(key, {}) if isinstance(entry, dict) else {}
+                if not isinstance(entry, dict) or not entry:
                     raise PlanError(f"{path}: no hyperparameters of {arm.name} for {env}")
+                _check_counts(n_timesteps=entry.get("n_timesteps", 0))
         return plan
 
     def dump(self) -> str:
@@ -197,16 +129,15 @@ class Plan:
                     )
 
     def effective(self, env: str) -> dict[str, Hyperparameters]:
-        """Arm → hyperparameters, with an algorithm's own default for what the plan leaves to it and gives another arm."""
-        arms = self.hyperparameters[env]
-        named = TRUST_REGION.union(*arms.values())
-        defaults = {name: inspect.signature(ALGOS[Arm.parse(name).algo]).parameters for name in arms}
+        """Arm → hyperparameters, with the defaults of what the plan names for some arm or what several algorithms know."""
+        algos = {name: Arm.parse(name).algo for name in self.arms}
+        known = [arguments(algo) for algo in set(algos.values())]
+        compared = TRUST_REGION.union(*self.hyperparameters[env].values())
+        compared |= {key for keys in known for key in keys if sum(key in others for others in known) > 1}
         return {
-            name: {
-                **given,
-                **{key: defaults[name][key].default for key in sorted(named - given.keys()) if key in defaults[name]},
-            }
-            for name, given in arms.items()
+            name: {**{key: value for key, value in sorted(defaults(algo).items()) if key in compared}, **given}
+            for (name, algo), given in zip(algos.items(), map(self.hyperparameters[env].get, self.arms), strict=True)
+            if given is not None
         }
 
     def difference(self, other: "Plan") -> list[str]:
@@ -219,89 +150,45 @@ class Plan:
         ]
 
 
-def _check(environments: Sequence[str], arms: Sequence[str], gym_packages: Sequence[str], **counts: int | None) -> list[Arm]:
+def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> list[Arm]:
     """
     :return: the arms
     :raises PlanError: if something does not exist or cannot be
     """
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise PlanError(f"{name} must be a whole number of at least 1, not {count!r}")
-    for kind, names in (("environments", environments), ("arms", arms)):
-        if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+    _check_counts(**counts)
+    for kind, names in (("environments", environments), ("arms", arms), ("gym_packages", gym_packages)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise PlanError(f"{kind} must be a list of names, not {names!r}")
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise PlanError(f"{kind}: {', '.join(sorted(twice))} given twice")
+    if not environments or not arms:
+        raise PlanError(f"no {'environments' if not environments else 'arms'} to compare")
     import_module("rl_zoo3.import_envs")  # registers those of ale-py, minigrid, pybullet, … where they are installed
     try:
         for package in gym_packages:
             import_module(package)
-    except ImportError as error:
-        raise PlanError(f"gym_packages: {error}") from None
+    except Exception as error:  # it is somebody else's code
+        raise PlanError(f"gym_packages: {type(error).__name__}: {error}") from None
     for env in environments:
         if env not in gym.registry:
-            raise PlanError(f"unknown environment {env!r}{_nearest(env, gym.registry)}")
-    return [Arm.parse(arm) for arm in arms]
+            raise PlanError(f"unknown environment {env!r}{nearest(env, gym.registry)}")
+    parsed = [Arm.parse(arm) for arm in arms]
+    _check_told_apart("environments", [env.replace("/", "-") for env in environments])
+    _check_told_apart("arms", [arm.folder for arm in parsed])
+    return parsed
 
 
-def _settle(arm: Arm, env: str, own: bool) -> Hyperparameters:
-    mine = _entry(arm.algo, env)
-    if own or not issubclass(ALGOS[arm.algo], OnPolicyAlgorithm):
-        return mine
-    base = "ppo_lstm" if arm.algo.endswith("_lstm") else "ppo"
-    known_to_both = (_arguments(arm.algo) & _arguments(base) | ZOO_KEYS) - TRUST_REGION
-    shared = {key: value for key, value in _entry(base, env).items() if key in known_to_both}
-    if arm.algo == base:
-        return {**shared, **{key: mine[key] for key in TRUST_REGION & mine.keys()}}
-    return {**shared, **{key: value for key, value in mine.items() if key not in known_to_both}}
+def _check_told_apart(kind: str, folders: list[str]) -> None:
+    """By their folders, on file systems that ignore case as well."""
+    folded = [folder.casefold() for folder in folders]
+    twice = sorted({folder for folder in folders if folded.count(folder.casefold()) > 1})
+    if twice:
+        raise PlanError(f"{kind}: {', '.join(twice)} given twice")
 
 
-def _entry(algo: str, env: str) -> Hyperparameters:
-    """The tuned entry for an environment; where the zoo has none of its own, such as for MuJoCo's -v5, ours for ppo_kl."""
-    theirs = _file(algo)
-    family = {"ppo": "ppo_kl", "ppo_lstm": "ppo_kl_lstm"}.get(algo)
-    if env not in theirs and family is not None and env in _file(family):
-        return {key: value for key, value in _file(family)[env].items() if key in (_arguments(algo) | ZOO_KEYS) - TRUST_REGION}
-    atari = "AtariEnv" in str(gym.registry[env].entry_point)
-    name = env if env in theirs else "atari" if atari and "atari" in theirs else "default"
-    if name not in theirs:
-        raise PlanError(f"the zoo has no hyperparameters of {algo} for {env}, and no default")
-    return dict(theirs[name])
-
-
-def _file(algo: str) -> dict[str, Hyperparameters]:
-    ours = zoo.hyperparameter_file(algo)
-    path = ours if algo in zoo.ALGORITHMS else Path(str(files("rl_zoo3") / "hyperparams" / f"{algo}.yml"))
-    return yaml.safe_load(path.read_text())  # type: ignore[no-any-return]
-
-
-def _arguments(algo: str) -> frozenset[str]:
-    return frozenset(inspect.signature(ALGOS[algo]).parameters) - {"env", "seed", "_init_setup_model"}
-
-
-def _value(text: str) -> Any:
-    """yml, but 3e-4 is a number as well, which yml 1.1 takes for a string."""
-    try:
-        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    depth, parts = 0, [""]
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _nearest(name: str, names: Any) -> str:
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {matches[0]!r}?" if matches else ""
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        whole = isinstance(count, int | float) and not isinstance(count, bool) and count == int(count)
+        if count is not None and not (whole and count >= 1):
+            raise PlanError(f"{name} must be a whole number of at least 1, not {count!r}")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

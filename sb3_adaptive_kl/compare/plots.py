@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE, Results, read
+from sb3_adaptive_kl.compare.results import Results, read
+from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE
 from sb3_adaptive_kl.compare.store import Store, on_folder
 
 FOLDER = "plots"
@@ -118,11 +119,11 @@ def _curves(pen: Pen, env: str, environment: dict[str, Any], results: Any) -> Fi
     returns = panels[0]
     returns.set(title=env, ylabel="mean return")
     for arm, statistics in environment["arms"].items():
-        timesteps, curve = statistics["curve"]["timesteps"], statistics["curve"]["mean"]
-        returns.plot(timesteps, curve[0], label=arm, **pen.line(arm))
-        returns.fill_between(timesteps, curve[1], curve[2], color=pen.colours[arm], alpha=0.2, lw=0)
-    returns.axhline(environment["threshold"], color=pen.theme.ink, lw=0.8, ls=":")
-    figure.legend(loc="outside upper center", ncols=2, fontsize="small", frameon=False)
+        if statistics["curve"] is not None:
+            _band(pen, returns, arm, statistics["curve"]["timesteps"], *statistics["curve"]["mean"])
+    if environment["threshold"] is not None:
+        returns.axhline(environment["threshold"], color=pen.theme.ink, lw=0.8, ls=":")
+    figure.legend(*returns.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small", frameon=False)
 
     if updates:
         _traces(pen, panels[1], updates, "kl")
@@ -144,9 +145,13 @@ def _traces(pen: Pen, axes: Axes, updates: dict[str, pd.DataFrame], column: str)
         n_bins = min(N_BINS, positive["timesteps"].nunique())
         bins = positive.groupby(pd.cut(positive["timesteps"], n_bins), observed=True)
         middle, low, high = (bins[column].quantile(q).to_numpy() for q in (0.5, 0.1, 0.9))
-        timesteps = bins["timesteps"].mean().to_numpy()
-        axes.plot(timesteps, middle, **pen.line(arm))
-        axes.fill_between(timesteps, low, high, color=pen.colours[arm], alpha=0.2, lw=0)
+        _band(pen, axes, arm, bins["timesteps"].mean().to_numpy(), middle, low, high)
+
+
+def _band(pen: Pen, axes: Axes, arm: str, x: Any, middle: Any, low: Any, high: Any) -> None:
+    axes.plot(x, middle, label=arm, marker="." if len(x) == 1 else "", **pen.line(arm))
+    if low[0] is not None:  # a single run has no interval
+        axes.fill_between(x, low, high, color=pen.colours[arm], alpha=0.2, lw=0)
 
 
 def _final_returns(pen: Pen, environments: dict[str, Any], results: Results) -> Figure:
@@ -160,7 +165,8 @@ def _final_returns(pen: Pen, environments: dict[str, Any], results: Results) -> 
             mean, low, high = statistics["final"]["mean"]
             finals = [run.final for run in results[env][arm].values()]
             axes.plot(finals, [row + 0.22] * len(finals), "o", ms=4, alpha=0.6, mew=0, color=pen.colours[arm])
-            axes.plot([low, high], [row, row], lw=3, color=pen.colours[arm], solid_capstyle="round")
+            if low is not None:
+                axes.plot([low, high], [row, row], lw=3, color=pen.colours[arm], solid_capstyle="round")
             axes.plot(mean, row, "D", color=pen.theme.ink, ms=5)
         axes.set_title(env, fontsize="medium")
         _rows(axes, list(environment["arms"]))
@@ -201,16 +207,16 @@ def _profile(pen: Pen, across: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     at = across["profile"]["at"]
     for arm, (share, low, high) in across["profile"]["arms"].items():
-        axes.plot(at, share, label=arm, **pen.line(arm))
-        axes.fill_between(at, low, high, color=pen.colours[arm], alpha=0.2, lw=0)
+        _band(pen, axes, arm, at, share, low, high)
     axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
     axes.legend(fontsize="small", frameon=False)
     return figure
 
 
-def _interval(axes: Axes, row: int, interval: list[float], colour: str, ink: str) -> None:
+def _interval(axes: Axes, row: int, interval: Any, colour: str, ink: str) -> None:
     estimate, low, high = interval
-    axes.plot([low, high], [row, row], lw=5, color=colour, alpha=0.7, solid_capstyle="butt")
+    if low is not None:
+        axes.plot([low, high], [row, row], lw=5, color=colour, alpha=0.7, solid_capstyle="butt")
     axes.plot(estimate, row, "|", color=ink, ms=12, mew=2)
 
 

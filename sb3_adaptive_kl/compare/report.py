@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sb3_adaptive_kl.compare import plots
-from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Arm, Plan
+from sb3_adaptive_kl.compare.arms import Arm
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
 from sb3_adaptive_kl.compare.statistics import BOOTSTRAP_SAMPLES, STATISTICS_FILE, TIMINGS_FILE
 from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
 
@@ -44,7 +45,7 @@ def write(plan: Plan, store: Store) -> Path:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(number=number, interval=interval, percent=percent)
+        environment.filters.update(number=number, interval=interval, percent=percent, count=count)
         store.write(template, environment.get_template(template).render(content))
     return store.folder / REPORT_FILE
 
@@ -80,12 +81,12 @@ def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
     """What may be said of two arms, and no more."""
     a, b = pair["arms"]
     if pair["difference"] is None:
-        return {"env": env, "text": f"{a} and {b} have no seed in common that finished.", "clear": False}
-    difference = f"{a} − {b} = {interval(pair['difference'])} over {pair['seeds']} seeds"
+        return {"env": env, "text": f"{a} and {b} have no seed in common that finished.", "shown": False}
+    difference = f"{a} − {b} = {interval(pair['difference'])} over {count(pair['seeds'], 'seed')}"
     if pair["winner"] is None:
-        return {"env": env, "text": f"no difference between {a} and {b} is shown: {difference}.", "clear": False}
+        return {"env": env, "text": f"no difference between {a} and {b} is shown: {difference}.", "shown": False}
     loser = b if pair["winner"] == a else a
-    return {"env": env, "text": f"{pair['winner']} is better than {loser}: {difference}.", "clear": True}
+    return {"env": env, "text": f"{pair['winner']} is better than {loser}: {difference}.", "shown": True}
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -100,21 +101,26 @@ def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in next(iter(arms.values())).items() if key not in differing(arms)}
 
 
-def number(value: float | None, signed: bool = False) -> str:
+def number(value: float | None) -> str:
     """As many digits as one reads."""
     if value is None:
         return "–"
-    sign = "+" if signed else ""
     if value == 0 or 0.1 <= abs(value) < 1000:
-        text = f"{value:{sign}.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 or value == 0 else 3}f}"
+        text = f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 or value == 0 else 3}f}"
     else:
-        text = f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.2g}"
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 def interval(values: list[float] | None) -> str:
-    """An estimate with its limits."""
-    return "–" if values is None else f"{number(values[0])} [{number(values[1])}, {number(values[2])}]"
+    """An estimate with its limits, if there are runs enough for any."""
+    if values is None or values[1] is None:
+        return number(None if values is None else values[0])
+    return f"{number(values[0])} [{number(values[1])}, {number(values[2])}]"
+
+
+def count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def percent(value: float | None) -> str:

@@ -13,10 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -27,6 +24,7 @@ from rliable import library as rly
 from rliable import metrics
 
 from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.results import Result, Results, read
 from sb3_adaptive_kl.compare.store import Store, on_folder
 
 STATISTICS_FILE, TIMINGS_FILE, RUNS_FILE = "statistics.json", "timings.json", "runs.csv"
@@ -34,77 +32,21 @@ STATISTICS_FILE, TIMINGS_FILE, RUNS_FILE = "statistics.json", "timings.json", "r
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_SAMPLES = 5000
 CONFIDENCE = 0.95
-# A learning curve: this many points, each the mean of the episodes that ended in the 5 % of the budget before it
-N_POINTS, WINDOW = 100, 0.05
 # "Learned": gymnasium's threshold, or this far from a random policy to the best arm
 THRESHOLD_SHARE = 0.9
+# Of runs.csv
+KL_COLUMNS = ("median", "largest", "in_band", "worst_overshoot", "spread")
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
-Interval = list[float]  # estimate, lower and upper limit
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished run, read from its folder."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-    @cached_property
-    def updates(self) -> pd.DataFrame | None:
-        """Rows of `Ruler`, None for an algorithm that it cannot measure."""
-        path = self.folder / "updates.csv"
-        return pd.read_csv(path) if path.is_file() else None
-
-    @property
-    def final(self) -> float:
-        return fmean(self.summary["final_returns"])
-
-    @property
-    def budget(self) -> int:
-        return int(self.summary["hyperparameters"]["n_timesteps"])
-
-    @cached_property
-    def curve(self) -> np.ndarray:
-        """Mean return of training episodes at ``N_POINTS`` equally spaced time steps, the last at the end of the budget."""
-        episodes = pd.read_csv(self.folder / "episodes.csv")
-        ended, returns = episodes["timesteps"].to_numpy(), episodes["return"].to_numpy()
-        points = np.arange(1, N_POINTS + 1) * self.budget / N_POINTS
-        last = np.searchsorted(ended, points, side="right")
-        first = np.searchsorted(ended, points - WINDOW * self.budget, side="right")
-        sums = np.concatenate([[0.0], np.cumsum(returns)])
-        with np.errstate(invalid="ignore"):
-            means = (sums[last] - sums[first]) / (last - first)
-        # Between the ends of long episodes the last mean holds; before the first, the first
-        return np.asarray(pd.Series(means).ffill().bfill())
-
-    @property
-    def area(self) -> float:
-        """Area under the learning curve over the budget: the mean return while learning."""
-        return float(self.curve.mean())
-
-    def steps_to(self, threshold: float) -> float | None:
-        """Time steps until the learning curve reaches the threshold, None if it never does."""
-        reached = np.flatnonzero(self.curve >= threshold)
-        return float((reached[0] + 1) * self.budget / N_POINTS) if len(reached) else None
-
-
-Results = dict[str, dict[str, dict[int, Result]]]  # environment → arm → seed
-
-
-def read(plan: Plan, store: Store) -> Results:
-    results: Results = {env: {arm: {} for arm in plan.arms} for env in plan.environments}
-    for run, folder in store.results(plan):
-        results[run.env][run.arm][run.seed] = Result(folder, json.loads((folder / "run.json").read_text()))
-    return results
+Interval = list[float | None]  # estimate, lower and upper limit; no limits from a single run
 
 
 def write(plan: Plan, store: Store) -> None:
     """Write the three files."""
     results = read(plan, store)
     statistics = compute(plan, results)
-    store.write(STATISTICS_FILE, json.dumps(statistics, indent=1))
-    store.write(TIMINGS_FILE, json.dumps(timings(results), indent=1))
+    store.write(STATISTICS_FILE, json.dumps(statistics, indent=1, allow_nan=False))
+    store.write(TIMINGS_FILE, json.dumps(timings(results), indent=1, allow_nan=False))
     store.write(RUNS_FILE, table(results, statistics))
 
 
@@ -128,35 +70,41 @@ def _environment(arms: dict[str, dict[int, Result]]) -> dict[str, Any]:
     random = fmean(value for run in everything for value in run.summary["random_returns"])
     best = max(fmean(run.final for run in runs.values()) for runs in arms.values())
     solved = everything[0].summary["reward_threshold"]
-    threshold = random + THRESHOLD_SHARE * (best - random) if solved is None else solved
+    if solved is not None:
+        threshold, source = solved, "gymnasium's reward threshold"
+    elif best > random:
+        threshold, source = random + THRESHOLD_SHARE * (best - random), "90 % from random to the best arm"
+    else:
+        threshold, source = None, "none, since no arm is better than random"
     return {
         "random": random,
         "best": best,
         "threshold": threshold,
-        "threshold_source": "90 % from random to the best arm" if solved is None else "gymnasium's reward threshold",
+        "threshold_source": source,
         "arms": {arm: _arm(list(runs.values()), threshold) for arm, runs in arms.items()},
         "pairs": [_pair(a, arms[a], b, arms[b]) for a, b in combinations(arms, 2)],
     }
 
 
-def _arm(runs: list[Result], threshold: float) -> dict[str, Any]:
-    final = np.array([[run.final] for run in runs])
-    mean, median, iqm = intervals(_mean_median_iqm, final)
-    (area,) = intervals(lambda scores: np.array([scores.mean()]), np.array([[run.area] for run in runs]))
+def _arm(runs: list[Result], threshold: float | None) -> dict[str, Any]:
+    mean, median, iqm = intervals(_mean_median_iqm, np.array([[run.final] for run in runs]))
+    curves = [run.curve for run in runs if run.curve is not None]
+    complete = len(curves) == len(runs)  # a run that ended no episode has no curve
     steps = [run.steps_to(threshold) for run in runs]
     middle = float(np.median([np.inf if step is None else step for step in steps]))
-    curves = np.array([run.curve for run in runs])
     return {
         "seeds": len(runs),
         "final": {"mean": mean, "median": median, "iqm": iqm},
-        "area": area,
+        "area": intervals(lambda curves: np.array([curves.mean()]), np.array(curves))[0] if complete else None,
         "reached": sum(step is not None for step in steps),
         "steps_to_threshold": middle if np.isfinite(middle) else None,
         "kl": _kl(runs),
         "curve": {
-            "timesteps": [float(point) for point in np.arange(1, N_POINTS + 1) * runs[0].budget / N_POINTS],
-            "mean": [list(values) for values in zip(*intervals(lambda scores: scores.mean(axis=0), curves), strict=True)],
-        },
+            "timesteps": runs[0].points.tolist(),
+            "mean": _transposed(intervals(lambda curves: curves.mean(axis=0), np.array(curves))),
+        }
+        if complete
+        else None,
     }
 
 
@@ -208,8 +156,8 @@ def _winner(a: str, b: str, differences: list[float], interval: Interval) -> str
     An arm is called better if 0 lies outside of the bootstrap's interval and outside of Student's t as well: the bootstrap's
     is too narrow with few seeds. With two it cannot be told at all.
     """
-    low, high = interval[1:]
-    if len(differences) < 3 or low <= 0 <= high:
+    _, low, high = interval
+    if low is None or high is None or len(differences) < 3 or low <= 0 <= high:
         return None
     if np.ptp(differences) > 0:
         student = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
@@ -238,7 +186,10 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
     names = ("iqm", "median", "mean", "optimality_gap")
     return {
         "environments": counted,
-        "arms": {arm: dict(zip(names, intervals(_aggregates, matrix), strict=True)) for arm, matrix in scores.items()},
+        "arms": {
+            arm: {"seeds": len(matrix), **dict(zip(names, intervals(_aggregates, matrix), strict=True))}
+            for arm, matrix in scores.items()
+        },
         "probability_of_improvement": [
             {"arms": [a, b], "probability": intervals(_probability_of_improvement, scores[a], scores[b])[0]}
             for a, b in combinations(scores, 2)
@@ -286,6 +237,8 @@ def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list
     :param scores: matrices of shape (runs, environments), or (runs, points) for a curve
     :return: K estimates with their limits, the same at every call
     """
+    if any(len(matrix) < 2 for matrix in scores):
+        return [[float(estimate), None, None] for estimate in statistic(*scores)]
     with _seeded(BOOTSTRAP_SEED):
         estimates, limits = rly.get_interval_estimates(
             {"": scores[0] if len(scores) == 1 else list(scores)},
@@ -295,6 +248,11 @@ def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list
         )
     low, high = limits[""]
     return [[float(value) for value in triple] for triple in zip(estimates[""], low, high, strict=True)]
+
+
+def _transposed(found: list[Interval]) -> list[list[float | None]]:
+    """All estimates, all lower limits, all upper limits."""
+    return [list(values) for values in zip(*found, strict=True)]
 
 
 @contextmanager
@@ -350,6 +308,7 @@ def table(results: Results, statistics: dict[str, Any]) -> str:
                         },
                         "seconds": run.summary["seconds"],
                         "steps_per_second": run.summary["timesteps"] / run.summary["seconds"],
+                        "machine": run.summary["machine"],
                     }
                 )
     output = io.StringIO()

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.backends import Failure, Files
-from sb3_adaptive_kl.compare.plan import PLAN_FILE, Plan, PlanError, Run
+from sb3_adaptive_kl.compare.plan import PLAN_FILE, Plan, Run
 
 UNFINISHED = ".unfinished-"
 COMMAND_FILE = "command.json"
@@ -49,8 +50,11 @@ class Store:
         """
         :raises PlanError: if the folder is something else, or has another plan
         """
-        if folder.exists() and not folder.is_dir():
-            raise PlanError(f"{folder} is a file")
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        if not existing.is_dir():
+            raise PlanError(f"{existing} is a file")
+        if not os.access(existing, os.W_OK):
+            raise PlanError(f"{existing} cannot be written to")
         if (folder / PLAN_FILE).is_file():
             difference = Plan.load(folder / PLAN_FILE).difference(plan)
             if difference:
@@ -67,7 +71,10 @@ class Store:
         """
         cls.check(folder, plan)
         store = cls(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"{folder} cannot be made: {error.strerror}") from None
         for path in folder.glob(f"{UNFINISHED}*"):  # left by a driver that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         store.write(PLAN_FILE, plan.dump())
