@@ -68,7 +68,7 @@ def test_the_report_is_one_file_that_says_what_was_done(unbroken):
     assert 'class="shown"' not in page
     for content in (page, text):
         assert "2 seeds: with fewer than 5, the intervals say little" in content
-        assert "no difference between ppo_kl and ppo is shown" in content
+        assert "no difference is shown (ppo_kl − ppo = " in content
         assert "sb3-adaptive-kl compare --plan plan.yml" in content
         assert "lin_0.2" in content  # where they differ
         assert "torch" in content

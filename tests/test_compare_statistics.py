@@ -99,7 +99,7 @@ def compute(make, arms, **kwargs):
 
 def pair(make, a, b):
     (found,) = compute(make, {"a": a, "b": b})["environments"]["E"]["pairs"]
-    return found
+    return found["final"]
 
 
 def test_a_winner_only_where_it_is_shown(make):
@@ -109,11 +109,27 @@ def test_a_winner_only_where_it_is_shown(make):
     assert pair(make, [5, 5, 5, 5, 5], [5, 5, 5, 5, 5])["winner"] is None
     assert pair(make, [6, 6, 6, 6, 6], [5, 5, 5, 5, 5])["winner"] == "a"
     assert pair(make, [100, 101], [1, 2])["winner"] is None  # two seeds show nothing
-    assert statistics._winner("a", "b", [1.0, 1.1, 1.2, 1.3], [1.0, -0.1, 2.0]) is None  # the bootstrap's interval, too
     # The bootstrap of three seeds cannot leave their range, so that it alone would call this shown
     close = pair(make, [2.0, 9.0, 4.0], [1.0, 1.0, 1.0])
-    assert close["difference"][1] > 0
+    assert close["mean"][1] > 0 > close["student"][0]
     assert close["winner"] is None
+
+
+def test_both_intervals_decide(monkeypatch):
+    for bootstrap, student, winner in (
+        ([1.0, 0.5, 1.5], [0.4, 1.6], "a"),
+        ([1.0, -0.5, 1.5], [0.4, 1.6], None),
+        ([1.0, 0.5, 1.5], [-0.4, 1.6], None),
+    ):
+        monkeypatch.setattr(statistics, "intervals", lambda *_, bootstrap=bootstrap: [bootstrap])
+        monkeypatch.setattr(statistics, "_student", lambda _, student=student: student)
+        assert statistics._difference("a", "b", [1.0, 1.0, 1.0])["winner"] == winner
+
+
+def test_students_interval():
+    """Of 1, 2, 3: 2 ± 4.303 · 1/√3, by the table of t with 2 degrees of freedom."""
+    assert statistics._student([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)
+    assert statistics._student([1.0]) == [None, None]
 
 
 def test_differences_are_paired_by_seed(make):
@@ -125,16 +141,28 @@ def test_differences_are_paired_by_seed(make):
     assert pair(make, [3.0, 1.0], [2.0])["differences"] == [1.0]  # only the seeds of both
 
 
-def test_false_claims_are_as_rare_as_the_confidence_says():
-    """Five seeds, no difference: "better" is said in at most 5 % of 400 comparisons, within 3 standard errors."""
+def test_the_area_varies_with_the_run_and_not_with_the_point(make):
+    runs = {seed: make(episodes=[(100, area)]) for seed, area in enumerate([1.0, 2.0, 3.0, 4.0])}
+    plan = Plan(["E"], ["a"], 4, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
+    area = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]["area"]
+    assert [area] == intervals(lambda x: np.array([x.mean()]), np.array([[1.0], [2.0], [3.0], [4.0]]))
+
+
+def test_areas_are_compared_as_well(make):
+    runs = {arm: {s: make(episodes=[(100, area + s)]) for s in range(5)} for arm, area in {"a": 3.0, "b": 1.0}.items()}
+    plan = Plan(["E"], ["a", "b"], 5, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in runs}})
+    (found,) = statistics.compute(plan, {"E": runs})["environments"]["E"]["pairs"]
+    assert found["area"]["differences"] == pytest.approx([2.0] * 5)
+    assert found["area"]["winner"] == "a"
+    assert found["final"]["winner"] is None
+
+
+def test_false_claims_are_as_rare_as_the_confidence_says(monkeypatch):
+    """Five seeds, no difference: a winner is called in at most 5 % of 300 comparisons, within 3 standard errors."""
+    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 200)
     generator = np.random.default_rng(0)
-    claims = 0
-    for _ in range(400):
-        differences = generator.normal(size=5)
-        means = generator.choice(differences, size=(1000, 5)).mean(axis=1)
-        interval = [differences.mean(), *np.quantile(means, [0.025, 0.975])]
-        claims += statistics._winner("a", "b", list(differences), interval) is not None
-    assert claims / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    claims = sum(statistics._difference("a", "b", list(generator.normal(size=5)))["winner"] is not None for _ in range(300))
+    assert claims / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
 def test_aggregates_of_final_returns(make):

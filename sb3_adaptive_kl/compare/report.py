@@ -19,6 +19,8 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
 
 REPORT_FILE = "report.html"
 
+MEASURES = {"final": "final policy", "area": "while learning"}
+
 # What a picture shows, for those who cannot see it and for the line below it
 CAPTIONS = {
     "final_returns": "Return of the final policy: each seed a dot, the mean with its 95 % interval.",
@@ -80,13 +82,20 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
 def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
     """What may be said of two arms, and no more."""
     a, b = pair["arms"]
-    if pair["difference"] is None:
-        return {"env": env, "text": f"{a} and {b} have no seed in common that finished.", "shown": False}
-    difference = f"{a} − {b} = {interval(pair['difference'])} over {count(pair['seeds'], 'seed')}"
-    if pair["winner"] is None:
-        return {"env": env, "text": f"no difference between {a} and {b} is shown: {difference}.", "shown": False}
-    loser = b if pair["winner"] == a else a
-    return {"env": env, "text": f"{pair['winner']} is better than {loser}: {difference}.", "shown": True}
+    sentences = [f"{what}: {_sentence(a, b, pair[measure])}" for measure, what in MEASURES.items()]
+    shown = any(pair[measure] is not None and pair[measure]["winner"] for measure in MEASURES)
+    return {"env": env, "arms": f"{a} and {b}", "sentences": sentences, "shown": shown}
+
+
+def _sentence(a: str, b: str, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "no seed was finished by both."
+    low, high = found["student"]
+    student = "" if low is None else f", Student's t [{number(low)}, {number(high)}]"
+    difference = f"{a} − {b} = {interval(found['mean'])}{student}, {count(found['seeds'], 'seed')}"
+    if found["winner"] is None:
+        return f"no difference is shown ({difference})."
+    return f"{found['winner']} is better than {b if found['winner'] == a else a} ({difference})."
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

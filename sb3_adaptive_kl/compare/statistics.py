@@ -95,7 +95,10 @@ def _arm(runs: list[Result], threshold: float | None) -> dict[str, Any]:
     return {
         "seeds": len(runs),
         "final": {"mean": mean, "median": median, "iqm": iqm},
-        "area": intervals(lambda curves: np.array([curves.mean()]), np.array(curves))[0] if complete else None,
+        # Not from the curves: the bootstrap resamples each column by itself, as if the points of a curve were independent
+        "area": intervals(lambda areas: np.array([areas.mean()]), np.array([[run.area] for run in runs]))[0]
+        if complete
+        else None,
         "reached": sum(step is not None for step in steps),
         "steps_to_threshold": middle if np.isfinite(middle) else None,
         "kl": _kl(runs),
@@ -136,33 +139,46 @@ def _kl(runs: list[Result]) -> dict[str, Any] | None:
 
 
 def _pair(a: str, runs_a: dict[int, Result], b: str, runs_b: dict[int, Result]) -> dict[str, Any]:
-    """The difference a − b of final returns, seed by seed."""
-    seeds = [seed for seed in runs_a if seed in runs_b]
-    if not seeds:
-        return {"arms": [a, b], "seeds": 0, "differences": [], "difference": None, "winner": None}
-    differences = [runs_a[seed].final - runs_b[seed].final for seed in seeds]
-    (difference,) = intervals(lambda scores: np.array([scores.mean()]), np.array(differences)[:, None])
+    """How a differs from b, of the seeds that both finished."""
+    pairs = [(runs_a[seed], runs_b[seed]) for seed in runs_a if seed in runs_b]
+    areas = [(x.area, y.area) for x, y in pairs if x.area is not None and y.area is not None]
     return {
         "arms": [a, b],
-        "seeds": len(seeds),
-        "differences": differences,
-        "difference": difference,
-        "winner": _winner(a, b, differences, difference),
+        "final": _difference(a, b, [x.final - y.final for x, y in pairs]),
+        "area": _difference(a, b, [x - y for x, y in areas]),
     }
 
 
-def _winner(a: str, b: str, differences: list[float], interval: Interval) -> str | None:
+def _difference(a: str, b: str, differences: list[float]) -> dict[str, Any] | None:
     """
-    An arm is called better if 0 lies outside of the bootstrap's interval and outside of Student's t as well: the bootstrap's
-    is too narrow with few seeds. With two it cannot be told at all.
+    The mean difference a − b with two intervals, the bootstrap's and Student's t.
+
+    An arm is called the winner if 0 lies outside of both: the bootstrap's is too narrow with few seeds. With two seeds it
+    cannot be told at all.
     """
-    _, low, high = interval
-    if low is None or high is None or len(differences) < 3 or low <= 0 <= high:
+    if not differences:
         return None
-    if np.ptp(differences) > 0:
-        student = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
-        low, high = float(student.low), float(student.high)
-    return a if low > 0 else b if high < 0 else None
+    (mean,) = intervals(lambda values: np.array([values.mean()]), np.array(differences)[:, None])
+    student = _student(differences)
+    outside = [interval[0] > 0 or interval[1] < 0 for interval in (mean[1:], student) if None not in interval]
+    shown = len(differences) > 2 and outside == [True, True]
+    return {
+        "seeds": len(differences),
+        "differences": differences,
+        "mean": mean,
+        "student": student,
+        "winner": (a if fmean(differences) > 0 else b) if shown else None,
+    }
+
+
+def _student(differences: list[float]) -> list[float | None]:
+    """Limits of Student's interval for the mean; where all differences are the same it has no width."""
+    if len(differences) < 2:
+        return [None, None]
+    if np.ptp(differences) == 0:
+        return [differences[0], differences[0]]
+    found = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
+    return [float(found.low), float(found.high)]
 
 
 # ---------------------------------------------------------------- across environments
