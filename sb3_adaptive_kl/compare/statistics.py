@@ -160,8 +160,9 @@ def _difference(a: str, b: str, differences: list[float]) -> dict[str, Any] | No
         return None
     (mean,) = intervals(lambda values: np.array([values.mean()]), np.array(differences)[:, None])
     student = _student(differences)
-    outside = [interval[0] > 0 or interval[1] < 0 for interval in (mean[1:], student) if None not in interval]
-    shown = len(differences) > 2 and outside == [True, True]
+    limits = (mean[1:], student)
+    outside = [low is not None and high is not None and (low > 0 or high < 0) for low, high in limits]
+    shown = len(differences) > 2 and all(outside)
     return {
         "seeds": len(differences),
         "differences": differences,
