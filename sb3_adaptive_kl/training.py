@@ -11,7 +11,7 @@ measure d = KL(π_old ‖ π) once, on the whole rollout, after the last step; u
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -22,12 +22,13 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_adaptive_kl import losses
 from sb3_adaptive_kl.acceleration import Compiled
 from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
-from sb3_adaptive_kl.distributions import ActionDistribution
+from sb3_adaptive_kl.distributions import ActionDistribution, unchecked
 from sb3_adaptive_kl.divergences import k3
 from sb3_adaptive_kl.evaluation import PolicyEvaluation
 from sb3_adaptive_kl.guard import Checkpoint
 from sb3_adaptive_kl.metrics import MinibatchMetrics, Settings, UpdateMetrics
 from sb3_adaptive_kl.minibatches import minibatches
+from sb3_adaptive_kl.optimization import Gradients, OptimizerStep, clip_gradients
 from sb3_adaptive_kl.penalty import PenaltyRule
 
 # After this many undone updates in a row the run is hopeless and ends
@@ -56,8 +57,8 @@ class KLPenaltyTraining(PolicyEvaluation):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
 
-    # `_loss`, compiled or not
-    _loss_function: Callable[..., tuple[th.Tensor, MinibatchMetrics]]
+    # `_gradients`, compiled or not
+    _gradients_function: Callable[..., tuple[Gradients, th.Tensor]]
 
     def __init__(
         self,
@@ -104,11 +105,11 @@ class KLPenaltyTraining(PolicyEvaluation):
         self.clip_range = self.clip_range if clipping else None
         # Not after load(): the running β is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
-        self._loss_function = Compiled(self._loss) if self.compile else self._loss
+        self._gradients_function = Compiled(self._gradients) if self.compile else self._gradients
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew; the policy may be another when it is loaded
-        return [*super()._excluded_save_params(), "_loss_function", "_action_dist_checked"]
+        return [*super()._excluded_save_params(), "_gradients_function", "_action_dist_checked"]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -126,6 +127,11 @@ class KLPenaltyTraining(PolicyEvaluation):
         """
         self._check_rollout()
         self._update_learning_rate(self.policy.optimizer)
+        # What torch's distributions check at every call is checked below, once: what is not finite shows in d
+        with unchecked(getattr(self.policy, "action_dist", None)):
+            self._update()
+
+    def _update(self) -> None:
         settings = self._settings()
         checkpoint = Checkpoint(self.policy)
         old = self._old_distributions()
@@ -177,20 +183,29 @@ class KLPenaltyTraining(PolicyEvaluation):
     def _optimize(self, old: ActionDistribution | None, settings: Settings, metrics: UpdateMetrics) -> None:
         """``n_epochs`` passes of minibatch steps, or fewer if ``kl_stop_factor`` says so."""
         self.policy.set_training_mode(True)
-        optimizer = self.policy.optimizer
-        parameters = list(self.policy.parameters())
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        step = OptimizerStep(self.policy.optimizer, parameters)
         for epoch in range(self.n_epochs):
             metrics.epochs.append([])
             self._n_updates += 1
             for rollout_data, index in minibatches(self.rollout_buffer, self.batch_size):
-                loss, minibatch = self._loss_function(rollout_data, None if old is None else old[index], settings)
+                data = (rollout_data, None if old is None else old[index], settings)
+                gradients, minibatch = self._gradients_function(*data, parameters)
                 metrics.epochs[-1].append(minibatch)
-                if self._should_stop(minibatch.kl, settings.target_kl, epoch):
+                if self._should_stop(minibatch, settings.target_kl, epoch):
                     return
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                metrics.grad_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-                optimizer.step()
+                gradients, grad_norm = clip_gradients(gradients, self.max_grad_norm)
+                metrics.grad_norms.append(grad_norm)
+                step.take(gradients)
+
+    def _gradients(
+        self, rollout_data: Any, old: ActionDistribution | None, settings: Settings, parameters: Sequence[th.Tensor]
+    ) -> tuple[Gradients, th.Tensor]:
+        """
+        The gradients of the loss of one minibatch, None for parameters it does not depend on, and its metrics, stacked.
+        """
+        loss, metrics = self._loss(rollout_data, old, settings)
+        return th.autograd.grad(loss, parameters, allow_unused=True), metrics.stack()
 
     def _loss(
         self, rollout_data: Any, old: ActionDistribution | None, settings: Settings
@@ -212,19 +227,23 @@ class KLPenaltyTraining(PolicyEvaluation):
         )
         value_loss = losses.value_loss(new.values, new.old_values, new.returns, settings.clip_range_vf)
         entropy_loss = losses.entropy_loss(new.entropy, new.log_prob)
-        loss = policy_loss + kl_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        loss = policy_loss + kl_loss + self.vf_coef * value_loss
+        if self.ent_coef != 0:  # the default is 0, and a gradient of 0 need not be computed
+            loss = loss + self.ent_coef * entropy_loss
 
         with th.no_grad():
             approx_kl = k3(log_ratio).mean()
             clip_fraction = losses.clip_fraction(ratio, settings.clip_range)
-        metrics = MinibatchMetrics(loss, policy_loss, value_loss, entropy_loss, kl_loss, kl, approx_kl, clip_fraction)
-        return loss, metrics.detach()
+        return loss, MinibatchMetrics(loss, policy_loss, value_loss, entropy_loss, kl_loss, kl, approx_kl, clip_fraction)
 
-    def _should_stop(self, kl: th.Tensor, target_kl: float, epoch: int) -> bool:
-        if self.kl_stop_factor is None or not kl.item() > self.kl_stop_factor * target_kl:
+    def _should_stop(self, minibatch: th.Tensor, target_kl: float, epoch: int) -> bool:
+        if self.kl_stop_factor is None:
+            return False
+        kl = MinibatchMetrics(*minibatch).kl.item()
+        if not kl > self.kl_stop_factor * target_kl:
             return False
         if self.verbose >= 1:
-            print(f"Early stopping at step {epoch} due to reaching max kl: {kl.item():.2f}")
+            print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
         return True
 
     # ---------------------------------------------------------------- after the update

@@ -180,3 +180,41 @@ def test_fixed_penalty_at_a_bound_is_no_reason_to_warn():
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, kl_rule="fixed", init_kl_coef=32.0, **SMALL)
     model.learn(12 * 64)  # warnings are errors here
     assert model.kl_coef == 32.0
+
+
+def with_nan_observation(model):
+    model.rollout_buffer.observations[5] = math.nan
+    return model
+
+
+@pytest.mark.parametrize("kl_divergence", ["forward", "reverse", "k3"])
+@pytest.mark.parametrize("case", ["box", "gsde", "gsde-squashed"])
+def test_nan_observation_is_caught_without_torchs_checks(case, kl_divergence):
+    """One NaN among 64 observations: torch's distributions do not refuse it during an update, so the guard must."""
+    model = with_nan_observation(collect(FAMILIES[case].build(AdaptiveKLPPO, kl_divergence=kl_divergence, **SMALL)))
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="was undone.*NaN observations"):
+        model.train()
+    assert th.equal(parameters(model), before)
+    assert model.kl_coef == 2.0
+
+
+def test_checks_are_dropped_for_the_update_only():
+    """Of this policy, during train(), and in no other thread."""
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    seen = []
+
+    def refused(*args):
+        with pytest.raises(ValueError, match="Expected parameter"):
+            th.distributions.Normal(th.tensor(math.nan), th.tensor(1.0))
+        seen.append(model.policy.action_dist.distribution._validate_args)
+        return 0.01
+
+    model.target_kl = refused
+    model.train()
+    assert type(model.policy.action_dist.distribution) is th.distributions.Categorical
+    assert model.policy.action_dist.distribution._validate_args is False
+    assert "proba_distribution" not in vars(model.policy.action_dist)
+    assert th.distributions.Distribution._validate_args is True
+    with pytest.raises(ValueError, match="Expected parameter"):
+        model.policy.action_dist.proba_distribution(th.full((1, 4), math.nan))

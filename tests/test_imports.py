@@ -36,6 +36,7 @@ LAYERS = {
     "metrics": set(),
     "minibatches": set(),
     "acceleration": set(),
+    "optimization": set(),
     "distributions": {"divergences"},
     "evaluation": {"distributions", "divergences", "minibatches"},
     "arguments": {"penalty", "evaluation"},

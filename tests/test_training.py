@@ -10,6 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.metrics import MinibatchMetrics
 from sb3_adaptive_kl.minibatches import minibatches
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 
@@ -226,17 +227,16 @@ def test_means_over_minibatches():
     """All minibatches count alike, but for SB3's two habits: approx_kl is of the last epoch, loss of the last minibatch."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=32, n_epochs=2, init_kl_coef=3.0))
     norms, seen = [], []
-    clip, loss = th.nn.utils.clip_grad_norm_, model._loss_function
+    gradients = model._gradients_function
 
-    def recorded_loss(*args):
-        result = loss(*args)
-        seen.append(result[1])
+    def recorded(*args):
+        result = gradients(*args)
+        norms.append(th.nn.utils.get_total_norm(result[0]))
+        seen.append(MinibatchMetrics(*result[1]))
         return result
 
-    model._loss_function = recorded_loss
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(th.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
-        model.train()
+    model._gradients_function = recorded
+    model.train()
     assert len(norms) == len(seen) == 8
     assert logged(model)["grad_norm"] == pytest.approx(np.mean(norms))
     assert logged(model)["kl_loss"] == pytest.approx(3.0 * np.mean([minibatch.kl for minibatch in seen]))
@@ -257,14 +257,14 @@ class TestCompiled:
 
     def test_a_copy_trains_itself(self):
         model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL))
-        model._loss_function.fast = model._loss  # what compilation would give, bound to the original
+        model._gradients_function.fast = model._gradients  # what compilation would give, bound to the original
         copied = copy.deepcopy(model)
         start = parameters(model)
-        copied._loss_function.failed = True  # spares the copy's compilation
+        copied._gradients_function.failed = True  # spares the copy's compilation
         copied.train()
         assert th.equal(parameters(model), start)
         assert not th.equal(parameters(copied), start)
-        assert copied._loss_function.fast is None
+        assert copied._gradients_function.fast is None
 
     def test_falls_back_to_eager_with_one_warning(self, monkeypatch):
         def refuse(function):
