@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -117,6 +117,23 @@ def held_by(distribution: Distribution | None) -> Any:
     return getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
 
 
+def forget(action_dist: Any) -> None:
+    """
+    Let ``action_dist`` hold nothing: what it evaluated holds the whole graph, and compiled code must not leave one behind.
+
+    :param action_dist: ``policy.action_dist``, or None
+    """
+    for name in ("distribution", "distributions"):
+        if hasattr(action_dist, name):
+            setattr(action_dist, name, None)
+
+
+def use_plain_integers(action_dist: Any) -> None:
+    """SB3 takes the choices of MultiDiscrete from a NumPy array; torch cannot compile a split by NumPy's integers."""
+    if isinstance(n_choices := getattr(action_dist, "action_dims", None), list):
+        action_dist.action_dims = [int(n) for n in n_choices]
+
+
 @contextmanager
 def unchecked(action_dist: Any) -> Iterator[None]:
     """
@@ -135,17 +152,24 @@ def unchecked(action_dist: Any) -> Iterator[None]:
     ):
         yield
         return
-    lenient = {
-        name: partial(value, validate_args=False)
-        for name, value in make.__globals__.items()
-        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
-    }
-    function = FunctionType(make.__code__, {**make.__globals__, **lenient}, closure=make.__closure__)
-    action_dist.proba_distribution = MethodType(function, action_dist)
+    action_dist.proba_distribution = MethodType(_lenient(make), action_dist)
     try:
         yield
     finally:
         del action_dist.proba_distribution
+
+
+@cache
+def _lenient(function: FunctionType) -> FunctionType:
+    """The same code, but where it makes one of torch's distributions that one checks nothing; the same object every time."""
+    namespace = {
+        name: partial(value, validate_args=False)
+        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
+        else value
+        for name, value in function.__globals__.items()
+        if name != "__name__"  # by which torch's compiler would look up the original
+    }
+    return FunctionType(function.__code__, namespace, closure=function.__closure__)
 
 
 def _finite(log_probs: th.Tensor) -> th.Tensor:

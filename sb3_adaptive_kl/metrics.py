@@ -14,6 +14,10 @@ class Settings(NamedTuple):
     clip_range: float | None
     clip_range_vf: float | None
 
+    def as_tensors(self, device: th.device) -> "Settings":
+        """The same numbers as scalar tensors, with which one can calculate alike."""
+        return Settings(*[None if number is None else th.tensor(number, device=device) for number in self])  # type: ignore[arg-type]
+
 
 class MinibatchMetrics(NamedTuple):
     """Of one minibatch, before its step: scalars, left on their device so that nothing waits for them."""

@@ -37,7 +37,7 @@ class AdamStep(NamedTuple):
     exp_avg_sqs: list[th.Tensor]
     max_exp_avg_sqs: list[th.Tensor]
     steps: list[th.Tensor]
-    lr: float | th.Tensor
+    lr: th.Tensor
     options: dict[str, Any]
 
     @classmethod
@@ -46,10 +46,12 @@ class AdamStep(NamedTuple):
         :return: None if the optimiser is another, has taken no step yet, has several groups of parameters, or if the user
             chose how it is computed or has to be told of its steps
         """
-        (group, *others) = optimizer.param_groups
-        if others or not _left_to_torch(optimizer, group):
+        if not _is_plain_adam(optimizer):
             return None
+        (group,) = optimizer.param_groups
         parameters = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
+        if not parameters:
+            return None
         states = [optimizer.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
         options = {name: group[name] for name in ("amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")}
@@ -59,20 +61,32 @@ class AdamStep(NamedTuple):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states if group["amsgrad"]],
             [state["step"] for state in states],
-            group["lr"],
+            # A tensor, since a schedule would otherwise be compiled anew for each of its values
+            th.as_tensor(group["lr"], dtype=th.float64),
             {"beta1": beta1, "beta2": beta2, **options},
         )
 
-    def take(self, gradients: Sequence[th.Tensor]) -> None:
+    def take(self, gradients: Gradients) -> None:
         """
         :param gradients: one for each of ``parameters``
         """
+        present = [gradient for gradient in gradients if gradient is not None]
+        if len(present) != len(self.parameters):
+            raise ValueError("a parameter that was moved before has no gradient: AdamStep cannot tell which")
         compiling = th.compiler.is_compiling()
         # One kernel on the CPU; elsewhere, where the steps are counted on the CPU, torch chooses
         fused = None if compiling or self.parameters[0].device.type != "cpu" else True
         state = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.steps)
         with th.no_grad():
-            adam(self.parameters, list(gradients), *state, fused=fused, capturable=compiling, lr=self.lr, **self.options)
+            adam(
+                self.parameters,
+                present,
+                *state,
+                fused=fused,
+                capturable=compiling,
+                lr=self.lr if compiling else self.lr.item(),
+                **self.options,
+            )
 
 
 class OptimizerStep:
@@ -87,6 +101,11 @@ class OptimizerStep:
         self.optimizer = optimizer
         self.parameters = parameters
         self.adam = AdamStep.of(optimizer)
+
+    @property
+    def awaits_state(self) -> bool:
+        """Whether ``adam`` will be there after the first step of all, which makes its state."""
+        return self.adam is None and not self.optimizer.state and _is_plain_adam(self.optimizer)
 
     def take(self, gradients: Gradients) -> None:
         """
@@ -104,9 +123,11 @@ class OptimizerStep:
         self.adam = AdamStep.of(self.optimizer)
 
 
-def _left_to_torch(optimizer: th.optim.Optimizer, group: dict[str, Any]) -> bool:
+def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
+    """Whether it is torch's, with one group of parameters, the way to compute it left to torch, and nobody listening."""
+    group, *others = optimizer.param_groups
     # AdamW is computed by Adam's function where they share their options
-    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or "decoupled_weight_decay" not in group:
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or "decoupled_weight_decay" not in group or others:
         return False
     chosen = group["foreach"] is not None or group["fused"] is not None or group["capturable"] or group["differentiable"]
     heard = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
