@@ -69,18 +69,17 @@ class Compiled(Generic[P, T]):
         # It may be a part of something that is being compiled as a whole
         if self.compilation.failed or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-        from torch._dynamo.utils import counters
-        from torch._inductor.exc import InductorError
-
+        if self.fast is None:
+            # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several
+            # models would otherwise share the limit of recompilations
+            self.fast = th.compile(self.function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+        counters = th._dynamo.utils.counters
         start, n_graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
-            if self.fast is None:
-                # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several
-                # models would otherwise share the limit of recompilations
-                self.fast = th.compile(self.function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
             result = self.fast(*args, **kwargs)
-        except (TorchDynamoException, InductorError, FailOnRecompileLimitHit) as error:
+        except Exception as error:
+            if not _says_compiler(error):
+                raise
             self.compilation.give_up(error)
             raise NotCompiled from error
         if counters["stats"]["unique_graphs"] > n_graphs:
@@ -90,3 +89,11 @@ class Compiled(Generic[P, T]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model must not run what was compiled for the original
         return {**vars(self), "fast": None}
+
+
+def _says_compiler(error: Exception) -> bool:
+    """Whether torch's compiler raised it, and not the function."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, TorchDynamoException | InductorError | FailOnRecompileLimitHit)

@@ -24,6 +24,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_adaptive_kl import losses
 from sb3_adaptive_kl.acceleration import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
+from sb3_adaptive_kl.collection import checked_once
 from sb3_adaptive_kl.distributions import ActionDistribution, forget, unchecked, use_plain_integers
 from sb3_adaptive_kl.divergences import k3
 from sb3_adaptive_kl.evaluation import PolicyEvaluation, preprocessing_apart
@@ -126,6 +127,10 @@ class KLPenaltyTraining(PolicyEvaluation):
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        with checked_once(self.policy):
+            return super().collect_rollouts(*args, **kwargs)
 
     # ---------------------------------------------------------------- the update
 

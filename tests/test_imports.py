@@ -38,6 +38,7 @@ LAYERS = {
     "acceleration": set(),
     "optimization": set(),
     "distributions": {"divergences"},
+    "collection": {"distributions"},
     "evaluation": {"distributions", "divergences", "minibatches"},
     "arguments": {"penalty", "evaluation"},
 }
