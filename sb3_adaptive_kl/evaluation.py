@@ -18,10 +18,12 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution, held_by
 from sb3_adaptive_kl.divergences import k3, pearson
-from sb3_adaptive_kl.minibatches import in_order, minibatches, random_state_kept
+from sb3_adaptive_kl.minibatches import in_order, minibatches, random_state_kept, transitions_per_block
 
-# Transitions evaluated at a time when nothing is trained: enough to be quick, few enough not to be felt in memory
-SWEEP_CHUNK_SIZE = 256
+# Transitions evaluated at a time when nothing is trained: enough to be quick, few enough not to be felt in memory (of images
+# only as many as make a block; of sequences fewer, since they are padded)
+SWEEP_CHUNK_SIZE = 2048
+SEQUENCES_CHUNK_SIZE = 256
 
 
 # Of what is in this space, SB3's preprocess_obs only makes floats
@@ -151,7 +153,10 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         """
         self.policy.set_training_mode(False)
         with th.no_grad(), random_state_kept():
-            for rollout_data, index in in_order(self.rollout_buffer, SWEEP_CHUNK_SIZE, self._keep_sequences_whole):
+            chunk_size = min(SWEEP_CHUNK_SIZE, transitions_per_block(self.rollout_buffer))
+            if self._keep_sequences_whole:
+                chunk_size = SEQUENCES_CHUNK_SIZE
+            for rollout_data, index in in_order(self.rollout_buffer, chunk_size, self._keep_sequences_whole):
                 yield index, self._evaluate(rollout_data)
 
     # ---------------------------------------------------------------- comparison

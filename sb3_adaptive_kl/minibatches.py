@@ -54,9 +54,14 @@ def _minibatches_at_a_time(buffer: RolloutBuffer, batch_size: int | None) -> int
     """How many minibatches make a block: as many as BLOCK_BYTES hold, or one if the buffer is no plain one."""
     if batch_size is None or not {buffer.get.__module__, buffer._get_samples.__module__} <= set(ROW_BY_ROW):
         return 1
+    return max(1, transitions_per_block(buffer) // batch_size)
+
+
+def transitions_per_block(buffer: RolloutBuffer) -> int:
+    """How many transitions BLOCK_BYTES hold."""
     fields = [*vars(buffer).values(), *(buffer.observations.values() if isinstance(buffer.observations, dict) else ())]
     n_bytes = sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
-    return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // (n_bytes * batch_size))
+    return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // n_bytes)
 
 
 def _split(samples: Any, batch_size: int) -> Iterator[Any]:
