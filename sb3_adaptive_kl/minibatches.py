@@ -17,7 +17,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 # Bytes of the rollout that are drawn at a time, where several minibatches can be: all of it but for images
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**21
 # Where _get_samples indexes row by row, and get() cuts one permutation: SB3's buffers and contrib's maskable ones
 ROW_BY_ROW = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
 
