@@ -46,8 +46,13 @@ class Compilation:
         if self.failed:
             yield
             return
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            yield
+        # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
+        checks = th.distributions.Distribution._validate_args
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                yield
+        finally:
+            th.distributions.Distribution.set_default_validate_args(checks)
 
 
 class Compiled(Generic[P, T]):

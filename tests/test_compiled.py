@@ -132,6 +132,7 @@ class TestBox:
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
             model.train()
             assert not model._compilation.failed
+        assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
 
     def test_checkpoints_do_not_see_it(self, tmp_path):
         eager, model = (CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(2 * 60) for compile in (False, True))
