@@ -1,55 +1,174 @@
 """
-``train()`` of AdaptiveKLPPO against SB3's PPO, on rollouts of the same size, in one process with one torch thread.
+AdaptiveKLPPO against SB3's PPO, and sbx's where it is installed: the whole table of docs/performance.md, in one process.
 
     python -m benchmarks.throughput
 
-The two alternate, so that both see the same load of the machine; medians over the rounds.
+One torch thread. The algorithms take turns, so that all see the same load of the machine; medians over the rounds, of which
+the first warms up. "Relative" is to SB3's PPO in the same rounds. Where nothing is collected, rollouts are random numbers: the
+time of an update does not depend on what is in them.
 """
 
 import argparse
+import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.logger import configure
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 
-N_STEPS, BATCH_SIZE, N_EPOCHS = 2048, 64, 10
+RMSPROP = {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}}
+VARIANTS: dict[str, tuple[type[PPO], dict[str, Any]]] = {
+    "PPO": (PPO, {}),
+    "AdaptiveKLPPO": (AdaptiveKLPPO, {}),
+    "compiled": (AdaptiveKLPPO, {"compile": True}),
+    "compiled, RMSprop": (AdaptiveKLPPO, {"compile": True, **RMSPROP}),
+    "compiled, early stop": (AdaptiveKLPPO, {"compile": True, "kl_stop_factor": 1e9}),
+}
 
 
-def train_seconds(model: PPO) -> float:
-    start = time.perf_counter()
-    model.train()
-    return time.perf_counter() - start
+def images() -> gym.Env:
+    return FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, channel_first=True, discrete=True, action_dim=6)
+
+
+def with_random_rollout(model: PPO) -> PPO:
+    """A full rollout of what the policy would do where it is indifferent."""
+    buffer, rng = model.rollout_buffer, np.random.default_rng(0)
+    shape = buffer.rewards.shape
+    if buffer.observations.dtype == np.uint8:
+        buffer.observations[:] = rng.integers(256, size=buffer.observations.shape[2:])
+    else:
+        buffer.observations[:] = rng.normal(size=buffer.observations.shape)
+    buffer.actions[:] = rng.integers(model.action_space.n, size=buffer.actions.shape)
+    buffer.log_probs[:] = -np.log(model.action_space.n)
+    buffer.advantages[:] = rng.normal(size=shape)
+    buffer.returns[:] = rng.normal(size=shape)
+    buffer.full = True
+    model.set_logger(configure(None, []))
+    return model
+
+
+def build(name: str, policy: str, env: Any, **kwargs: Any) -> PPO:
+    algorithm, options = VARIANTS[name]
+    return algorithm(policy, env, seed=0, device="cpu", **kwargs, **options)
+
+
+def seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each run, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(of_run[1:]) for name, of_run in times.items()}
+
+
+def sbx_model(**kwargs: Any) -> Any:
+    from sbx import PPO as SbxPPO
+
+    return SbxPPO("MlpPolicy", seed=0, **kwargs)
+
+
+def train_times(rounds: int) -> None:
+    kwargs = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
+    models = {name: with_random_rollout(build(name, "MlpPolicy", gym.make("CartPole-v1"), **kwargs)) for name in VARIANTS}
+    runs: dict[str, Callable[[], Any]] = {name: model.train for name, model in models.items()}
+    if find_spec("sbx"):
+        runs["sbx PPO"] = sbx_model(env=gym.make("CartPole-v1"), **kwargs).learn(2048).train
+    print("\ntrain(): CartPole-v1, 2048 steps, minibatch 64, 10 epochs, 64×64")
+    print(f"{'':24}{'ms per minibatch':>18}{'relative':>10}")
+    times = seconds(runs, rounds)
+    for name, of_run in times.items():
+        print(f"{name:24}{1e3 * of_run / 320:18.3f}{of_run / times['PPO']:10.2f}", flush=True)
+
+
+def learn_speeds(n_envs: int, rounds: int) -> None:
+    def env() -> Any:
+        return make_vec_env("CartPole-v1", n_envs, seed=0)
+
+    models = {name: build(name, "MlpPolicy", env()) for name in ("PPO", "AdaptiveKLPPO", "compiled")}
+    if find_spec("sbx"):
+        models["sbx PPO"] = sbx_model(env=env())
+    n_steps = 2048 * n_envs
+    print(f"\nlearn(): CartPole-v1, {n_envs} environment(s), 2048 steps each, minibatch 64, 10 epochs")
+    print(f"{'':24}{'steps per second':>18}{'relative':>10}")
+    times = seconds({name: lambda model=model: model.learn(n_steps) for name, model in models.items()}, rounds)
+    for name, of_run in times.items():
+        print(f"{name:24}{n_steps / of_run:18.0f}{times['PPO'] / of_run:10.2f}", flush=True)
+
+
+def update_times(title: str, policy: str, env: Callable[[], Any], names: tuple[str, ...], rounds: int, **kwargs: Any) -> None:
+    """An update, in µs per transition and epoch."""
+    models = {name: with_random_rollout(build(name, policy, env(), **kwargs)) for name in names}
+    times = seconds({name: model.train for name, model in models.items()}, rounds)
+    n_drawn = kwargs["n_steps"] * kwargs["n_epochs"]
+    cells = [f"{name} {1e6 * of_run / n_drawn:8.1f} ({of_run / times['PPO']:.2f})" for name, of_run in times.items()]
+    print(f"{title:50}" + "   ".join(cells), flush=True)
+
+
+def peak_memory(name: str, policy: str, n_steps: int) -> float:
+    """MiB at most, in a process of its own that trains once on a random rollout."""
+    command = [sys.executable, "-m", "benchmarks.throughput", "--peak-memory-of", name, policy, str(n_steps)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak_memory(name: str, policy: str, n_steps: int) -> None:
+    env = images() if policy == "CnnPolicy" else gym.make("CartPole-v1")
+    with_random_rollout(build(name, policy, env, n_steps=n_steps, n_epochs=1)).train()
+    # Not getrusage, whose maximum a process inherits from the one that starts it
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="CartPole-v1", help="Gymnasium id (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed train() calls per algorithm (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the short runs (default: %(default)s)")
+    parser.add_argument("--peak-memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-
     th.set_num_threads(1)
-    kwargs = {"n_steps": N_STEPS, "batch_size": BATCH_SIZE, "n_epochs": N_EPOCHS, "seed": 0, "device": "cpu"}
-    # One iteration leaves a full rollout behind, on which train() can be called again and again
-    models = {
-        algorithm.__name__: algorithm("MlpPolicy", gym.make(args.env), **kwargs).learn(N_STEPS)
-        for algorithm in (PPO, AdaptiveKLPPO)
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(args.rounds + 1):
-        for name, model in models.items():
-            seconds[name].append(train_seconds(model))
+    if args.peak_memory_of:
+        name, policy, n_steps = args.peak_memory_of
+        print_peak_memory(name, policy, int(n_steps))
+        return
 
-    n_minibatches = N_EPOCHS * N_STEPS // BATCH_SIZE
-    reference = statistics.median(seconds["PPO"][1:])
-    print(f"{args.env}, {N_STEPS} steps, minibatch {BATCH_SIZE}, {N_EPOCHS} epochs, torch {th.__version__}, 1 thread")
-    print(f"{'':16}{'ms per train()':>16}{'ms per minibatch':>18}{'relative':>10}")
-    for name, times in seconds.items():
-        median = statistics.median(times[1:])  # the first warms up
-        print(f"{name:16}{1e3 * median:16.1f}{1e3 * median / n_minibatches:18.3f}{median / reference:10.2f}")
+    print(f"torch {th.__version__}, Python {platform.python_version()}, {platform.machine()}, 1 thread")
+    train_times(args.rounds)
+    learn_speeds(1, args.rounds)
+    learn_speeds(8, max(2, args.rounds // 2))
+
+    print("\ntrain(), µs per transition and epoch (relative)")
+    ours = ("PPO", "AdaptiveKLPPO")
+    cnn = {"n_steps": 512, "batch_size": 64, "n_epochs": 10}
+    update_times("CnnPolicy 84×84×4, minibatch 64, 10 epochs", "CnnPolicy", images, ours, 2, **cnn)
+    everything = (*ours, "compiled")
+    for batch_size in (64, 512, 4096):
+        title = f"minibatch {batch_size} of 8192 transitions, 10 epochs"
+        kwargs = {"n_steps": 8192, "batch_size": batch_size, "n_epochs": 10}
+        update_times(title, "MlpPolicy", lambda: gym.make("CartPole-v1"), everything, 2, **kwargs)
+    # One epoch, which takes long enough; what is done once per update then weighs ten times as much
+    for n_steps in (2048, 20480, 204800):
+        kwargs = {"n_steps": n_steps, "batch_size": 64, "n_epochs": 1}
+        title = f"minibatch 64 of {n_steps} transitions, 1 epoch"
+        update_times(title, "MlpPolicy", lambda: gym.make("CartPole-v1"), everything, 2, **kwargs)
+
+    print("\npeak memory of one update, MiB (relative)")
+    for policy, n_steps in (("MlpPolicy", 204800), ("CnnPolicy", 4096)):
+        peaks = {name: peak_memory(name, policy, n_steps) for name in ours}
+        cells = [f"{name} {peak:.0f} ({peak / peaks['PPO']:.2f})" for name, peak in peaks.items()]
+        print(f"{policy + f', {n_steps} transitions':50}" + "   ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

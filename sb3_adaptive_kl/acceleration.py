@@ -1,7 +1,9 @@
-"""A compiled loss where torch can compile it, the same loss in eager mode where it cannot."""
+"""Compiled functions where torch can compile them, the same functions as they are where it cannot."""
 
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch as th
@@ -10,38 +12,93 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class NotCompiled(Exception):
+    """What was called could not be compiled, and has not been run."""
+
+
+class Compilation:
+    """
+    What torch compiles for one model. The first failure ends it for all of its functions, with one warning.
+
+    Importing torch's compiler takes a second, which only those who compile should wait for: hence the imports within.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.seconds = 0.0  # spent compiling
+
+    def give_up(self, error: Exception | str) -> None:
+        self.failed = True
+        reason = " ".join(str(error).split("\n")[:2])
+        warnings.warn(f"compile=True: torch.compile failed, training goes on uncompiled. {reason}", stacklevel=2)
+
+    def seconds_since_last_asked(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def of_gradients(self) -> Iterator[None]:
+        """Within, ``th.autograd.grad`` can be compiled: an option of torch's compiler, set for this thread only."""
+        import torch._dynamo
+
+        if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad: a newer one can")
+        if self.failed:
+            yield
+            return
+        # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
+        checks = th.distributions.Distribution._validate_args
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                yield
+        finally:
+            th.distributions.Distribution.set_default_validate_args(checks)
+
+
 class Compiled(Generic[P, T]):
     """
-    ``function`` through ``torch.compile``: the same values up to rounding. Its first call compiles (seconds).
+    ``function`` through ``torch.compile``: the same values up to rounding. Its first call compiles, which takes seconds, and
+    so does the first one with other shapes.
 
-    What torch cannot trace within it, torch runs as it is. Where nothing can be compiled (no C++ compiler), one warning says
-    why, and from then on the whole function runs as it is.
-
-    :param function: pure in its tensors
+    :param function: pure in its tensors, without Python that depends on their values
+    :param compilation: that of the model
+    :raises NotCompiled: by the call at which it turns out that it cannot be compiled; from then on it is called as it is
     """
 
-    def __init__(self, function: Callable[P, T]) -> None:
+    def __init__(self, function: Callable[P, T], compilation: Compilation) -> None:
         self.function = function
+        self.compilation = compilation
         self.fast: Callable[P, T] | None = None
-        self.failed = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        if self.failed:
+        # It may be a part of something that is being compiled as a whole
+        if self.compilation.failed or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
-        # Importing torch's compiler takes a second, which only those who use it should wait for
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
-
+        if self.fast is None:
+            # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several
+            # models would otherwise share the limit of recompilations
+            self.fast = th.compile(self.function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+        counters = th._dynamo.utils.counters
+        start, n_graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
-            if self.fast is None:
-                self.fast = th.compile(self.function)
-            return self.fast(*args, **kwargs)
-        except (TorchDynamoException, InductorError) as error:
-            reason = " ".join(str(error).split("\n")[:2])
-            warnings.warn(f"compile=True: torch.compile failed, training goes on uncompiled. {reason}", stacklevel=2)
-            self.failed = True
-            return self.function(*args, **kwargs)
+            result = self.fast(*args, **kwargs)
+        except Exception as error:
+            if not _says_compiler(error):
+                raise
+            self.compilation.give_up(error)
+            raise NotCompiled from error
+        if counters["stats"]["unique_graphs"] > n_graphs:
+            self.compilation.seconds += time.perf_counter() - start
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model must not run what was compiled for the original
         return {**vars(self), "fast": None}
+
+
+def _says_compiler(error: Exception) -> bool:
+    """Whether torch's compiler raised it, and not the function."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, TorchDynamoException | InductorError | FailOnRecompileLimitHit)

@@ -14,6 +14,10 @@ class Settings(NamedTuple):
     clip_range: float | None
     clip_range_vf: float | None
 
+    def as_tensors(self, device: th.device) -> "Settings":
+        """The same numbers as scalar tensors, with which one can calculate alike."""
+        return Settings(*[None if number is None else th.tensor(number, device=device) for number in self])  # type: ignore[arg-type]
+
 
 class MinibatchMetrics(NamedTuple):
     """Of one minibatch, before its step: scalars, left on their device so that nothing waits for them."""
@@ -25,18 +29,19 @@ class MinibatchMetrics(NamedTuple):
     kl_loss: th.Tensor
     kl: th.Tensor
     approx_kl: th.Tensor
-    clip_fraction: th.Tensor | None
+    clip_fraction: th.Tensor | None = None
 
-    def detach(self) -> "MinibatchMetrics":
-        """The same numbers without the graph, which would otherwise live until they are logged."""
-        return MinibatchMetrics(*[None if part is None else part.detach() for part in self])  # type: ignore[arg-type]
+    def stack(self) -> th.Tensor:
+        """The same numbers as one vector, without the graph, which would otherwise live until they are logged."""
+        with th.no_grad():
+            return th.stack([part for part in self if part is not None])
 
 
 class UpdateMetrics:
     """Collects the minibatches of one update, epoch by epoch."""
 
     def __init__(self) -> None:
-        self.epochs: list[list[MinibatchMetrics]] = []
+        self.epochs: list[list[th.Tensor]] = []  # of stacked MinibatchMetrics
         self.grad_norms: list[th.Tensor] = []
 
     def finite(self) -> bool:
@@ -49,21 +54,19 @@ class UpdateMetrics:
     def record(self, logger: Logger, settings: Settings) -> None:
         """Write the means over all minibatches; ``approx_kl`` over those of the last epoch only, and ``loss`` of the last
         one, as SB3's PPO does."""
-        epochs = [epoch for epoch in self.epochs if epoch]
-        minibatches = [minibatch for epoch in epochs for minibatch in epoch]
+        epochs = [th.stack(epoch) for epoch in self.epochs if epoch]
+        means = MinibatchMetrics(*th.cat(epochs).mean(dim=0))
+        last_epoch = MinibatchMetrics(*epochs[-1].mean(dim=0))
+        last = MinibatchMetrics(*epochs[-1][-1])
         for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "kl_loss"):
-            logger.record(f"train/{name}", _mean(minibatches, name))
-        logger.record("train/approx_kl", _mean(epochs[-1], "approx_kl"))
-        logger.record("train/loss", minibatches[-1].loss.item())
+            logger.record(f"train/{name}", getattr(means, name).item())
+        logger.record("train/approx_kl", last_epoch.approx_kl.item())
+        logger.record("train/loss", last.loss.item())
         # Empty if the first minibatch already exceeded kl_stop_factor
         if self.grad_norms:
             logger.record("train/grad_norm", th.stack(self.grad_norms).mean().item())
-        if settings.clip_range is not None:
-            logger.record("train/clip_fraction", _mean(minibatches, "clip_fraction"))
+        if means.clip_fraction is not None:
+            logger.record("train/clip_fraction", means.clip_fraction.item())
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
-
-
-def _mean(minibatches: list[MinibatchMetrics], name: str) -> float:
-    return th.stack([getattr(minibatch, name) for minibatch in minibatches]).mean().item()

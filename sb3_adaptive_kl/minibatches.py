@@ -4,7 +4,7 @@ Rollout buffer → minibatches that know which transitions they hold: shuffled f
 The minibatches of SB3's rollout buffers do not say which transitions were drawn, but the old policy's parameters are stored
 once per rollout and have to be looked up by index. All buffers of SB3 and sb3-contrib draw through ``_get_samples(indices,
 …)``: listening there gives the indices of any buffer, padded or masked, without a change to the buffer or to its random
-numbers.
+numbers. Where they draw row by row, several minibatches are drawn at once, since a draw costs the same for 64 and for 2048.
 """
 
 from collections.abc import Generator, Iterator
@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+
+# Bytes of the rollout that are drawn at a time, where several minibatches can be: all of it but for images
+BLOCK_BYTES = 2**21
+# Where _get_samples indexes row by row, and get() cuts one permutation: SB3's buffers and contrib's maskable ones
+ROW_BY_ROW = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
 
 
 class Draw(NamedTuple):
@@ -36,8 +41,39 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tupl
         padded samples hold more rows than there are indices, the valid ones in the order of the indices
     :raises ValueError: if the buffer does not draw through ``_get_samples``, or draws an empty minibatch
     """
-    for samples, draw in _draws(buffer, batch_size):
-        yield samples, th.as_tensor(draw.batch_inds, device=buffer.device)
+    at_a_time = _minibatches_at_a_time(buffer, batch_size)
+    for samples, draw in _draws(buffer, batch_size and at_a_time * batch_size):
+        index = th.as_tensor(draw.batch_inds, device=buffer.device)
+        if batch_size is None or at_a_time == 1:
+            yield samples, index
+        else:
+            yield from zip(_split(samples, batch_size), th.split(index, batch_size), strict=True)
+
+
+def _minibatches_at_a_time(buffer: RolloutBuffer, batch_size: int | None) -> int:
+    """How many minibatches make a block: as many as BLOCK_BYTES hold, or one if the buffer is no plain one."""
+    if batch_size is None or not {buffer.get.__module__, buffer._get_samples.__module__} <= set(ROW_BY_ROW):
+        return 1
+    return max(1, transitions_per_block(buffer) // batch_size)
+
+
+def transitions_per_block(buffer: RolloutBuffer) -> int:
+    """How many transitions BLOCK_BYTES hold."""
+    fields = [*vars(buffer).values(), *(buffer.observations.values() if isinstance(buffer.observations, dict) else ())]
+    n_bytes = sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
+    return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // n_bytes)
+
+
+def _split(samples: Any, batch_size: int) -> Iterator[Any]:
+    """The samples of a block as minibatches: views of it. Observations may be a dict of tensors."""
+
+    def split(field: Any) -> Any:
+        if not isinstance(field, dict):
+            return field.split(batch_size)
+        parts = zip(*(tensor.split(batch_size) for tensor in field.values()), strict=True)
+        return [dict(zip(field, part, strict=True)) for part in parts]
+
+    return map(type(samples)._make, zip(*map(split, samples), strict=True))
 
 
 def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = False) -> Iterator[tuple[Any, th.Tensor]]:

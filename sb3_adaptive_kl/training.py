@@ -11,7 +11,9 @@ measure d = KL(π_old ‖ π) once, on the whole rollout, after the last step; u
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -20,14 +22,16 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_adaptive_kl import losses
-from sb3_adaptive_kl.acceleration import Compiled
+from sb3_adaptive_kl.acceleration import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
-from sb3_adaptive_kl.distributions import ActionDistribution
+from sb3_adaptive_kl.collection import checked_once
+from sb3_adaptive_kl.distributions import ActionDistribution, forget, unchecked, use_plain_integers
 from sb3_adaptive_kl.divergences import k3
-from sb3_adaptive_kl.evaluation import PolicyEvaluation
+from sb3_adaptive_kl.evaluation import PolicyEvaluation, preprocessing_apart
 from sb3_adaptive_kl.guard import Checkpoint
 from sb3_adaptive_kl.metrics import MinibatchMetrics, Settings, UpdateMetrics
 from sb3_adaptive_kl.minibatches import minibatches
+from sb3_adaptive_kl.optimization import AdamStep, Gradients, OptimizerStep, clip_gradients
 from sb3_adaptive_kl.penalty import PenaltyRule
 
 # After this many undone updates in a row the run is hopeless and ends
@@ -56,8 +60,10 @@ class KLPenaltyTraining(PolicyEvaluation):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
 
-    # `_loss`, compiled or not
-    _loss_function: Callable[..., tuple[th.Tensor, MinibatchMetrics]]
+    # With compile=True: `_gradients`, and for Adam the whole of `_step`
+    _compilation: Compilation | None
+    _gradients_function: Callable[..., tuple[Gradients, th.Tensor, th.Tensor]]
+    _step_function: Callable[..., tuple[th.Tensor, th.Tensor | None]]
 
     def __init__(
         self,
@@ -104,16 +110,27 @@ class KLPenaltyTraining(PolicyEvaluation):
         self.clip_range = self.clip_range if clipping else None
         # Not after load(): the running β is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
-        self._loss_function = Compiled(self._loss) if self.compile else self._loss
+        self._compilation = Compilation() if self.compile else None
+        if self._compilation is not None:
+            self._gradients_function = Compiled(self._gradients, self._compilation)
+            self._step_function = Compiled(self._step, self._compilation)
+            use_plain_integers(getattr(self.policy, "action_dist", None))
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew; the policy may be another when it is loaded
-        return [*super()._excluded_save_params(), "_loss_function", "_action_dist_checked"]
+        return [
+            *super()._excluded_save_params(),
+            *("_compilation", "_gradients_function", "_step_function", "_action_dist_checked"),
+        ]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        with checked_once(self.policy):
+            return super().collect_rollouts(*args, **kwargs)
 
     # ---------------------------------------------------------------- the update
 
@@ -126,6 +143,11 @@ class KLPenaltyTraining(PolicyEvaluation):
         """
         self._check_rollout()
         self._update_learning_rate(self.policy.optimizer)
+        # What torch's distributions check at every call is checked below, once: what is not finite shows in d
+        with unchecked(getattr(self.policy, "action_dist", None)):
+            self._update()
+
+    def _update(self) -> None:
         settings = self._settings()
         checkpoint = Checkpoint(self.policy)
         old = self._old_distributions()
@@ -177,20 +199,77 @@ class KLPenaltyTraining(PolicyEvaluation):
     def _optimize(self, old: ActionDistribution | None, settings: Settings, metrics: UpdateMetrics) -> None:
         """``n_epochs`` passes of minibatch steps, or fewer if ``kl_stop_factor`` says so."""
         self.policy.set_training_mode(True)
-        optimizer = self.policy.optimizer
-        parameters = list(self.policy.parameters())
-        for epoch in range(self.n_epochs):
-            metrics.epochs.append([])
-            self._n_updates += 1
-            for rollout_data, index in minibatches(self.rollout_buffer, self.batch_size):
-                loss, minibatch = self._loss_function(rollout_data, None if old is None else old[index], settings)
-                metrics.epochs[-1].append(minibatch)
-                if self._should_stop(minibatch.kl, settings.target_kl, epoch):
-                    return
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                metrics.grad_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-                optimizer.step()
+        with self._stepping(settings) as step:
+            for epoch in range(self.n_epochs):
+                metrics.epochs.append([])
+                self._n_updates += 1
+                for rollout_data, index in minibatches(self.rollout_buffer, self.batch_size):
+                    minibatch, grad_norm = step(rollout_data, None if old is None else old[index])
+                    metrics.epochs[-1].append(minibatch)
+                    if grad_norm is None:
+                        self._say_stopped(minibatch, epoch)
+                        return
+                    metrics.grad_norms.append(grad_norm)
+
+    @contextmanager
+    def _stepping(self, settings: Settings) -> Iterator[Callable[..., tuple[th.Tensor, th.Tensor | None]]]:
+        """Gives ``_step`` for one update: a function of a minibatch and the old policy's distributions of it."""
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        optimizer = OptimizerStep(self.policy.optimizer, parameters)
+        as_it_is = partial(self._step, settings=settings, optimizer=optimizer)
+        compilation = self._compilation
+        if compilation is None or compilation.failed:
+            yield as_it_is
+            return
+
+        # What the compiler is to take for values that change, and not for constants, must be tensors
+        tensors = settings.as_tensors(self.device)
+
+        def compiled(rollout_data: Any, old: ActionDistribution | None) -> tuple[th.Tensor, th.Tensor | None]:
+            rollout_data = rollout_data._replace(observations=preprocess(rollout_data.observations))
+            if compilation.failed or optimizer.awaits_state:
+                return as_it_is(rollout_data, old)
+            try:
+                if optimizer.adam is not None and self.kl_stop_factor is None:
+                    return self._step_function(rollout_data, old, tensors, optimizer.adam)
+                return self._step(rollout_data, old, tensors, optimizer, self._gradients_function)
+            except NotCompiled:
+                return as_it_is(rollout_data, old)
+
+        with preprocessing_apart(self.policy) as preprocess, compilation.of_gradients():
+            yield compiled
+
+    def _step(
+        self,
+        rollout_data: Any,
+        old: ActionDistribution | None,
+        settings: Settings,
+        optimizer: OptimizerStep | AdamStep,
+        compiled_gradients: Callable[..., tuple[Gradients, th.Tensor, th.Tensor]] | None = None,
+    ) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        One step on one minibatch, or none if its KL is too large already.
+
+        :param compiled_gradients: ``_gradients``, where it is compiled and the rest is not
+        :return: the metrics, stacked, and the norm of the gradient before it was clipped, None if no step was taken
+        """
+        gradients_of = compiled_gradients or self._gradients
+        gradients, minibatch, grad_norm = gradients_of(rollout_data, old, settings, optimizer.parameters)
+        if self._should_stop(minibatch, settings.target_kl):
+            return minibatch, None
+        optimizer.take(gradients)
+        return minibatch, grad_norm
+
+    def _gradients(
+        self, rollout_data: Any, old: ActionDistribution | None, settings: Settings, parameters: Sequence[th.Tensor]
+    ) -> tuple[Gradients, th.Tensor, th.Tensor]:
+        """
+        The gradients of the loss of one minibatch, clipped; its metrics, stacked; the norm before clipping.
+        """
+        loss, metrics = self._loss(rollout_data, old, settings)
+        gradients, grad_norm = clip_gradients(th.autograd.grad(loss, parameters, allow_unused=True), self.max_grad_norm)
+        forget(getattr(self.policy, "action_dist", None))
+        return gradients, metrics.stack(), grad_norm
 
     def _loss(
         self, rollout_data: Any, old: ActionDistribution | None, settings: Settings
@@ -212,20 +291,21 @@ class KLPenaltyTraining(PolicyEvaluation):
         )
         value_loss = losses.value_loss(new.values, new.old_values, new.returns, settings.clip_range_vf)
         entropy_loss = losses.entropy_loss(new.entropy, new.log_prob)
-        loss = policy_loss + kl_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        loss = policy_loss + kl_loss + self.vf_coef * value_loss
+        if self.ent_coef != 0:  # the default is 0, and a gradient of 0 need not be computed
+            loss = loss + self.ent_coef * entropy_loss
 
         with th.no_grad():
             approx_kl = k3(log_ratio).mean()
             clip_fraction = losses.clip_fraction(ratio, settings.clip_range)
-        metrics = MinibatchMetrics(loss, policy_loss, value_loss, entropy_loss, kl_loss, kl, approx_kl, clip_fraction)
-        return loss, metrics.detach()
+        return loss, MinibatchMetrics(loss, policy_loss, value_loss, entropy_loss, kl_loss, kl, approx_kl, clip_fraction)
 
-    def _should_stop(self, kl: th.Tensor, target_kl: float, epoch: int) -> bool:
-        if self.kl_stop_factor is None or not kl.item() > self.kl_stop_factor * target_kl:
-            return False
+    def _should_stop(self, minibatch: th.Tensor, target_kl: float) -> bool:
+        return self.kl_stop_factor is not None and bool(MinibatchMetrics(*minibatch).kl > self.kl_stop_factor * target_kl)
+
+    def _say_stopped(self, minibatch: th.Tensor, epoch: int) -> None:
         if self.verbose >= 1:
-            print(f"Early stopping at step {epoch} due to reaching max kl: {kl.item():.2f}")
-        return True
+            print(f"Early stopping at step {epoch} due to reaching max kl: {MinibatchMetrics(*minibatch).kl.item():.2f}")
 
     # ---------------------------------------------------------------- after the update
 
@@ -239,6 +319,8 @@ class KLPenaltyTraining(PolicyEvaluation):
         self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        if self._compilation is not None and (seconds := self._compilation.seconds_since_last_asked()) > 0:
+            self.logger.record("time/compilation", seconds)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _adapt_penalty(self, kl: float, target_kl: float) -> None:

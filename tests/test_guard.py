@@ -1,8 +1,11 @@
 """A diverged update is undone and reported, and ends the run if it goes on: never a silently stuck or NaN policy."""
 
+import copy
 import math
 import warnings
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 
@@ -180,3 +183,75 @@ def test_fixed_penalty_at_a_bound_is_no_reason_to_warn():
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, kl_rule="fixed", init_kl_coef=32.0, **SMALL)
     model.learn(12 * 64)  # warnings are errors here
     assert model.kl_coef == 32.0
+
+
+def with_nan_observation(model):
+    model.rollout_buffer.observations[5] = math.nan
+    return model
+
+
+@pytest.mark.parametrize("kl_divergence", ["forward", "reverse", "k3"])
+@pytest.mark.parametrize("case", ["box", "gsde", "gsde-squashed"])
+def test_nan_observation_is_caught_without_torchs_checks(case, kl_divergence):
+    """One NaN among 64 observations: torch's distributions do not refuse it during an update, so the guard must."""
+    model = with_nan_observation(collect(FAMILIES[case].build(AdaptiveKLPPO, kl_divergence=kl_divergence, **SMALL)))
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="was undone.*NaN observations"):
+        model.train()
+    assert th.equal(parameters(model), before)
+    assert model.kl_coef == 2.0
+
+
+def test_checks_are_dropped_for_the_update_only():
+    """Of this policy, during train(), and in no other thread."""
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    seen = []
+
+    def refused(*args):
+        with pytest.raises(ValueError, match="Expected parameter"):
+            th.distributions.Normal(th.tensor(math.nan), th.tensor(1.0))
+        seen.append(model.policy.action_dist.distribution._validate_args)
+        return 0.01
+
+    model.target_kl = refused
+    model.train()
+    assert type(model.policy.action_dist.distribution) is th.distributions.Categorical
+    assert model.policy.action_dist.distribution._validate_args is False
+    assert "proba_distribution" not in vars(model.policy.action_dist)
+    assert th.distributions.Distribution._validate_args is True
+    with pytest.raises(ValueError, match="Expected parameter"):
+        model.policy.action_dist.proba_distribution(th.full((1, 4), math.nan))
+
+
+class NaNAfterAWhile(gym.ObservationWrapper):
+    """From the tenth step on a sensor fails."""
+
+    n_seen = 0
+
+    def observation(self, observation):
+        self.n_seen += 1
+        return np.full_like(observation, np.nan) if self.n_seen > 10 else observation
+
+    def step(self, action):
+        assert np.isfinite(action).all(), "the environment was given NaN"
+        return super().step(action)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_nan_never_reaches_the_environment(env):
+    """While a rollout is collected, too, torch's distributions do not check: a NaN observation ends it all the same."""
+    model = AdaptiveKLPPO("MlpPolicy", NaNAfterAWhile(gym.make(env)), seed=0, device="cpu", **SMALL)
+    # torch itself refuses to sample from a categorical of NaN
+    with pytest.raises((ValueError, RuntimeError), match=r"log-probability of an action is NaN|probability tensor contains either"):
+        model.learn(64)
+    assert "forward" not in vars(model.policy)
+
+
+def test_policy_copied_by_a_callback_is_its_own():
+    copies = []
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.learn(64, callback=lambda *_: copies.append(copy.deepcopy(model.policy)) if not copies else None)
+    observation = th.zeros(1, 3)
+    with th.no_grad():
+        copies[0].value_net.bias += 5.0
+        assert not th.equal(copies[0](observation)[1], model.policy(observation)[1])

@@ -36,7 +36,9 @@ LAYERS = {
     "metrics": set(),
     "minibatches": set(),
     "acceleration": set(),
+    "optimization": set(),
     "distributions": {"divergences"},
+    "collection": {"distributions"},
     "evaluation": {"distributions", "divergences", "minibatches"},
     "arguments": {"penalty", "evaluation"},
 }

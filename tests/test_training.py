@@ -1,6 +1,5 @@
 """The update as a whole: what is measured, when, on what; what each option does to it; what is logged."""
 
-import copy
 import math
 
 import numpy as np
@@ -10,8 +9,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.metrics import MinibatchMetrics
 from sb3_adaptive_kl.minibatches import minibatches
-from tests.conftest import CASES, FAMILIES, collect, logged, parameters
+from tests.conftest import CASES, FAMILIES, collect, logged
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
 
@@ -226,57 +226,18 @@ def test_means_over_minibatches():
     """All minibatches count alike, but for SB3's two habits: approx_kl is of the last epoch, loss of the last minibatch."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=32, n_epochs=2, init_kl_coef=3.0))
     norms, seen = [], []
-    clip, loss = th.nn.utils.clip_grad_norm_, model._loss_function
+    gradients = model._gradients
 
-    def recorded_loss(*args):
-        result = loss(*args)
-        seen.append(result[1])
+    def recorded(*args):
+        result = gradients(*args)
+        norms.append(result[2])
+        seen.append(MinibatchMetrics(*result[1]))
         return result
 
-    model._loss_function = recorded_loss
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(th.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
-        model.train()
+    model._gradients = recorded
+    model.train()
     assert len(norms) == len(seen) == 8
     assert logged(model)["grad_norm"] == pytest.approx(np.mean(norms))
     assert logged(model)["kl_loss"] == pytest.approx(3.0 * np.mean([minibatch.kl for minibatch in seen]))
     assert logged(model)["approx_kl"] == pytest.approx(np.mean([minibatch.approx_kl for minibatch in seen[4:]]))
     assert logged(model)["loss"] == seen[-1].loss.item()
-
-
-class TestCompiled:
-    """Compilation takes some 20 s of CPU the first time, hence one small network."""
-
-    def test_same_trajectory_and_checkpoint(self, tmp_path):
-        runs = [CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(5 * 128) for compile in (False, True)]
-        assert (parameters(runs[0]) - parameters(runs[1])).abs().max() < 1e-4
-        assert runs[0].kl_coef == runs[1].kl_coef
-        runs[1].save(tmp_path / "model")
-        assert AdaptiveKLPPO.load(tmp_path / "model").compile is True
-        assert runs[1].get_parameters()["policy"].keys() == runs[0].get_parameters()["policy"].keys()
-
-    def test_a_copy_trains_itself(self):
-        model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL))
-        model._loss_function.fast = model._loss  # what compilation would give, bound to the original
-        copied = copy.deepcopy(model)
-        start = parameters(model)
-        copied._loss_function.failed = True  # spares the copy's compilation
-        copied.train()
-        assert th.equal(parameters(model), start)
-        assert not th.equal(parameters(copied), start)
-        assert copied._loss_function.fast is None
-
-    def test_falls_back_to_eager_with_one_warning(self, monkeypatch):
-        def refuse(function):
-            def call(*args):
-                raise th._dynamo.exc.Unsupported("this policy\nmore")
-
-            return call
-
-        monkeypatch.setattr(th, "compile", refuse)
-        compiled = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
-        with pytest.warns(UserWarning, match="compile=True: torch.compile failed.*this policy") as caught:
-            compiled.learn(2 * 128)
-        assert len(caught) == 1
-        eager = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(2 * 128)
-        assert th.equal(parameters(compiled), parameters(eager))

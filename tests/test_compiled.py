@@ -1,0 +1,204 @@
+"""compile=True takes the same steps, compiles once, falls back with one warning, and leaves no trace in checkpoints."""
+
+import copy
+import warnings
+
+import pytest
+import torch as th
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3 import PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from tests.conftest import CASES, Case, collect, logged, parameters
+
+# 60 = 24 + 24 + 12: every epoch ends with a shorter minibatch
+SMALL = {"n_steps": 60, "batch_size": 24, "n_epochs": 2}
+EVERYTHING = {
+    "learning_rate": LinearSchedule(1e-3, 1e-4, 1.0),
+    "target_kl": LinearSchedule(0.02, 0.01, 1.0),
+    "clip_range": LinearSchedule(0.3, 0.1, 1.0),
+    "clip_range_vf": 0.2,
+    "ent_coef": 0.01,
+    "kl_cutoff_coef": 100.0,
+}
+OPTIMIZERS = {
+    "adamw": {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1, "amsgrad": True}},
+    "rmsprop": {"optimizer_class": th.optim.RMSprop},
+}
+
+
+@pytest.fixture(autouse=True)
+def _truncated_minibatches():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
+        yield
+
+
+def n_compilations():
+    return th._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def assert_same_trajectory(case, algorithm=AdaptiveKLPPO, n_iterations=10, **kwargs):
+    eager, compiled = (
+        case.build(algorithm, compile=compile, **{**SMALL, **kwargs}).learn(n_iterations * 60) for compile in (False, True)
+    )
+    assert not compiled._compilation.failed
+    assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
+    assert eager.kl_coef == compiled.kl_coef
+    assert eager._n_updates == compiled._n_updates
+    theirs, ours = logged(eager), logged(compiled)
+    assert theirs.keys() == ours.keys()
+    for key in theirs:
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-4), key
+
+
+def test_same_trajectory_with_everything_switched_on():
+    assert_same_trajectory(CASES["box"], **EVERYTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gsde", "gsde-expln", "gsde-squashed", "discrete", "multidiscrete", "multibinary"])
+def test_same_trajectory_for_every_family(case):
+    assert_same_trajectory(CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["cnn", "cnn-continuous", "dict", "separate-extractors"])
+def test_same_steps_on_images(case):
+    """A rounding error soon flips an action here: so one update, whose first step alone is not compiled."""
+    eager, compiled = (CASES[case].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(60) for compile in (False, True))
+    assert not compiled._compilation.failed
+    assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_same_trajectory_with_other_optimizers(optimizer):
+    assert_same_trajectory(CASES["box"], n_iterations=4, policy_kwargs=OPTIMIZERS[optimizer])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl_divergence", ["reverse", "k3"])
+def test_same_trajectory_with_early_stop(kl_divergence):
+    kwargs = {"kl_stop_factor": 1.0, "learning_rate": 3e-3, "n_epochs": 6}
+    assert_same_trajectory(CASES["box"], n_iterations=4, kl_divergence=kl_divergence, **kwargs)
+
+
+@pytest.mark.slow
+def test_same_trajectory_with_masks():
+    case = Case("MlpPolicy", lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3))
+    assert_same_trajectory(case, MaskableAdaptiveKLPPO, n_iterations=4)
+
+
+class TestBox:
+    """One small network; what is compiled is kept on disk, so only the first of these tests takes long."""
+
+    def test_first_update_equals_ppos(self):
+        """See test_first_update.py. The first step of all makes the optimiser's state, uncompiled: so this is the second."""
+        full_batch = {"n_steps": 64, "batch_size": 64, "n_epochs": 1, "learning_rate": 0.01}
+        ppo = CASES["box"].build(PPO, **full_batch).learn(64)
+        ours = CASES["box"].build(AdaptiveKLPPO, compile=True, init_kl_coef=30.0, **full_batch).learn(64)
+        ours.set_parameters(copy.deepcopy(ppo.get_parameters()))
+        ours.kl_coef = 30.0
+        ours.rollout_buffer = collect(ppo).rollout_buffer
+        start = parameters(ours)
+        ppo.train()
+        ours.train()
+        assert not ours._compilation.failed
+        assert (parameters(ours) - start).abs().max() > 1e-3
+        assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
+
+    def test_compiles_once_for_each_size_of_minibatch(self):
+        """Neither a schedule, nor a β that changes, nor the shorter last minibatch compiles again at every update."""
+        model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL, **EVERYTHING)
+        seconds = []
+        betas = set()
+        before = n_compilations()
+        for _ in range(4):
+            collect(model)
+            model.train()
+            betas.add(model.kl_coef)
+            seconds.append(model.logger.name_to_value.get("time/compilation"))
+        assert n_compilations() - before == 2
+        assert len(betas) > 1
+        assert seconds[0] > 0
+        assert seconds[1:] == [None] * 3  # told once
+
+    def test_many_models_in_one_process(self):
+        """torch limits recompilations to 8 per function: each model has a limit of its own."""
+        for _ in range(9):
+            model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
+            model.train()
+            assert not model._compilation.failed
+        assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
+
+    def test_checkpoints_do_not_see_it(self, tmp_path):
+        eager, model = (CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(2 * 60) for compile in (False, True))
+        model.save(tmp_path / "model")
+        loaded = AdaptiveKLPPO.load(tmp_path / "model", env=model.get_env())
+        assert loaded.compile is True
+        assert th.equal(parameters(loaded), parameters(model))
+        ours, theirs = model.get_parameters(), eager.get_parameters()
+        assert ours["policy"].keys() == theirs["policy"].keys()
+        assert ours["policy.optimizer"]["param_groups"] == theirs["policy.optimizer"]["param_groups"]
+        assert vars(model.policy).keys() == vars(eager.policy).keys()
+        assert model.policy.observation_space == eager.policy.observation_space
+        assert not th._dynamo.config.trace_autograd_ops
+
+    def test_a_copy_trains_itself(self):
+        model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL).learn(60))
+        copied = copy.deepcopy(model)
+        start = parameters(model)
+        copied.train()
+        assert th.equal(parameters(model), start)
+        assert not th.equal(parameters(copied), start)
+
+    def test_diverged_update_is_undone(self):
+        model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL).learn(60))
+        model.rollout_buffer.observations[3] = th.nan
+        before = parameters(model)
+        with pytest.warns(UserWarning, match="was undone"):
+            model.train()
+        assert not model._compilation.failed
+        assert th.equal(parameters(model), before)
+
+
+class CuriousPolicy(ActorCriticPolicy):
+    """Python that depends on the values of a tensor."""
+
+    def evaluate_actions(self, obs, actions):
+        if obs.sum() > 1e9:
+            raise RuntimeError("never")
+        return super().evaluate_actions(obs, actions)
+
+
+def assert_falls_back(message, policy="MlpPolicy", algorithm=AdaptiveKLPPO, **kwargs):
+    """With one warning, and to the bit."""
+    case = Case(policy, CASES["box"].make_env, kwargs)
+    compiled = case.build(algorithm, compile=True, **SMALL)
+    with pytest.warns(UserWarning, match=message) as caught:
+        compiled.learn(3 * 60)
+    assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
+    assert compiled._compilation.failed
+    eager = case.build(algorithm, **SMALL).learn(3 * 60)
+    assert th.equal(parameters(compiled), parameters(eager))
+
+
+def test_falls_back_where_python_depends_on_data():
+    assert_falls_back("compile=True: torch.compile failed.*[Dd]ata-dependent", CuriousPolicy)
+
+
+def test_falls_back_for_lstms():
+    """sb3-contrib asks the tensors where episodes begin."""
+    lstm = {"policy_kwargs": {"lstm_hidden_size": 8}}
+    assert_falls_back("compile=True: torch.compile failed", "MlpLstmPolicy", RecurrentAdaptiveKLPPO, **lstm)
+
+
+def test_falls_back_without_a_compiler(monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert_falls_back("compile=True: torch.compile failed.*[Cc]ompiler")

@@ -1,0 +1,64 @@
+"""Drawing several minibatches at once gives the host's minibatches, to the bit."""
+
+import numpy as np
+import pytest
+import torch as th
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO
+from sb3_adaptive_kl import minibatches as module
+from sb3_adaptive_kl.minibatches import minibatches
+from tests.conftest import CASES, Case, collect
+
+MODELS = {
+    "box": (CASES["box"], AdaptiveKLPPO),
+    "discrete": (CASES["discrete"], AdaptiveKLPPO),
+    "cnn": (CASES["cnn"], AdaptiveKLPPO),
+    "dict": (CASES["dict"], AdaptiveKLPPO),
+    "masked": (Case("MlpPolicy", lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)), MaskableAdaptiveKLPPO),
+}
+
+
+def equal(field, other):
+    if isinstance(field, dict):
+        return field.keys() == other.keys() and all(th.equal(field[key], other[key]) for key in field)
+    return th.equal(field, other)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 10_000, 2**22])
+@pytest.mark.parametrize("name", MODELS)
+def test_minibatches_are_the_hosts(name, block_bytes, monkeypatch):
+    case, algorithm = MODELS[name]
+    buffer = collect(case.build(algorithm, n_steps=100, batch_size=25)).rollout_buffer
+    monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
+    for batch_size in (32, 1, 100, 1000, None):
+        np.random.seed(3)
+        theirs = list(buffer.get(batch_size))
+        state = np.random.random()
+        np.random.seed(3)
+        ours = list(minibatches(buffer, batch_size))
+        assert np.random.random() == state
+        np.random.seed(3)
+        permutation = th.as_tensor(np.random.permutation(100))
+        assert len(theirs) == len(ours)
+        assert th.equal(th.cat([index for _, index in ours]), permutation)
+        for samples, (our_samples, index) in zip(theirs, ours, strict=True):
+            assert type(samples) is type(our_samples)
+            assert len(index) == len(samples.advantages)
+            assert all(equal(*pair) for pair in zip(samples, our_samples, strict=True))
+
+
+def test_a_block_is_no_larger_than_its_bytes(monkeypatch):
+    """Images would otherwise be in memory twice."""
+    model = collect(CASES["cnn"].build(AdaptiveKLPPO, n_steps=256, batch_size=8))
+    drawn = []
+    get_samples = type(model.rollout_buffer)._get_samples
+    monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(
+        type(model.rollout_buffer),
+        "_get_samples",
+        lambda self, batch_inds, env=None: drawn.append(len(batch_inds)) or get_samples(self, batch_inds, env),
+    )
+    type(model.rollout_buffer)._get_samples.__module__ = get_samples.__module__
+    assert len(list(minibatches(model.rollout_buffer, 8))) == 32
+    assert drawn == [72] * 3 + [40]  # an image has 36 · 36 = 1296 bytes, the rest of a transition a few dozen
