@@ -242,7 +242,9 @@ def test_nan_never_reaches_the_environment(env):
     """While a rollout is collected, too, torch's distributions do not check: a NaN observation ends it all the same."""
     model = AdaptiveKLPPO("MlpPolicy", NaNAfterAWhile(gym.make(env)), seed=0, device="cpu", **SMALL)
     # torch itself refuses to sample from a categorical of NaN
-    with pytest.raises((ValueError, RuntimeError), match=r"log-probability of an action is NaN|probability tensor contains either"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"log-probability of an action is NaN|probability tensor contains either"
+    ):
         model.learn(64)
     assert "forward" not in vars(model.policy)
 
