@@ -36,7 +36,8 @@ def _forward(policy: ActorCriticPolicy, *args: Any, **kwargs: Any) -> Any:
         result = type(policy).forward(policy, *args, **kwargs)
     if result[2].isnan().any():
         raise ValueError(
-            "the log-probability of an action is NaN, since an observation or a parameter of the policy is: wrap the "
-            "environment in VecCheckNan to see which, lower learning_rate if it is a parameter"
+            "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
+            "see where it comes from, or the policy's parameters are extreme, then learning_rate="
+            f"{policy.optimizer.param_groups[0]['lr']:g} is too high"
         )
     return result
