@@ -4,6 +4,7 @@ One training run: through the zoo's ExperimentManager, into an ordinary zoo log 
 It is a function of the run alone, and gives back the contents of its folder: who runs it where is `backends.py`'s business.
 The folder gets, beside the zoo's files,
 
+    output.txt      what it printed, warnings too
     episodes.csv    every training episode: time step at which it ended, return, length
     updates.csv     every update of an on-policy algorithm: see `Ruler`
     run.json        what was run, the returns of the final policy, the time it took; written last
@@ -74,7 +75,7 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
     for package in ("rl_zoo3.import_envs", *run.gym_packages):
         import_module(package)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output.txt"), "w") as output:
-        with contextlib.redirect_stdout(output):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):  # with warnings
             manager, result = _train(run, Path(folder), report)
         output.flush()
         path = Path(manager.save_path)
