@@ -77,7 +77,8 @@ class Compiled(Generic[P, T]):
         if self.fast is None:
             # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several
             # models would otherwise share the limit of recompilations
-            self.fast = th.compile(self.function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+            how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": _cheap_checks()}
+            self.fast = th.compile(self.function, **how)  # type: ignore[call-overload]
         counters = th._dynamo.utils.counters
         start, n_graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
@@ -94,6 +95,15 @@ class Compiled(Generic[P, T]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model must not run what was compiled for the original
         return {**vars(self), "fast": None}
+
+
+def _cheap_checks() -> dict[str, Any]:
+    """
+    Options of torch's compiler. At each call it asks whether what it assumed still holds, which for small networks takes a
+    good part of the time: it need not ask of global names, such as the functions of modules, nor whether its own buffers have the
+    sizes it gave them. It still asks of every tensor, and of every attribute of algorithm and policy.
+    """
+    return {"guard_filter_fn": th.compiler.skip_guard_on_globals_unsafe, "size_asserts": False}
 
 
 def _says_compiler(error: Exception) -> bool:
