@@ -100,8 +100,8 @@ class Compiled(Generic[P, T]):
 def _cheap_checks() -> dict[str, Any]:
     """
     Options of torch's compiler. At each call it asks whether what it assumed still holds, which for small networks takes a
-    good part of the time: it need not ask of global names, such as the functions of modules, nor whether its own buffers have the
-    sizes it gave them. It still asks of every tensor, and of every attribute of algorithm and policy.
+    good part of the time: it need not ask of global names, such as the functions of modules, nor whether its own buffers have
+    the sizes it gave them. It still asks of every tensor, and of every attribute of algorithm and policy.
     """
     return {"guard_filter_fn": th.compiler.skip_guard_on_globals_unsafe, "size_asserts": False}
 

@@ -1,6 +1,7 @@
 """From the gradients of one minibatch to new parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
@@ -118,9 +119,29 @@ class OptimizerStep:
             return
         for parameter, gradient in pairs:
             parameter.grad = gradient
-        self.optimizer.step()
+        with _in_few_operations(self.optimizer):
+            self.optimizer.step()
         # The first step of all has made Adam's state
         self.adam = AdamStep.of(self.optimizer)
+
+
+@contextmanager
+def _in_few_operations(optimizer: th.optim.Optimizer) -> Iterator[None]:
+    """Within, an optimiser of torch's takes all parameters at once, as it does by itself on a GPU, unless the user chose."""
+    groups = [
+        group
+        for group in optimizer.param_groups
+        if type(optimizer).__module__.startswith("torch.optim.")
+        and group.get("foreach", False) is None
+        and not (group.get("fused") or group.get("differentiable"))
+    ]
+    for group in groups:
+        group["foreach"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["foreach"] = None
 
 
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
