@@ -19,6 +19,8 @@ Curve = tuple[list[int], list[float]]
 
 def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
     """Each quantity as time steps and values. SB3 logs an update after the rollout that follows it, so that is where it is."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is no folder: the log of a run is in TENSORBOARD_LOG/ENV/AdaptiveKLPPO_1, or _2, …")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     try:
         scalars = {key: events.Scalars(key) for key in keys}

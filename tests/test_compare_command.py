@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytest.importorskip("rliable", reason="the extra `compare` is not installed")
-
 from sb3_adaptive_kl.compare import backends
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.run import carry_out
@@ -250,7 +248,6 @@ def test_another_plan_is_refused_with_the_difference(unbroken, capsys):
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of which it has many
 def test_a_cluster_of_two_nodes_that_loses_one(unbroken, tmp_path, monkeypatch):
     """What the lost node was running is run again on the other, and the statistics are those of loky."""
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
     from ray.cluster_utils import Cluster
 
     from sb3_adaptive_kl.compare import statistics

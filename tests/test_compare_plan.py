@@ -6,8 +6,6 @@ from importlib.resources import files
 import pytest
 import yaml
 
-pytest.importorskip("rl_zoo3", reason="the extra `compare` is not installed")
-
 from sb3_adaptive_kl.compare.arms import Arm, PlanError
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing, shared
@@ -142,6 +140,10 @@ def test_runs_have_folders_of_their_own_in_the_zoos_layout():
         ({"arms": []}, "no arms to compare"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, not 0"),
         ({"seeds": 2.5}, "seeds must be a whole number"),
+        ({"seeds": 2.0}, "seeds must be a whole number"),
+        ({"seeds": True}, "seeds must be a whole number"),
+        ({"n_timesteps": float("nan")}, "n_timesteps must be a whole number"),
+        ({"n_timesteps": float("inf")}, "n_timesteps must be a whole number"),
         ({"n_timesteps": -5}, "n_timesteps must be"),
         ({"n_eval_episodes": 0}, "n_eval_episodes must be"),
         ({"gym_packages": ["no_such_package"]}, "gym_packages: ModuleNotFoundError: No module named 'no_such_package'"),

@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch as th
-
-pytest.importorskip("rl_zoo3", reason="the extra `compare` is not installed")
-
 from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import A2C, PPO

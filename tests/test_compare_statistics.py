@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("rliable", reason="the extra `compare` is not installed")
-
 from sb3_adaptive_kl.compare import statistics
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.results import Result

@@ -31,6 +31,7 @@ def test_training_curves(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
-    with pytest.raises(SystemExit, match="has no log of rollout/ep_rew_mean"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    for folder, message in ((tmp_path, "has no log of rollout/ep_rew_mean"), (tmp_path / "elsewhere", "is no folder")):
+        monkeypatch.setattr(sys, "argv", ["", str(folder)])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_path(str(SCRIPT), run_name="__main__")

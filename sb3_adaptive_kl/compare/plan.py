@@ -186,7 +186,9 @@ def _check_told_apart(kind: str, folders: list[str]) -> None:
 
 def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        whole = isinstance(count, int | float) and not isinstance(count, bool) and count == int(count)
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if name == "n_timesteps" and isinstance(count, float):  # as the zoo's files have it: 1e5
+            whole = count.is_integer()
         if count is not None and not (whole and count >= 1):
             raise PlanError(f"{name} must be a whole number of at least 1, not {count!r}")
 
