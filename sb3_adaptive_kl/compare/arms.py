@@ -110,14 +110,11 @@ def settle(arms: list[Arm], env: str, n_timesteps: int | None, own: bool) -> dic
     """
     base = "ppo_lstm" if all(arm.recurrent for arm in arms) else "ppo"
     budget = {"n_timesteps": n_timesteps or int(_entry(base, env)["n_timesteps"])}
-    return {
-        arm.name: {
-            **(_entry(arm.algo, env) if own or not arm.on_policy else _shared(arm, base, env)),
-            **budget,
-            **arm.overrides,
-        }
-        for arm in arms
-    }
+    settled = {}
+    for arm in arms:
+        entry = _entry(arm.algo, env) if own or not arm.on_policy else _shared(arm, base, env)
+        settled[arm.name] = {**entry, **budget, **arm.overrides}
+    return settled
 
 
 def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
