@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch as th
+from torch.distributions import Distribution
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,13 +47,8 @@ class Compilation:
         if self.failed:
             yield
             return
-        # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
-        checks = th.distributions.Distribution._validate_args
-        try:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
-                yield
-        finally:
-            th.distributions.Distribution.set_default_validate_args(checks)
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            yield
 
 
 class Compiled(Generic[P, T]):
@@ -75,10 +71,7 @@ class Compiled(Generic[P, T]):
         if self.compilation.failed or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
         if self.fast is None:
-            # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several
-            # models would otherwise share the limit of recompilations
-            how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": _cheap_checks()}
-            self.fast = th.compile(self.function, **how)  # type: ignore[call-overload]
+            self.fast = _compile(self.function)
         counters = th._dynamo.utils.counters
         start, n_graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
@@ -97,13 +90,22 @@ class Compiled(Generic[P, T]):
         return {**vars(self), "fast": None}
 
 
-def _cheap_checks() -> dict[str, Any]:
-    """
-    Options of torch's compiler. At each call it asks whether what it assumed still holds, which for small networks takes a
-    good part of the time: it need not ask of global names, such as the functions of modules, nor whether its own buffers have
-    the sizes it gave them. It still asks of every tensor, and of every attribute of algorithm and policy.
-    """
-    return {"guard_filter_fn": th.compiler.skip_guard_on_globals_unsafe, "size_asserts": False}
+def _compile(function: Callable[P, T]) -> Callable[P, T]:
+    # At each call torch asks whether what it assumed still holds, which for small networks takes a good part of the time: it
+    # need not ask of global names, such as the functions of modules, nor whether its own buffers have the sizes it gave them.
+    # It still asks of every tensor, and of every attribute of algorithm and policy
+    questions = {"guard_filter_fn": th.compiler.skip_guard_on_globals_unsafe, "size_asserts": False}
+    # Random numbers are those that the function draws when it is not compiled
+    options = {**questions, "fallback_random": True}
+    # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
+    checks = Distribution._validate_args
+    try:
+        # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several models
+        # would otherwise share the limit of recompilations
+        how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
+        return th.compile(function, **how)  # type: ignore[call-overload,no-any-return]
+    finally:
+        Distribution.set_default_validate_args(checks)
 
 
 def _says_compiler(error: Exception) -> bool:

@@ -1,43 +1,86 @@
 """The policy while its host collects a rollout: one check of what it gives, instead of several of what it is made of."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
+import numpy as np
+import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.distributions import unchecked
+from sb3_adaptive_kl.acceleration import NotCompiled
+from sb3_adaptive_kl.lean import forget, is_hosts, preprocessing_apart, unchecked
+
+Act = Callable[..., tuple[Any, th.Tensor]]
+
+
+def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
+    """
+    :return: what the policy's own ``forward`` gives: actions, values, log-probabilities and, with a memory, its state; and
+        whether a log-probability is NaN. One is wherever an observation or a parameter is, whatever the distribution.
+    """
+    result = type(actor).forward(actor, observations, *args, **kwargs)
+    if th.compiler.is_compiling():
+        forget(actor.action_dist)
+    return result, result[2].isnan().any()
 
 
 @contextmanager
-def checked_once(policy: ActorCriticPolicy) -> Iterator[None]:
+def checked_once(policy: ActorCriticPolicy, compiled_act: Act | None) -> Iterator[None]:
     """
-    Within, ``policy(observations)`` gives the same actions in less time: not every argument of a distribution is checked,
-    but the log-probability. It is NaN wherever an observation or a parameter is, whatever the distribution.
+    Within, ``policy(observations)`` gives the same actions in less time, and raises a ValueError instead of NaN.
+
+    :param compiled_act: ``act``, where it is to be compiled
     """
     if "forward" in vars(policy):  # the user's
         yield
         return
-    # A method, so that a copy of the policy, made meanwhile by a callback, has its own
-    policy.forward = MethodType(_forward, policy)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del policy.forward
+    # A copy for the whole rollout, since to change the policy itself and back takes longer than is gained. It has the same
+    # networks, in which a callback may replace what it likes
+    actor = copy.copy(policy)
+    if hasattr(policy, "action_dist"):
+        actor.action_dist = unchecked(policy.action_dist)
+    if not is_hosts(type(policy).forward):
+        compiled_act = None
+    with nullcontext(act) if compiled_act is None else _compiled(compiled_act, actor) as how:
+
+        def forward(self: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
+            if self is not policy:  # but a copy of it that a callback has made, and kept
+                return type(self).forward(self, observations, *args, **kwargs)
+            result, is_nan = how(actor, observations, *args, **kwargs)
+            if is_nan:
+                raise _not_a_number(policy)
+            return result
+
+        policy.forward = MethodType(forward, policy)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del policy.forward
 
 
-def _forward(policy: ActorCriticPolicy, *args: Any, **kwargs: Any) -> Any:
-    """
-    :return: what the policy's own ``forward`` gives: actions, values, log-probabilities and, with a memory, its state
-    :raises ValueError: where a log-probability is NaN
-    """
-    with unchecked(getattr(policy, "action_dist", None)):
-        result = type(policy).forward(policy, *args, **kwargs)
-    if result[2].isnan().any():
-        raise ValueError(
-            "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
-            "see where it comes from, or the policy's parameters are extreme, then learning_rate="
-            f"{policy.optimizer.param_groups[0]['lr']:g} is too high"
-        )
-    return result
+@contextmanager
+def _compiled(compiled_act: Act, actor: ActorCriticPolicy) -> Iterator[Act]:
+    """``act`` for this one actor, compiled for as long as that goes well."""
+    with preprocessing_apart(actor) as preprocess:
+
+        def how(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
+            observations = preprocess(observations)
+            # Masks: torch compiles functions of tensors only
+            kwargs = {name: th.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
+            try:
+                return compiled_act(actor, observations, *args, **kwargs)
+            except NotCompiled:
+                return act(actor, observations, *args, **kwargs)
+
+        yield how
+
+
+def _not_a_number(policy: ActorCriticPolicy) -> ValueError:
+    return ValueError(
+        "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
+        "see where it comes from, or the policy's parameters are extreme, then learning_rate="
+        f"{policy.optimizer.param_groups[0]['lr']:g} is too high"
+    )

@@ -8,11 +8,8 @@ MultiBinary, masked or not: a Bernoulli is a categorical with two outcomes).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch as th
@@ -115,61 +112,6 @@ def held_by(distribution: Distribution | None) -> Any:
     """
     # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
     return getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
-
-
-def forget(action_dist: Any) -> None:
-    """
-    Let ``action_dist`` hold nothing: what it evaluated holds the whole graph, and compiled code must not leave one behind.
-
-    :param action_dist: ``policy.action_dist``, or None
-    """
-    for name in ("distribution", "distributions"):
-        if hasattr(action_dist, name):
-            setattr(action_dist, name, None)
-
-
-def use_plain_integers(action_dist: Any) -> None:
-    """SB3 takes the choices of MultiDiscrete from a NumPy array; torch cannot compile a split by NumPy's integers."""
-    if isinstance(n_choices := getattr(action_dist, "action_dims", None), list):
-        action_dist.action_dims = [int(n) for n in n_choices]
-
-
-@contextmanager
-def unchecked(action_dist: Any) -> Iterator[None]:
-    """
-    Within, the distributions that ``action_dist`` makes do not check their arguments, which costs as much as evaluating them.
-    Whoever uses this looks for NaN in the end.
-
-    torch's own switch is global. Here one method of one object looks up ``Normal`` and its like in a namespace of its own.
-
-    :param action_dist: ``policy.action_dist``; of its families only those of SB3 and sb3-contrib are changed
-    """
-    make = getattr(type(action_dist), "proba_distribution", None)
-    if (
-        not isinstance(make, FunctionType)
-        or not make.__module__.startswith(("stable_baselines3.", "sb3_contrib."))
-        or "proba_distribution" in vars(action_dist)
-    ):
-        yield
-        return
-    action_dist.proba_distribution = MethodType(_lenient(make), action_dist)
-    try:
-        yield
-    finally:
-        del action_dist.proba_distribution
-
-
-@cache
-def _lenient(function: FunctionType) -> FunctionType:
-    """The same code, but where it makes one of torch's distributions that one checks nothing; the same object every time."""
-    namespace = {
-        name: partial(value, validate_args=False)
-        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
-        else value
-        for name, value in function.__globals__.items()
-        if name != "__name__"  # by which torch's compiler would look up the original
-    }
-    return FunctionType(function.__code__, namespace, closure=function.__closure__)
 
 
 def _finite(log_probs: th.Tensor) -> th.Tensor:

@@ -5,16 +5,13 @@ What only the host knows stands here in three methods: how a minibatch is evalua
 whether the rollout is sound.
 """
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.distributions import ActionDistribution, action_distribution, held_by
 from sb3_adaptive_kl.divergences import k3, pearson
@@ -24,32 +21,6 @@ from sb3_adaptive_kl.minibatches import in_order, minibatches, random_state_kept
 # only as many as make a block; of sequences fewer, since they are padded)
 SWEEP_CHUNK_SIZE = 2048
 SEQUENCES_CHUNK_SIZE = 256
-
-
-# Of what is in this space, SB3's preprocess_obs only makes floats
-PREPROCESSED = spaces.Box(-math.inf, math.inf, (1,))
-
-
-@contextmanager
-def preprocessing_apart(policy: ActorCriticPolicy) -> Iterator[Callable[[Any], Any]]:
-    """
-    Within, the policy expects observations that have been preprocessed by the function that this gives.
-
-    torch cannot compile SB3's ``preprocess_obs``, which asks the space's NumPy arrays what to do.
-
-    :param policy: the observations of one that is not evaluated by SB3 or sb3-contrib are left to it
-    """
-    theirs = ("stable_baselines3.", "sb3_contrib.")
-    if not all(getattr(policy, name).__module__.startswith(theirs) for name in ("evaluate_actions", "extract_features")):
-        yield lambda observations: observations
-        return
-    space = policy.observation_space
-    keys = space.spaces if isinstance(space, spaces.Dict) else None
-    policy.observation_space = PREPROCESSED if keys is None else spaces.Dict(dict.fromkeys(keys, PREPROCESSED))
-    try:
-        yield lambda observations: preprocess_obs(observations, space, normalize_images=policy.normalize_images)
-    finally:
-        policy.observation_space = space
 
 
 class Evaluation(NamedTuple):

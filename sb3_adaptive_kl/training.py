@@ -24,11 +24,12 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_adaptive_kl import losses
 from sb3_adaptive_kl.acceleration import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits, penalty_rule, target_kl_at
-from sb3_adaptive_kl.collection import checked_once
-from sb3_adaptive_kl.distributions import ActionDistribution, forget, unchecked, use_plain_integers
+from sb3_adaptive_kl.collection import Act, act, checked_once
+from sb3_adaptive_kl.distributions import ActionDistribution
 from sb3_adaptive_kl.divergences import k3
-from sb3_adaptive_kl.evaluation import PolicyEvaluation, preprocessing_apart
+from sb3_adaptive_kl.evaluation import PolicyEvaluation
 from sb3_adaptive_kl.guard import Checkpoint
+from sb3_adaptive_kl.lean import checks_apart, forget, prepare, preprocessing_apart
 from sb3_adaptive_kl.metrics import MinibatchMetrics, Settings, UpdateMetrics
 from sb3_adaptive_kl.minibatches import minibatches
 from sb3_adaptive_kl.optimization import AdamStep, Gradients, OptimizerStep, clip_gradients
@@ -60,8 +61,9 @@ class KLPenaltyTraining(PolicyEvaluation):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
 
-    # With compile=True: `_gradients`, and for Adam the whole of `_step`
+    # With compile=True: `act`, `_gradients`, and for Adam the whole of `_step`
     _compilation: Compilation | None
+    _act_function: Act | None
     _gradients_function: Callable[..., tuple[Gradients, th.Tensor, th.Tensor]]
     _step_function: Callable[..., tuple[th.Tensor, th.Tensor | None]]
 
@@ -110,17 +112,18 @@ class KLPenaltyTraining(PolicyEvaluation):
         self.clip_range = self.clip_range if clipping else None
         # Not after load(): the running β is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
-        self._compilation = Compilation() if self.compile else None
+        self._compilation, self._act_function = Compilation() if self.compile else None, None
         if self._compilation is not None:
+            self._act_function = Compiled(act, self._compilation)
             self._gradients_function = Compiled(self._gradients, self._compilation)
             self._step_function = Compiled(self._step, self._compilation)
-            use_plain_integers(getattr(self.policy, "action_dist", None))
+            prepare(getattr(self.policy, "action_dist", None))
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew; the policy may be another when it is loaded
         return [
             *super()._excluded_save_params(),
-            *("_compilation", "_gradients_function", "_step_function", "_action_dist_checked"),
+            *("_compilation", "_act_function", "_gradients_function", "_step_function", "_action_dist_checked"),
         ]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -129,7 +132,7 @@ class KLPenaltyTraining(PolicyEvaluation):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        with checked_once(self.policy):
+        with checked_once(self.policy, self._act_function):
             return super().collect_rollouts(*args, **kwargs)
 
     # ---------------------------------------------------------------- the update
@@ -144,7 +147,7 @@ class KLPenaltyTraining(PolicyEvaluation):
         self._check_rollout()
         self._update_learning_rate(self.policy.optimizer)
         # What torch's distributions check at every call is checked below, once: what is not finite shows in d
-        with unchecked(getattr(self.policy, "action_dist", None)):
+        with checks_apart(self.policy):
             self._update()
 
     def _update(self) -> None:

@@ -16,6 +16,7 @@ from stable_baselines3.common.envs import (
     SimpleMultiObsEnv,
 )
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -74,10 +75,10 @@ CASES = {
 FAMILIES = {name: CASES[name] for name in ("box", "gsde", "gsde-squashed", "discrete", "multidiscrete", "multibinary")}
 
 
-def collect(model: OnPolicyAlgorithm) -> Any:
+def collect(model: OnPolicyAlgorithm, callback: MaybeCallback = None) -> Any:
     """The model with one rollout collected, and not yet trained on it."""
     model.train = lambda: None  # type: ignore[method-assign]
-    model.learn(model.n_steps * model.n_envs)
+    model.learn(model.n_steps * model.n_envs, callback)
     del model.train
     return model
 

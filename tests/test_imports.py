@@ -37,8 +37,9 @@ LAYERS = {
     "minibatches": set(),
     "acceleration": set(),
     "optimization": set(),
+    "lean": set(),
     "distributions": {"divergences"},
-    "collection": {"distributions"},
+    "collection": {"acceleration", "lean"},
     "evaluation": {"distributions", "divergences", "minibatches"},
     "arguments": {"penalty", "evaluation"},
 }

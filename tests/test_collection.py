@@ -1,0 +1,107 @@
+"""What is collected is what the host would collect, eager and compiled; NaN is told before an environment sees it."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from tests.conftest import CASES, FAMILIES, collect
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+COMPILE = pytest.mark.parametrize("compile", [False, True])
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_rollout_is_the_hosts(case):
+    """Bootstrapping, the ends of episodes, gSDE's noise and its resets: same seed, same buffer as PPO's."""
+    theirs, ours = (collect(FAMILIES[case].build(algorithm, **SMALL)).rollout_buffer for algorithm in (PPO, AdaptiveKLPPO))
+    for name in ("observations", "actions", "rewards", "advantages", "returns", "values", "log_probs"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+class NaNAfterAWhile(gym.ObservationWrapper):
+    """From the tenth step on a sensor fails."""
+
+    n_seen = 0
+
+    def observation(self, observation):
+        self.n_seen += 1
+        return np.full_like(observation, np.nan) if self.n_seen > 10 else observation
+
+    def step(self, action):
+        assert np.isfinite(action).all(), "the environment was given NaN"
+        return super().step(action)
+
+
+@COMPILE
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_nan_never_reaches_the_environment(env, compile):
+    """Torch's distributions do not check what is collected, but a NaN observation ends it all the same."""
+    model = AdaptiveKLPPO("MlpPolicy", NaNAfterAWhile(gym.make(env)), compile=compile, seed=0, device="cpu", **SMALL)
+    # torch itself refuses to sample from a categorical of NaN
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"log-probability of an action is NaN|probability tensor contains either"
+    ):
+        model.learn(64)
+    assert "forward" not in vars(model.policy)
+    assert not compile or not model._compilation.failed
+
+
+@COMPILE
+def test_policy_copied_by_a_callback_is_its_own(compile):
+    copies = []
+    model = CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL)
+    model.learn(64, callback=lambda *_: copies.append(copy.deepcopy(model.policy)) if not copies else None)
+    observation = th.zeros(1, 3)
+    with th.no_grad():
+        copies[0].value_net.bias += 5.0
+        assert not th.equal(copies[0](observation)[1], model.policy(observation)[1])
+
+
+@COMPILE
+def test_copy_acts_for_itself_in_the_same_rollout(compile):
+    model = CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL)
+    values = []
+
+    def play_against_a_copy(*_):
+        opponent = copy.deepcopy(model.policy)
+        with th.no_grad():
+            opponent.value_net.bias += 5.0
+            values.append([policy(th.ones(1, 3))[1].item() for policy in (model.policy, opponent)])
+        return True
+
+    collect(model, play_against_a_copy)
+    assert len(values) == 64
+    assert all(theirs == pytest.approx(ours + 5.0) for ours, theirs in values)
+
+
+@COMPILE
+def test_what_a_callback_does_to_the_policy_is_obeyed(compile):
+    """New values of a parameter, another network, noise drawn anew: from the next step on."""
+    model = CASES["gsde"].build(AdaptiveKLPPO, compile=compile, n_steps=12, batch_size=12, sde_sample_freq=-1)
+
+    def meddle(variables, _):
+        if model.num_timesteps == 4:
+            model.policy.value_net.bias.data.fill_(5.0)
+            model.policy.value_net.weight.data.zero_()
+        if model.num_timesteps == 8:
+            model.policy.value_net = th.nn.Linear(64, 1)
+            th.nn.init.constant_(model.policy.value_net.bias, -3.0)
+            th.nn.init.zeros_(model.policy.value_net.weight)
+            model.policy.action_dist.exploration_mat.data.zero_()
+            model.policy.action_dist.exploration_matrices.data.zero_()
+        return True
+
+    collect(model, meddle)
+    values = model.rollout_buffer.values.flatten()
+    assert (values[4:8] == 5.0).all()
+    assert (values[8:] == -3.0).all()
+    assert (values[:4] != 5.0).all()
+    means, _ = model.policy.predict(model.rollout_buffer.observations[:, 0], deterministic=True)
+    noise = np.abs(model.rollout_buffer.actions[:, 0] - means).flatten()
+    assert (noise[:8] > 1e-4).all()
+    assert (noise[8:] < 1e-6).all()
