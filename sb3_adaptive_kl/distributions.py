@@ -8,7 +8,7 @@ MultiBinary, masked or not: a Bernoulli is a categorical with two outcomes).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,13 +34,13 @@ class ActionDistribution(ABC):
         """The distributions of the states that ``index`` (integers or a boolean mask) selects."""
         return self._map(lambda tensor: tensor[index])
 
-    @classmethod
-    def concatenate(cls, batches: "Sequence[SelfActionDistribution]") -> "SelfActionDistribution | None":
-        """One batch out of several of the same family, None out of none."""
-        if not batches:
-            return None
-        fields = zip(*(batch._tensors() for batch in batches), strict=True)
-        return type(batches[0])(*(th.cat(tensors) for tensors in fields))
+    def __setitem__(self: SelfActionDistribution, index: th.Tensor, batch: SelfActionDistribution) -> None:
+        for mine, theirs in zip(self._tensors(), batch._tensors(), strict=True):
+            mine[index] = theirs
+
+    def room_for(self: SelfActionDistribution, n_states: int) -> SelfActionDistribution:
+        """A batch of the same family, to be filled."""
+        return self._map(lambda tensor: tensor.new_empty((n_states, *tensor.shape[1:])))
 
     def _tensors(self) -> tuple[th.Tensor, ...]:
         return tuple(vars(self).values())

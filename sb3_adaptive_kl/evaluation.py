@@ -141,8 +141,13 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         if self._divergence.needs_distribution and not self._action_dist_checked:
             self._check_action_dist()
             self._action_dist_checked = True
-        batches = [evaluation.distribution for _, evaluation in self._sweep()]
-        return ActionDistribution.concatenate([batch for batch in batches if batch is not None])
+        old = None
+        for index, evaluation in self._sweep():
+            if (batch := evaluation.distribution) is not None:
+                # Written into one place: small tensors kept between the large ones of a network would leave holes in memory
+                old = old or batch.room_for(self._n_transitions)
+                old[index] = batch
+        return old
 
     def _divergence_on_rollout(self, old: ActionDistribution | None) -> th.Tensor:
         """
@@ -151,8 +156,14 @@ class PolicyEvaluation(OnPolicyAlgorithm):
         :param old: what ``_old_distributions`` gave before the update
         :return: shape (N,), in nats
         """
-        between = self._divergence.between
-        return th.cat([between(None if old is None else old[index], new) for index, new in self._sweep()])
+        divergence = th.empty(self._n_transitions, device=self.device)
+        for index, new in self._sweep():
+            divergence[index] = self._divergence.between(None if old is None else old[index], new)
+        return divergence
+
+    @property
+    def _n_transitions(self) -> int:
+        return self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
 
     def _check_action_dist(self) -> None:
         """
