@@ -73,9 +73,9 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param kl_cutoff_factor: Where the hinge begins, relative to the target, > 0
     :param kl_stop_factor: Stop the epochs once the KL of a minibatch exceeds this times the target, > 0 (``None``: never).
         β is still adapted to the KL measured in the end.
-    :param compile: Whether to compile the train step with ``torch.compile``, which takes some seconds at the first update:
-        all of it with torch's Adam and without ``kl_stop_factor``, else all but the optimiser. Where that fails, training
-        goes on uncompiled, with one warning.
+    :param compile: Whether to compile the policy's ``forward`` and the train step with ``torch.compile``, which takes seconds
+        to a minute in the first iteration: all of it with torch's Adam and without ``kl_stop_factor``, else all but the
+        optimiser. Where that fails, training goes on uncompiled, with one warning.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """
