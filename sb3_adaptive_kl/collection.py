@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,8 @@ from sb3_adaptive_kl.acceleration import NotCompiled
 from sb3_adaptive_kl.lean import forget, is_hosts, preprocessing_apart, unchecked
 
 Act = Callable[..., tuple[Any, th.Tensor]]
+# The methods of a policy that act
+ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
 
 
 def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
@@ -34,22 +37,19 @@ def checked_once(policy: ActorCriticPolicy, compiled_act: Act | None) -> Iterato
 
     :param compiled_act: ``act``, where it is to be compiled
     """
-    if "forward" in vars(policy):  # the user's
-        yield
+    if not all(is_hosts(getattr(policy, name, None)) for name in ACTING):
+        yield  # the user's may remember things, which a copy would not
         return
     # A copy for the whole rollout, since to change the policy itself and back takes longer than is gained. It has the same
     # networks, in which a callback may replace what it likes
     actor = copy.copy(policy)
-    if hasattr(policy, "action_dist"):
-        actor.action_dist = unchecked(policy.action_dist)
-    if not is_hosts(type(policy).forward):
-        compiled_act = None
-    with nullcontext(act) if compiled_act is None else _compiled(compiled_act, actor) as how:
+    actor.action_dist = unchecked(policy.action_dist)
+    with nullcontext(partial(act, actor)) if compiled_act is None else _compiled(compiled_act, actor) as acting:
 
         def forward(self: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
             if self is not policy:  # but a copy of it that a callback has made, and kept
                 return type(self).forward(self, observations, *args, **kwargs)
-            result, is_nan = how(actor, observations, *args, **kwargs)
+            result, is_nan = acting(observations, *args, **kwargs)
             if is_nan:
                 raise _not_a_number(policy)
             return result
@@ -63,10 +63,10 @@ def checked_once(policy: ActorCriticPolicy, compiled_act: Act | None) -> Iterato
 
 @contextmanager
 def _compiled(compiled_act: Act, actor: ActorCriticPolicy) -> Iterator[Act]:
-    """``act`` for this one actor, compiled for as long as that goes well."""
+    """``act`` of this one actor, compiled for as long as that goes well."""
     with preprocessing_apart(actor) as preprocess:
 
-        def how(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
+        def acting(observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
             observations = preprocess(observations)
             # Masks: torch compiles functions of tensors only
             kwargs = {name: th.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
@@ -75,7 +75,7 @@ def _compiled(compiled_act: Act, actor: ActorCriticPolicy) -> Iterator[Act]:
             except NotCompiled:
                 return act(actor, observations, *args, **kwargs)
 
-        yield how
+        yield acting
 
 
 def _not_a_number(policy: ActorCriticPolicy) -> ValueError:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from tests.conftest import CASES, FAMILIES, collect
@@ -105,3 +106,16 @@ def test_what_a_callback_does_to_the_policy_is_obeyed(compile):
     noise = np.abs(model.rollout_buffer.actions[:, 0] - means).flatten()
     assert (noise[:8] > 1e-4).all()
     assert (noise[8:] < 1e-6).all()
+
+
+@COMPILE
+def test_what_a_users_policy_remembers_stays_with_it(compile):
+    class Remembers(ActorCriticPolicy):
+        n_seen = 0
+
+        def extract_features(self, obs, features_extractor=None):
+            self.n_seen += not self.training
+            return super().extract_features(obs, features_extractor)
+
+    model = AdaptiveKLPPO(Remembers, gym.make("Pendulum-v1"), compile=compile, seed=0, device="cpu", **SMALL)
+    assert collect(model).policy.n_seen >= 64
