@@ -1,8 +1,9 @@
 """Compiled functions where torch can compile them, the same functions as they are where it cannot."""
 
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -11,6 +12,9 @@ from torch.distributions import Distribution
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# How torch names globals of these packages: G['name'] is of the module whose function is compiled
+_OURS = re.compile(r"G\['(?!__import_|___unnamed)|G\['__import_(torch|stable_baselines3|sb3_contrib|sb3_adaptive_kl)(_dot_|')")
 
 
 class NotCompiled(Exception):
@@ -30,8 +34,10 @@ class Compilation:
 
     def give_up(self, error: Exception | str) -> None:
         self.failed = True
-        reason = " ".join(str(error).split("\n")[:2])
-        warnings.warn(f"compile=True: torch.compile failed, training goes on uncompiled. {reason}", stacklevel=2)
+        self.warn(f"torch.compile failed, training goes on uncompiled. {' '.join(str(error).split(chr(10))[:2])}")
+
+    def warn(self, message: str) -> None:
+        warnings.warn(f"compile=True: {message}", stacklevel=2)
 
     def seconds_since_last_asked(self) -> float:
         seconds, self.seconds = self.seconds, 0.0
@@ -65,13 +71,17 @@ class Compiled(Generic[P, T]):
         self.function = function
         self.compilation = compilation
         self.fast: Callable[P, T] | None = None
+        self.changes_too_often = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         # It may be a part of something that is being compiled as a whole
-        if self.compilation.failed or th.compiler.is_compiling():
+        if self.compilation.failed or self.changes_too_often or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
         if self.fast is None:
             self.fast = _compile(self.function)
+            if th._dynamo.config.disable:  # where torch would run the function, and then say that it was not compiled
+                self.compilation.give_up("TORCH_COMPILE_DISABLE is set")
+                raise NotCompiled
         counters = th._dynamo.utils.counters
         start, n_graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
         try:
@@ -79,7 +89,14 @@ class Compiled(Generic[P, T]):
         except Exception as error:
             if not _says_compiler(error):
                 raise
-            self.compilation.give_up(error)
+            if _says_too_often(error):
+                self.changes_too_often = True
+                self.compilation.warn(
+                    f"{self.function.__name__.strip('_')}() goes on uncompiled, since it was compiled too often for other "
+                    "shapes or attributes: TORCH_LOGS=recompiles tells which"
+                )
+            else:
+                self.compilation.give_up(error)
             raise NotCompiled from error
         if counters["stats"]["unique_graphs"] > n_graphs:
             self.compilation.seconds += time.perf_counter() - start
@@ -91,12 +108,13 @@ class Compiled(Generic[P, T]):
 
 
 def _compile(function: Callable[P, T]) -> Callable[P, T]:
-    # At each call torch asks whether what it assumed still holds, which for small networks takes a good part of the time: it
-    # need not ask of global names, such as the functions of modules, nor whether its own buffers have the sizes it gave them.
-    # It still asks of every tensor, and of every attribute of algorithm and policy
-    questions = {"guard_filter_fn": th.compiler.skip_guard_on_globals_unsafe, "size_asserts": False}
-    # Random numbers are those that the function draws when it is not compiled
-    options = {**questions, "fallback_random": True}
+    options = {
+        "guard_filter_fn": _may_change,
+        # Nor need it ask whether its own buffers have the sizes it gave them
+        "size_asserts": False,
+        # Random numbers are those that the function draws when it is not compiled
+        "fallback_random": True,
+    }
     # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
     checks = Distribution._validate_args
     try:
@@ -108,9 +126,24 @@ def _compile(function: Callable[P, T]) -> Callable[P, T]:
         Distribution.set_default_validate_args(checks)
 
 
+def _may_change(guards: Sequence[Any]) -> list[bool]:
+    """
+    Which of its assumptions torch is to check at each call, which for small networks takes a good part of the time: not
+    whether modules of torch, SB3, sb3-contrib and of this package still hold the same functions. It does ask of every tensor,
+    of every attribute of algorithm and policy, and of the globals of the user's code.
+    """
+    return [not (guard.is_global and _OURS.match(guard.name)) for guard in guards]
+
+
 def _says_compiler(error: Exception) -> bool:
-    """Whether torch's compiler raised it, and not the function."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    """Whether torch's compiler raised it, or the disk it writes to, and not the function."""
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return isinstance(error, TorchDynamoException | InductorError | FailOnRecompileLimitHit)
+    return isinstance(error, TorchDynamoException | InductorError | OSError) or _says_too_often(error)
+
+
+def _says_too_often(error: Exception) -> bool:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return isinstance(error, FailOnRecompileLimitHit)

@@ -12,11 +12,11 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.acceleration import NotCompiled
-from sb3_adaptive_kl.lean import forget, is_hosts, preprocessing_apart, unchecked
+from sb3_adaptive_kl.lean import ACTING, forget, is_hosts, preprocessing_apart, unchecked
 
 Act = Callable[..., tuple[Any, th.Tensor]]
-# The methods of a policy that act
-ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
+# How torch refuses to draw from categoricals, and from Bernoullis, of NaN
+REFUSALS = ("probability tensor contains", "Expected p_in >= 0")
 
 
 def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
@@ -45,20 +45,46 @@ def checked_once(policy: ActorCriticPolicy, compiled_act: Act | None) -> Iterato
     actor = copy.copy(policy)
     actor.action_dist = unchecked(policy.action_dist)
     with nullcontext(partial(act, actor)) if compiled_act is None else _compiled(compiled_act, actor) as acting:
-
-        def forward(self: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
-            if self is not policy:  # but a copy of it that a callback has made, and kept
-                return type(self).forward(self, observations, *args, **kwargs)
-            result, is_nan = acting(observations, *args, **kwargs)
-            if is_nan:
-                raise _not_a_number(policy)
-            return result
-
-        policy.forward = MethodType(forward, policy)  # type: ignore[method-assign]
+        policy.forward = Forward(policy, acting)  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
             del policy.forward
+
+
+class Forward:
+    """What stands in for the policy's own ``forward``, and is not copied with the policy: a callback may keep the copy."""
+
+    def __init__(self, policy: ActorCriticPolicy, acting: Act) -> None:
+        self.policy = policy
+        self.acting = acting
+
+    def __call__(self, observations: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        :raises ValueError: where a log-probability is NaN
+        """
+        try:
+            result, is_nan = self.acting(observations, *args, **kwargs)
+        except RuntimeError as error:
+            if str(error).startswith(REFUSALS):
+                raise self._not_a_number() from error
+            raise
+        if is_nan:
+            raise self._not_a_number()
+        return result
+
+    def _not_a_number(self) -> ValueError:
+        return ValueError(
+            "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
+            "see where it comes from, or the policy's parameters are extreme, then learning_rate="
+            f"{self.policy.optimizer.param_groups[0]['lr']:g} is too high"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        return MethodType(type(self.policy).forward, copy.deepcopy(self.policy, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.policy, "forward")  # the class's, in the process where it is unpickled
 
 
 @contextmanager
@@ -76,11 +102,3 @@ def _compiled(compiled_act: Act, actor: ActorCriticPolicy) -> Iterator[Act]:
                 return act(actor, observations, *args, **kwargs)
 
         yield acting
-
-
-def _not_a_number(policy: ActorCriticPolicy) -> ValueError:
-    return ValueError(
-        "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
-        "see where it comes from, or the policy's parameters are extreme, then learning_rate="
-        f"{policy.optimizer.param_groups[0]['lr']:g} is too high"
-    )

@@ -17,6 +17,9 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
+# The methods of a policy that act, and those that evaluate what was done
+ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
+EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
 # Of what is in this space, SB3's preprocess_obs only makes floats
 PREPROCESSED = spaces.Box(-inf, inf, (1,))
 
@@ -85,7 +88,8 @@ def preprocessing_apart(policy: ActorCriticPolicy) -> Iterator[Callable[[Any], A
 
     torch cannot compile SB3's ``preprocess_obs``, which asks the space's NumPy arrays what to do.
     """
-    if not (is_hosts(policy.evaluate_actions) and is_hosts(policy.extract_features)):
+    # The user's may ask for the space
+    if not all(is_hosts(getattr(policy, name)) for name in EVALUATING):
         yield lambda observations: observations
         return
     space = policy.observation_space

@@ -7,12 +7,15 @@ from stable_baselines3.common.logger import Logger
 
 
 class Settings(NamedTuple):
-    """What the schedules and the penalty rule give for one update."""
+    """What may change from one update to the next: by a schedule, the penalty rule, or a callback that anneals it."""
 
     target_kl: float
     kl_coef: float
     clip_range: float | None
     clip_range_vf: float | None
+    vf_coef: float
+    ent_coef: float | None  # None where it is 0: a gradient of 0 need not be computed
+    max_grad_norm: float
 
     def as_tensors(self, device: th.device) -> "Settings":
         """The same numbers as scalar tensors, with which one can calculate alike."""

@@ -1,5 +1,6 @@
 """From the gradients of one minibatch to new parameters."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -104,6 +105,16 @@ class OptimizerStep:
         self.adam = AdamStep.of(optimizer)
 
     @property
+    def whole(self) -> AdamStep | None:
+        """``adam``, if it moves all of ``parameters``: some may have been frozen, or left out, and be needed now."""
+        return self.adam if self.adam is not None and self._moves(self.parameters) else None
+
+    def _moves(self, parameters: Sequence[th.Tensor]) -> bool:
+        """Whether it is these, in this order, that ``adam`` has a state for."""
+        mine = [] if self.adam is None else self.adam.parameters
+        return len(mine) == len(parameters) and all(map(operator.is_, mine, parameters))
+
+    @property
     def awaits_state(self) -> bool:
         """Whether ``adam`` will be there after the first step of all, which makes its state."""
         return self.adam is None and not self.optimizer.state and _is_plain_adam(self.optimizer)
@@ -113,16 +124,23 @@ class OptimizerStep:
         :param gradients: one for each of ``parameters``
         """
         pairs = list(zip(self.parameters, gradients, strict=True))
-        moved = {id(parameter): gradient for parameter, gradient in pairs if gradient is not None}
-        if self.adam is not None and [id(parameter) for parameter in self.adam.parameters] == list(moved):
-            self.adam.take(list(moved.values()))
+        if self.adam is not None and self._moves([parameter for parameter, gradient in pairs if gradient is not None]):
+            self.adam.take(gradients)
             return
+        self._forget_gradients()
         for parameter, gradient in pairs:
             parameter.grad = gradient
         with _in_few_operations(self.optimizer):
             self.optimizer.step()
+        self._forget_gradients()
         # The first step of all has made Adam's state
         self.adam = AdamStep.of(self.optimizer)
+
+    def _forget_gradients(self) -> None:
+        """An old one would go on moving a parameter that has been frozen since; ``zero_grad()``, which takes longer."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 @contextmanager

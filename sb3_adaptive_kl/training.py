@@ -176,6 +176,9 @@ class KLPenaltyTraining(PolicyEvaluation):
             kl_coef=self.kl_coef,
             clip_range=None if self.clip_range is None else FloatSchedule(self.clip_range)(progress),
             clip_range_vf=None if self.clip_range_vf is None else FloatSchedule(self.clip_range_vf)(progress),
+            vf_coef=self.vf_coef,
+            ent_coef=self.ent_coef or None,
+            max_grad_norm=self.max_grad_norm,
         )
 
     def _optimize_and_measure(self, old: ActionDistribution | None, settings: Settings, metrics: UpdateMetrics) -> th.Tensor:
@@ -233,8 +236,8 @@ class KLPenaltyTraining(PolicyEvaluation):
             if compilation.failed or optimizer.awaits_state:
                 return as_it_is(rollout_data, old)
             try:
-                if optimizer.adam is not None and self.kl_stop_factor is None:
-                    return self._step_function(rollout_data, old, tensors, optimizer.adam)
+                if optimizer.whole is not None and self.kl_stop_factor is None:
+                    return self._step_function(rollout_data, old, tensors, optimizer.whole)
                 return self._step(rollout_data, old, tensors, optimizer, self._gradients_function)
             except NotCompiled:
                 return as_it_is(rollout_data, old)
@@ -270,7 +273,7 @@ class KLPenaltyTraining(PolicyEvaluation):
         The gradients of the loss of one minibatch, clipped; its metrics, stacked; the norm before clipping.
         """
         loss, metrics = self._loss(rollout_data, old, settings)
-        gradients, grad_norm = clip_gradients(th.autograd.grad(loss, parameters, allow_unused=True), self.max_grad_norm)
+        gradients, grad_norm = clip_gradients(th.autograd.grad(loss, parameters, allow_unused=True), settings.max_grad_norm)
         forget(getattr(self.policy, "action_dist", None))
         return gradients, metrics.stack(), grad_norm
 
@@ -294,9 +297,9 @@ class KLPenaltyTraining(PolicyEvaluation):
         )
         value_loss = losses.value_loss(new.values, new.old_values, new.returns, settings.clip_range_vf)
         entropy_loss = losses.entropy_loss(new.entropy, new.log_prob)
-        loss = policy_loss + kl_loss + self.vf_coef * value_loss
-        if self.ent_coef != 0:  # the default is 0, and a gradient of 0 need not be computed
-            loss = loss + self.ent_coef * entropy_loss
+        loss = policy_loss + kl_loss + settings.vf_coef * value_loss
+        if settings.ent_coef is not None:
+            loss = loss + settings.ent_coef * entropy_loss
 
         with th.no_grad():
             approx_kl = k3(log_ratio).mean()

@@ -1,6 +1,7 @@
 """What is collected is what the host would collect, eager and compiled; NaN is told before an environment sees it."""
 
 import copy
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from tests.conftest import CASES, FAMILIES, collect
@@ -38,15 +40,25 @@ class NaNAfterAWhile(gym.ObservationWrapper):
         return super().step(action)
 
 
+class Float(gym.ObservationWrapper):
+    """Observations that can be NaN."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 1, env.observation_space.shape)
+
+    def observation(self, observation):
+        return np.asarray(observation, dtype=np.float32)
+
+
 @COMPILE
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "multibinary"])
 def test_nan_never_reaches_the_environment(env, compile):
-    """Torch's distributions do not check what is collected, but a NaN observation ends it all the same."""
-    model = AdaptiveKLPPO("MlpPolicy", NaNAfterAWhile(gym.make(env)), compile=compile, seed=0, device="cpu", **SMALL)
-    # torch itself refuses to sample from a categorical of NaN
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"log-probability of an action is NaN|probability tensor contains either"
-    ):
+    """Torch's distributions do not check what is collected, but a NaN observation of one environment ends it all the same."""
+    healthy, ill = (Float(CASES[env].make_env()) if env in CASES else gym.make(env) for _ in range(2))
+    envs = DummyVecEnv([lambda: healthy, lambda: NaNAfterAWhile(ill)])
+    model = AdaptiveKLPPO("MlpPolicy", envs, compile=compile, seed=0, device="cpu", **SMALL)
+    with pytest.raises(ValueError, match=r"log-probability of an action is NaN.*VecCheckNan"):
         model.learn(64)
     assert "forward" not in vars(model.policy)
     assert not compile or not model._compilation.failed
@@ -61,6 +73,19 @@ def test_policy_copied_by_a_callback_is_its_own(compile):
     with th.no_grad():
         copies[0].value_net.bias += 5.0
         assert not th.equal(copies[0](observation)[1], model.policy(observation)[1])
+    assert copies[0].forward.__func__ is type(model.policy).forward
+    model.policy = copies[0]
+    assert (collect(model).rollout_buffer.values > 3.0).any()
+    assert "forward" not in vars(copies[0])
+
+
+def test_policy_pickled_by_a_callback_is_its_own():
+    pickled = []
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.learn(64, callback=lambda *_: pickled.append(pickle.dumps(model.policy)) if not pickled else None)
+    again = pickle.loads(pickled[0])
+    assert again.forward.__func__ is type(model.policy).forward
+    assert again.forward.__self__ is again
 
 
 @COMPILE

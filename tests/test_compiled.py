@@ -3,11 +3,14 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
@@ -111,13 +114,14 @@ class TestBox:
         assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
 
     def test_compiles_once(self):
-        """Neither a schedule, nor a β that changes, nor the shorter last minibatch compiles again at every update."""
+        """No schedule, no β that changes, no annealing callback, no shorter last minibatch compiles again at every update."""
         model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL, **EVERYTHING)
         seconds = []
         betas = set()
         before = n_compilations()
-        for _ in range(4):
+        for iteration in range(4):
             collect(model)
+            model.ent_coef, model.vf_coef, model.max_grad_norm = 0.1 / (1 + iteration), 0.5 + iteration, 1.0 + iteration
             model.train()
             betas.add(model.kl_coef)
             seconds.append(model.logger.name_to_value.get("time/compilation"))
@@ -139,6 +143,8 @@ class TestBox:
         model.save(tmp_path / "model")
         loaded = AdaptiveKLPPO.load(tmp_path / "model", env=model.get_env())
         assert loaded.compile is True
+        data, _, _ = load_from_zip_file(tmp_path / "model")
+        assert not {"_compilation", "_act_function", "_gradients_function", "_step_function"} & data.keys()
         assert th.equal(parameters(loaded), parameters(model))
         ours, theirs = model.get_parameters(), eager.get_parameters()
         assert ours["policy"].keys() == theirs["policy"].keys()
@@ -163,6 +169,39 @@ class TestBox:
             model.train()
         assert not model._compilation.failed
         assert th.equal(parameters(model), before)
+
+    def test_freezing_and_thawing_the_network(self):
+        """In the midst of a run: what is frozen rests, and moves again when it is thawed."""
+        model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
+        layers = model.policy.mlp_extractor.policy_net
+        for frozen in (True, False, True):
+            layers.requires_grad_(not frozen)
+            before = layers[0].weight.clone()
+            model.learn(2 * 60)
+            assert th.equal(layers[0].weight, before) == frozen
+        assert not model._compilation.failed
+
+
+SCALE = 1.0
+
+
+class Scaled(FlattenExtractor):
+    def forward(self, observations):
+        return SCALE * super().forward(observations)
+
+
+def test_globals_of_the_users_code_may_change(monkeypatch):
+    case = Case("MlpPolicy", CASES["box"].make_env, {"policy_kwargs": {"features_extractor_class": Scaled}})
+    model = collect(case.build(AdaptiveKLPPO, compile=True, **SMALL))
+    assert len(np.unique(model.rollout_buffer.values)) > 10
+    monkeypatch.setattr(f"{__name__}.SCALE", 0.0)
+    assert len(np.unique(collect(model).rollout_buffer.values)) == 1
+    assert not model._compilation.failed
+
+
+class AsksForTheSpace(ActorCriticPolicy):
+    def _get_action_dist_from_latent(self, latent_pi):
+        return super()._get_action_dist_from_latent(latent_pi * self.observation_space.shape[0])
 
 
 class Curious(th.nn.Module):
@@ -209,15 +248,43 @@ def test_falls_back_where_python_depends_on_data(policy):
     assert_falls_back("compile=True: torch.compile failed.*[Dd]ata-dependent", policy)
 
 
+def test_policy_may_ask_for_its_space():
+    """It must not be told another one, with which observations that are preprocessed already are left as they are."""
+    assert_same_trajectory(Case(AsksForTheSpace, CASES["box"].make_env), n_iterations=4)
+
+
+def test_falls_back_where_compiling_is_switched_off():
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(disable=True):
+        assert_falls_back("compile=True: torch.compile failed.*TORCH_COMPILE_DISABLE")
+
+
+def test_what_changes_too_often_alone_falls_back():
+    """A callback that asks the policy about batches of many sizes does not end the compiled train step."""
+
+    def ask(*_):
+        with th.no_grad():
+            for n in range(2, 12):
+                model.policy(th.zeros(n, 3))
+        return True
+
+    model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
+    with pytest.warns(UserWarning, match=r"compile=True: act\(\) goes on uncompiled.*TORCH_LOGS") as caught:
+        model.learn(60, callback=ask)
+    assert len(caught) == 1
+    assert not model._compilation.failed
+
+
 def test_falls_back_for_lstms():
     """sb3-contrib asks the tensors where episodes begin."""
     lstm = {"policy_kwargs": {"lstm_hidden_size": 8}}
     assert_falls_back("compile=True: torch.compile failed", "MlpLstmPolicy", RecurrentAdaptiveKLPPO, **lstm)
 
 
-def test_falls_back_without_a_compiler(monkeypatch):
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_falls_back_without_a_compiler():
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert_falls_back("compile=True: torch.compile failed.*[Cc]ompiler")
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        assert_falls_back("compile=True: torch.compile failed.*[Cc]ompiler")

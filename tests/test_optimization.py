@@ -117,3 +117,21 @@ def test_checkpoints_are_exchanged_with_ppo(tmp_path):
         other.learn(64)
         steps = {state["step"].item() for state in other.policy.optimizer.state.values()}
         assert steps == {3 * 2 * 2}
+
+
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.SGD])
+def test_what_is_frozen_during_a_run_rests(optimizer):
+    """And not along an old gradient, as it would if one were left behind."""
+    model = (
+        CASES["box"].build(AdaptiveKLPPO, n_steps=64, batch_size=32, policy_kwargs={"optimizer_class": optimizer}).learn(64)
+    )
+    layers = model.policy.mlp_extractor.policy_net
+    before = layers[0].weight.clone()
+    assert all(parameter.grad is None for parameter in model.policy.parameters())
+    model.policy.value_net.weight.grad = th.ones_like(model.policy.value_net.weight)  # a callback's own
+    layers.requires_grad_(False)
+    model.learn(64)
+    assert th.equal(layers[0].weight, before)
+    layers.requires_grad_(True)
+    model.learn(64)
+    assert not th.equal(layers[0].weight, before)
