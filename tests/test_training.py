@@ -104,7 +104,8 @@ def test_clip_ranges_follow_their_schedules():
     model = CASES["box"].build(AdaptiveKLPPO, clip_range=schedule, clip_range_vf=schedule, **SMALL).learn(2 * 128)
     assert logged(model)["clip_range"] == logged(model)["clip_range_vf"] == 0.0
     model._current_progress_remaining = 0.5
-    assert model._settings()[2:] == pytest.approx((0.2, 0.2))
+    settings = model._settings()
+    assert (settings.clip_range, settings.clip_range_vf) == pytest.approx((0.2, 0.2))
 
 
 def test_hinge_begins_at_its_factor():
