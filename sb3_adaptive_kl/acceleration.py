@@ -34,10 +34,11 @@ class Compilation:
 
     def give_up(self, error: Exception | str) -> None:
         self.failed = True
-        self.warn(f"torch.compile failed, training goes on uncompiled. {' '.join(str(error).split(chr(10))[:2])}")
+        reason = " ".join(str(error).split("\n")[:2])
+        self.warn(f"torch.compile failed, training goes on uncompiled. {reason}")
 
     def warn(self, message: str) -> None:
-        warnings.warn(f"compile=True: {message}", stacklevel=2)
+        warnings.warn(f"compile=True: {message}", stacklevel=4)
 
     def seconds_since_last_asked(self) -> float:
         seconds, self.seconds = self.seconds, 0.0
