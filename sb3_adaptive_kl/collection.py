@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -80,11 +79,9 @@ class Forward:
             f"{self.policy.optimizer.param_groups[0]['lr']:g} is too high"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
-        return MethodType(type(self.policy).forward, copy.deepcopy(self.policy, memo))
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.policy, "forward")  # the class's, in the process where it is unpickled
+        # What a policy copied or unpickled, and still empty, finds under this name: its class's
+        return getattr, (self.policy, "forward")
 
 
 @contextmanager
