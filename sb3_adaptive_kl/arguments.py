@@ -107,6 +107,8 @@ def check_arguments(model: Any) -> None:
     if model.kl_stop_factor is not None:
         check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "DPPO uses 4; None never stops early")
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
+    if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
+        raise ValueError(f"compile={model.compile!r} must be True or False")
     penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)  # raises if there is no such rule
     low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
     within = f"within kl_coef_bounds=({low:g}, {high:g})"

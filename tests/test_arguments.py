@@ -47,6 +47,7 @@ BAD = [
     ({"clip_range_vf": 0.0}, r"clip_range_vf=0.0"),
     ({"kl_cutoff_coef": -1.0}, r"kl_cutoff_coef=-1.0"),
     ({"kl_cutoff_factor": 0.0}, r"kl_cutoff_factor=0.0"),
+    ({"compile": "False"}, r"compile='False' must be True or False"),
     ({"kl_stop_factor": 0.0}, r"kl_stop_factor=0.0"),
     ({"batch_size": 1}, r"batch_size=1 .*normalize_advantage=False"),
     ({"batch_size": 0}, r"batch_size=0"),
