@@ -1,4 +1,4 @@
-"""The command: from a plan to a report; killed and continued; wrong input; a cluster that loses a node."""
+"""The command: complete runs, interruption and resumption, failures, invalid input, and a Ray cluster that loses a node."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.run import carry_out
 from sb3_adaptive_kl.compare.store import Store
 
-# The runs of one plan are shared by these tests
+# These tests share the runs of one plan
 pytestmark = pytest.mark.xdist_group("compare")
 
 PLAN = {"environments": ["CartPole-v1"], "arms": ["ppo_kl", "ppo"], "seeds": 2, "n_timesteps": 1500, "n_eval_episodes": 2}
@@ -32,8 +32,8 @@ def compare(folder: Path, *arguments: str, expect: int = 0) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """The results of a run that nothing disturbed, and what it printed."""
+def completed(tmp_path_factory):
+    """Results folder of an undisturbed comparison, and the finished process."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "plan.yml").write_text(yaml.safe_dump(PLAN))
     return folder / "results", compare(folder, "--plan", "plan.yml", "-j", "2", "-o", "results")
@@ -43,8 +43,8 @@ def statistics_of(results: Path) -> str:
     return (results / "statistics.json").read_text()
 
 
-def test_everything_is_written(unbroken):
-    results, child = unbroken
+def test_command_writes_all_files(completed):
+    results, child = completed
     for name in ("plan.yml", "command.json", "runs.csv", "statistics.json", "timings.json", "report.md", "report.html"):
         assert (results / name).stat().st_size > 0, name
     for name in ("curves-CartPole-v1", "final_returns", "aggregates", "probability_of_improvement", "performance_profile"):
@@ -57,26 +57,26 @@ def test_everything_is_written(unbroken):
     assert not list(results.glob(".unfinished*"))
 
 
-def test_the_report_is_one_file_that_says_what_was_done(unbroken):
-    results, _ = unbroken
+def test_html_report_is_self_contained_and_both_reports_are_complete(completed):
+    results, _ = completed
     page, text = (results / "report.html").read_text(), (results / "report.md").read_text()
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", page)
     assert "<script" not in page
-    assert 'class="open"' in page  # a verdict that says nothing does not look like one
+    assert 'class="open"' in page  # a verdict without a winner is not highlighted
     assert 'class="shown"' not in page
     for content in (page, text):
         assert "2 seeds: with fewer than 5, the intervals say little" in content
         assert "no difference is shown (ppo_kl − ppo = " in content
         assert "sb3-adaptive-kl compare --plan plan.yml" in content
-        assert "lin_0.2" in content  # where they differ
+        assert "lin_0.2" in content  # the hyperparameter that differs
         assert "torch" in content
     for picture in re.findall(r"\]\((.*?)\)", text):
         assert (results / picture).is_file()
 
 
-def test_the_folders_are_the_zoos(unbroken):
-    """Its plots and its enjoy work on them."""
-    results, _ = unbroken
+def test_zoo_scripts_work_on_the_run_folders(completed):
+    """Check with plots.all_plots and enjoy."""
+    results, _ = completed
     zoo = [sys.executable, "-m"]
     options = {"cwd": results, "env": {**ENVIRONMENT, "MPLBACKEND": "Agg"}, "capture_output": True, "text": True}
     logs = ["-f", "runs/ppo_kl", "runs/ppo"]
@@ -89,8 +89,8 @@ def test_the_folders_are_the_zoos(unbroken):
     assert "Mean reward: " in child.stdout, child.stderr
 
 
-def test_what_is_finished_is_not_repeated(unbroken):
-    results, _ = unbroken
+def test_finished_runs_are_not_repeated(completed):
+    results, _ = completed
     before = {path: path.stat().st_mtime_ns for path in results.glob("runs/**/run.json")}
     statistics = statistics_of(results)
     child = compare(results.parent, "--plan", "plan.yml", "-j", "2", "-o", "results")
@@ -99,8 +99,8 @@ def test_what_is_finished_is_not_repeated(unbroken):
     assert statistics_of(results) == statistics
 
 
-def test_each_stage_runs_alone(unbroken):
-    results, _ = unbroken
+def test_each_stage_runs_alone(completed):
+    results, _ = completed
     statistics, page = statistics_of(results), (results / "report.html").read_text()
     for name in ("statistics.json", "report.html", "plots/final_returns.svg"):
         (results / name).unlink()
@@ -111,12 +111,12 @@ def test_each_stage_runs_alone(unbroken):
     command = [sys.executable, "-m", "sb3_adaptive_kl.compare.report", str(results / "runs")]
     child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 2
-    assert "holds no results" in child.stderr
+    assert "is not a results folder" in child.stderr
 
 
-def test_killed_at_any_moment_and_continued(unbroken, tmp_path):
-    """SIGKILL while runs go on, and a run whose folder was left half written."""
-    results, _ = unbroken
+def test_resumption_after_sigkill_gives_the_same_statistics(completed, tmp_path):
+    """Kill the driver during the runs, and damage one of the run folders."""
+    results, _ = completed
     (tmp_path / "plan.yml").write_text(yaml.safe_dump(PLAN))
     arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
     child = subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -126,54 +126,54 @@ def test_killed_at_any_moment_and_continued(unbroken, tmp_path):
     child.wait()
     finished = list(tmp_path.glob("results/runs/*/*/*/run.json"))
     if len(finished) > 1:
-        finished[-1].unlink()  # as if the disk had been pulled out
+        finished[-1].unlink()  # an incomplete run folder
     (tmp_path / "results" / ".unfinished-x").mkdir()
 
     child = compare(tmp_path, "--plan", "plan.yml", "-j", "2", "-o", "results")
-    assert f"{max(1, len(finished) - 1)} of 4 runs are done already" in child.stderr
+    assert f"{max(1, len(finished) - 1)} of 4 runs have already finished" in child.stderr
     assert statistics_of(tmp_path / "results") == statistics_of(results)
     assert not list((tmp_path / "results").glob(".unfinished*"))
 
 
-def test_interrupted(unbroken, tmp_path):
-    """Ctrl-C reaches every process of the terminal. No run may then pass for finished, and none goes on."""
+def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(completed, tmp_path):
+    """Ctrl-C reaches every process of the terminal. Afterwards no process may remain, and no run may look finished."""
     (tmp_path / "plan.yml").write_text(yaml.safe_dump({**PLAN, "n_timesteps": 500_000}))
     arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
     child = subprocess.Popen(
         arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     until(lambda: len(processes_of(child.pid)) >= 3)
-    time.sleep(8)  # into the training
+    time.sleep(8)  # until the runs train
     os.killpg(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert stderr.splitlines()[-1].startswith("interrupted; what is finished is kept")
+    assert stderr.splitlines()[-1].startswith("interrupted; finished runs are kept")
     assert "Traceback" not in stderr
     assert not list(tmp_path.glob("results/runs/**/run.json"))
     until(lambda: not processes_of(child.pid))
 
 
 def processes_of(session: int) -> list[int]:
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.name))
-    return found
+            processes.append(int(path.name))
+    return processes
 
 
 def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not fulfilled within {seconds} seconds"
         time.sleep(0.1)
 
 
-def test_a_failing_arm_stops_no_other(tmp_path):
-    """SAC cannot act in CartPole. What it said is in the report, and the exit code tells."""
+def test_failing_arm_does_not_stop_the_others(tmp_path):
+    """SAC does not support CartPole. The report contains its error, and the exit code is 1."""
     options = "--env CartPole-v1 --algo sac ppo --seeds 1 -n 300 --n-eval-episodes 1 -o results"
     child = compare(tmp_path, *options.split(), expect=1)
     assert "failed: sac CartPole-v1 seed 0: AssertionError: The algorithm only supports" in child.stderr
@@ -185,8 +185,8 @@ def test_a_failing_arm_stops_no_other(tmp_path):
     assert (tmp_path / "results" / "runs/ppo/ppo/CartPole-v1_1/run.json").exists()
 
 
-def test_a_run_that_exits_is_a_failure(tmp_path):
-    """Not a driver that waits for ever."""
+def test_run_that_calls_sys_exit_is_reported_as_failed(tmp_path):
+    """The driver must not wait for it forever."""
     (tmp_path / "exiting.py").write_text(
         """
 import gymnasium as gym
@@ -211,15 +211,15 @@ gym.register("Exiting-v0", Exiting, max_episode_steps=10)
         ("--env CartPole-v1 --seeds many", "invalid int value"),
         ("--env CartPole-v1 --jobs 0", "jobs must be"),
         ("--plan nowhere.yml", "cannot be read"),
-        ("--env CartPole-v1 -o occupied", "is not empty and holds no results"),
+        ("--env CartPole-v1 -o occupied", "is neither empty nor a results folder"),
         ("--env CartPole-v1 -o occupied/file", "is a file"),
         ("--env CartPole-v1 -o occupied/file/below", "is a file"),
-        ("--plan plan.yml --seeds 3", "without --seeds, please"),
-        ("--env CartPole-v1 --ray-address there", "--ray-address goes with --backend ray"),
+        ("--plan plan.yml --seeds 3", "--plan cannot be combined with --seeds"),
+        ("--env CartPole-v1 --ray-address there", "--ray-address requires --backend ray"),
     ],
 )
-def test_bad_input(tmp_path, arguments, message, capsys, monkeypatch):
-    """One line, exit code 2, nothing written."""
+def test_invalid_input_is_reported_in_one_line_and_writes_nothing(tmp_path, arguments, message, capsys, monkeypatch):
+    """The exit code is 2."""
     from sb3_adaptive_kl.compare.cli import main
 
     (tmp_path / "occupied").mkdir()
@@ -235,24 +235,24 @@ def test_bad_input(tmp_path, arguments, message, capsys, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["occupied", "file"]
 
 
-def test_another_plan_is_refused_with_the_difference(unbroken, capsys):
+def test_folder_of_another_plan_is_rejected_with_the_difference(completed, capsys):
     from sb3_adaptive_kl.compare.cli import main
 
-    results, _ = unbroken
+    results, _ = completed
     options = "--env CartPole-v1 --algo ppo_kl ppo --seeds 2 -n 1600 --n-eval-episodes 2 -o"
     assert main([*options.split(), str(results)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "hyperparameters.CartPole-v1.ppo_kl.n_timesteps: 1500 → 1600" in line
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own, of which it has many
-def test_a_cluster_of_two_nodes_that_loses_one(unbroken, tmp_path, monkeypatch):
-    """What the lost node was running is run again on the other, and the statistics are those of loky."""
+@pytest.mark.filterwarnings("ignore")  # Ray emits many warnings of its own
+def test_runs_of_a_lost_ray_node_are_repeated_on_another(completed, tmp_path, monkeypatch):
+    """The statistics equal those of the loky backend."""
     from ray.cluster_utils import Cluster
 
     from sb3_adaptive_kl.compare import statistics
 
-    results, _ = unbroken
+    results, _ = completed
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     other = cluster.add_node(num_cpus=1)
@@ -261,7 +261,7 @@ def test_a_cluster_of_two_nodes_that_loses_one(unbroken, tmp_path, monkeypatch):
         store = Store.create(tmp_path / "results", plan, {})
         running: set[str] = set()
 
-        def losing(runs):
+        def lose_a_node(runs):
             for event in backends.ray(jobs=1, address=cluster.address)(runs):
                 if isinstance(event, backends.Progress) and len(running) < 2:
                     running.add(event.run.folder)
@@ -269,7 +269,7 @@ def test_a_cluster_of_two_nodes_that_loses_one(unbroken, tmp_path, monkeypatch):
                         cluster.remove_node(other, allow_graceful=False)
                 yield event
 
-        carry_out(plan, store, losing)
+        carry_out(plan, store, lose_a_node)
         assert len(running) == 2
         assert store.failures(plan) == {}
         statistics.write(plan, store)

@@ -1,4 +1,4 @@
-"""A plan: what is shared and what is not, what is refused, and that the file says all of it."""
+"""Plans: which hyperparameters arms share, which input is rejected, and that the file is complete."""
 
 import re
 from importlib.resources import files
@@ -11,89 +11,89 @@ from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing, shared
 
 
-def settle(environments=("CartPole-v1",), arms=("ppo_kl", "ppo"), seeds=2, **kwargs):
+def create(environments=("CartPole-v1",), arms=("ppo_kl", "ppo"), seeds=2, **kwargs):
     lists = [list(names) if isinstance(names, tuple) else names for names in (environments, arms)]
-    return Plan.settle(*lists, seeds, **kwargs)
+    return Plan.create(*lists, seeds, **kwargs)
 
 
 def test_only_the_trust_region_differs():
-    """Also where the two files of tuned hyperparameters differ in more."""
-    plan = settle(["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "Swimmer-v5", "PongNoFrameskip-v4"])
+    """Even on environments for which the two files of tuned hyperparameters differ in other ways."""
+    plan = create(["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "Swimmer-v5", "PongNoFrameskip-v4"])
     for env in plan.environments:
         assert set(differing(plan.hyperparameters[env])) <= {"target_kl", "clip_range"}, env
-    assert plan.hyperparameters["CartPole-v1"]["ppo"]["n_steps"] == 32  # the zoo's, not that of our own file
-    assert plan.hyperparameters["Swimmer-v5"]["ppo"]["gamma"] == 0.9999  # which only our own file has
+    assert plan.hyperparameters["CartPole-v1"]["ppo"]["n_steps"] == 32  # the zoo's value, not the one in our file
+    assert plan.hyperparameters["Swimmer-v5"]["ppo"]["gamma"] == 0.9999  # only our file has this environment
     assert plan.hyperparameters["PongNoFrameskip-v4"]["ppo_kl"]["frame_stack"] == 4
     assert shared(plan.hyperparameters["Swimmer-v5"])["normalize"] is True
 
 
-def test_target_kl_is_not_shared_with_algorithms_that_mean_something_else_by_it():
-    arms = settle(arms=["ppo_kl:target_kl=0.05", "ppo", "trpo"]).hyperparameters["CartPole-v1"]
+def test_target_kl_is_not_shared_between_algorithms():
+    arms = create(arms=["ppo_kl:target_kl=0.05", "ppo", "trpo"]).hyperparameters["CartPole-v1"]
     assert arms["ppo_kl:target_kl=0.05"]["target_kl"] == 0.05
     assert "target_kl" not in arms["ppo"]
     assert "target_kl" not in arms["trpo"]
     assert arms["trpo"]["n_steps"] == arms["ppo"]["n_steps"]
-    assert "n_epochs" not in arms["trpo"]  # which TRPO does not know
+    assert "n_epochs" not in arms["trpo"]  # TRPO does not have it
 
 
-def test_own_hyperparameters():
-    arms = settle(own_hyperparameters=True).hyperparameters["CartPole-v1"]
+def test_own_hyperparameters_are_the_entry_of_each_algorithm():
+    arms = create(own_hyperparameters=True).hyperparameters["CartPole-v1"]
     assert (arms["ppo_kl"]["n_steps"], arms["ppo"]["n_steps"]) == (256, 32)
 
 
-def test_off_policy_algorithms_keep_their_entry():
-    arms = settle(["Pendulum-v1"], ["ppo", "sac"]).hyperparameters["Pendulum-v1"]
-    theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / "sac.yml").read_text())
-    assert arms["sac"] == {**theirs["Pendulum-v1"], "n_timesteps": 100_000}  # but for the budget, which is PPO's
+def test_off_policy_algorithms_keep_their_own_entry():
+    arms = create(["Pendulum-v1"], ["ppo", "sac"]).hyperparameters["Pendulum-v1"]
+    entries = yaml.safe_load((files("rl_zoo3") / "hyperparams" / "sac.yml").read_text())
+    assert arms["sac"] == {**entries["Pendulum-v1"], "n_timesteps": 100_000}  # except for the budget, which is PPO's
 
 
-def test_the_budget_is_shared():
+def test_all_arms_share_the_budget():
     for kwargs in ({}, {"own_hyperparameters": True}, {"n_timesteps": 300}):
-        arms = settle(arms=["ppo", "ppo_lstm", "dqn", "trpo", "ppo_kl"], **kwargs).hyperparameters["CartPole-v1"]
+        arms = create(arms=["ppo", "ppo_lstm", "dqn", "trpo", "ppo_kl"], **kwargs).hyperparameters["CartPole-v1"]
         assert {entry["n_timesteps"] for entry in arms.values()} == {kwargs.get("n_timesteps", 100_000)}
 
 
-def test_recurrent_arms_have_ppos_entry_beside_ppo_and_their_own_among_themselves():
-    beside = settle(arms=["ppo", "ppo_kl_lstm"]).hyperparameters["CartPole-v1"]
-    assert beside["ppo_kl_lstm"]["n_steps"] == beside["ppo"]["n_steps"] == 32
-    assert beside["ppo_kl_lstm"]["policy"] == "MlpLstmPolicy"
-    among = settle(["CartPoleNoVel-v1"], ["ppo_lstm", "ppo_kl_lstm"]).hyperparameters["CartPoleNoVel-v1"]
-    assert set(differing(among)) <= {"target_kl", "clip_range", "kl_cutoff_coef"}
-    assert "lstm_hidden_size" in among["ppo_lstm"]["policy_kwargs"]
+def test_recurrent_arms_get_ppos_entry_next_to_ppo_and_ppo_lstms_entry_otherwise():
+    next_to_ppo = create(arms=["ppo", "ppo_kl_lstm"]).hyperparameters["CartPole-v1"]
+    assert next_to_ppo["ppo_kl_lstm"]["n_steps"] == next_to_ppo["ppo"]["n_steps"] == 32
+    assert next_to_ppo["ppo_kl_lstm"]["policy"] == "MlpLstmPolicy"
+    recurrent_only = create(["CartPoleNoVel-v1"], ["ppo_lstm", "ppo_kl_lstm"]).hyperparameters["CartPoleNoVel-v1"]
+    assert set(differing(recurrent_only)) <= {"target_kl", "clip_range", "kl_cutoff_coef"}
+    assert "lstm_hidden_size" in recurrent_only["ppo_lstm"]["policy_kwargs"]
 
 
-def test_defaults_are_shared_too():
-    """LunarLander's entry names no learning rate, and TRPO's and A2C's defaults are others than PPO's."""
-    plan = settle(["LunarLander-v3"], ["ppo_kl", "trpo", "a2c"])
+def test_defaults_of_ppo_are_shared():
+    """LunarLander's entry does not set the learning rate, and TRPO's and A2C's defaults differ from PPO's."""
+    plan = create(["LunarLander-v3"], ["ppo_kl", "trpo", "a2c"])
     effective = plan.effective("LunarLander-v3")
     assert {arm["learning_rate"] for arm in effective.values()} == {3e-4}
     assert {arm["normalize_advantage"] for arm in effective.values()} == {True}
     assert not {"learning_rate", "n_steps", "gae_lambda"} & differing(effective).keys()
-    assert differing(effective)["batch_size"] == {"ppo_kl": 64, "trpo": 64, "a2c": "–"}  # which A2C does not know
+    assert differing(effective)["batch_size"] == {"ppo_kl": 64, "trpo": 64, "a2c": "–"}  # A2C does not have it
 
 
-def test_a_difference_in_defaults_is_told():
-    effective = settle(["LunarLander-v3"], ["ppo", "a2c"], own_hyperparameters=True).effective("LunarLander-v3")
+def test_differing_defaults_are_listed():
+    effective = create(["LunarLander-v3"], ["ppo", "a2c"], own_hyperparameters=True).effective("LunarLander-v3")
     assert differing(effective)["normalize_advantage"] == {"ppo": True, "a2c": False}
 
 
-def test_the_order_leaves_a_balanced_comparison():
-    runs = list(settle(["CartPole-v1", "Pendulum-v1"]).runs())
+def test_runs_are_ordered_by_seed():
+    runs = list(create(["CartPole-v1", "Pendulum-v1"]).runs())
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert [(run.env, run.arm) for run in runs[:4]] == [
         (env, arm) for env in ("CartPole-v1", "Pendulum-v1") for arm in ("ppo_kl", "ppo")
     ]
 
 
-def test_effective_names_the_defaults_that_are_compared():
-    effective = settle(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:kl_rule=fixed"]).effective("Pendulum-v1")
-    assert effective["ppo_kl"]["target_kl"] == 0.01  # not in the file
+def test_effective_hyperparameters_include_compared_defaults():
+    effective = create(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:kl_rule=fixed"]).effective("Pendulum-v1")
+    assert effective["ppo_kl"]["target_kl"] == 0.01  # a default, not in the file
     assert effective["ppo_kl"]["kl_rule"] == "adaptive"
     assert effective["ppo"]["target_kl"] is None
     assert "kl_rule" not in effective["ppo"]
 
 
-def test_overrides_are_yml_and_may_hold_brackets():
+def test_overrides_are_yml_and_may_contain_brackets():
     arm = Arm.parse("ppo_kl:target_kl=1e-3,kl_rule=fixed,kl_coef_bounds=[0.1, 3],policy_kwargs=dict(net_arch=[8,8],share=1)")
     assert arm.overrides == {
         "target_kl": 0.001,
@@ -103,20 +103,20 @@ def test_overrides_are_yml_and_may_hold_brackets():
     }
 
 
-def test_the_file_says_all_of_it(tmp_path):
-    plan = settle(arms=["ppo_kl:target_kl=0.1", "a2c"], n_timesteps=1000, n_eval_episodes=3)
+def test_load_restores_a_dumped_plan(tmp_path):
+    plan = create(arms=["ppo_kl:target_kl=0.1", "a2c"], n_timesteps=1000, n_eval_episodes=3)
     (tmp_path / "plan.yml").write_text(plan.dump())
     loaded = Plan.load(tmp_path / "plan.yml")
     assert loaded == plan
     assert list(loaded.runs()) == list(plan.runs())
     assert loaded.difference(plan) == []
-    assert plan.difference(settle(arms=["ppo_kl:target_kl=0.1", "a2c"], n_timesteps=1000, n_eval_episodes=4)) == [
+    assert plan.difference(create(arms=["ppo_kl:target_kl=0.1", "a2c"], n_timesteps=1000, n_eval_episodes=4)) == [
         "n_eval_episodes: 3 → 4"
     ]
 
 
-def test_runs_have_folders_of_their_own_in_the_zoos_layout():
-    plan = settle(["CartPole-v1", "Pendulum-v1"], ["ppo_kl:target_kl=0.1", "ppo_kl:target_kl=0.2", "ppo"], 2)
+def test_run_folders_are_unique_and_follow_the_zoos_layout():
+    plan = create(["CartPole-v1", "Pendulum-v1"], ["ppo_kl:target_kl=0.1", "ppo_kl:target_kl=0.2", "ppo"], 2)
     folders = [run.folder for run in plan.runs()]
     assert len(set(folders)) == 2 * 3 * 2
     assert folders[0] == "runs/ppo_kl-target_kl=0.1/ppo_kl/CartPole-v1_1"
@@ -138,21 +138,21 @@ def test_runs_have_folders_of_their_own_in_the_zoos_layout():
         ({"arms": ["ppo:policy=A", "ppo:policy=a"]}, "given twice"),  # on a file system that ignores case
         ({"arms": ["ppo:n_timesteps=5"]}, "the budget is the same for all arms"),
         ({"arms": []}, "no arms to compare"),
-        ({"seeds": 0}, "seeds must be a whole number of at least 1, not 0"),
-        ({"seeds": 2.5}, "seeds must be a whole number"),
-        ({"seeds": 2.0}, "seeds must be a whole number"),
-        ({"seeds": True}, "seeds must be a whole number"),
-        ({"n_timesteps": float("nan")}, "n_timesteps must be a whole number"),
-        ({"n_timesteps": float("inf")}, "n_timesteps must be a whole number"),
+        ({"seeds": 0}, "seeds must be an integer of at least 1, not 0"),
+        ({"seeds": 2.5}, "seeds must be an integer"),
+        ({"seeds": 2.0}, "seeds must be an integer"),
+        ({"seeds": True}, "seeds must be an integer"),
+        ({"n_timesteps": float("nan")}, "n_timesteps must be an integer"),
+        ({"n_timesteps": float("inf")}, "n_timesteps must be an integer"),
         ({"n_timesteps": -5}, "n_timesteps must be"),
         ({"n_eval_episodes": 0}, "n_eval_episodes must be"),
         ({"gym_packages": ["no_such_package"]}, "gym_packages: ModuleNotFoundError: No module named 'no_such_package'"),
         ({"gym_packages": "minigrid"}, "gym_packages must be a list of names"),
     ],
 )
-def test_refused(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(PlanError, match=message) as error:
-        settle(**arguments)
+        create(**arguments)
     assert "\n" not in str(error.value)
 
 
@@ -166,7 +166,7 @@ def test_refused(arguments, message):
         ("environments: CartPole-v1\narms: [ppo]\nseeds: 1", "environments must be a list of names"),
     ],
 )
-def test_files_that_are_no_plan(tmp_path, content, message):
+def test_files_that_are_not_a_plan_are_rejected(tmp_path, content, message):
     (tmp_path / "plan.yml").write_text(content)
     with pytest.raises(PlanError, match=message) as error:
         Plan.load(tmp_path / "plan.yml")
@@ -176,15 +176,15 @@ def test_files_that_are_no_plan(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("hyperparameters", "message"),
     [
-        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}}}, "no hyperparameters of ppo for CartPole-v1"),
-        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}, "ppo": None}}, "no hyperparameters of ppo for CartPole-v1"),
-        (5, "no hyperparameters of ppo_kl for CartPole-v1"),
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}}}, "missing hyperparameters of ppo for CartPole-v1"),
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}, "ppo": None}}, "missing hyperparameters of ppo for CartPole-v1"),
+        (5, "missing hyperparameters of ppo_kl for CartPole-v1"),
         ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 0}}}, "n_timesteps must be"),
         ({"CartPole-v1": {"ppo_kl": {"n_envs": 1}}}, "n_timesteps must be"),
     ],
 )
-def test_a_settled_plan_that_was_damaged_is_refused(tmp_path, hyperparameters, message):
-    content = {**yaml.safe_load(settle().dump()), "hyperparameters": hyperparameters}
+def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
+    content = {**yaml.safe_load(create().dump()), "hyperparameters": hyperparameters}
     (tmp_path / "plan.yml").write_text(yaml.safe_dump(content))
     with pytest.raises(PlanError, match=message):
         Plan.load(tmp_path / "plan.yml")

@@ -88,7 +88,7 @@ def test_an_update_that_changes_nothing_measures_zero():
     assert ruler.updates[0][1] == pytest.approx(0.0, abs=1e-7)
 
 
-def test_behind_normalisation():
+def test_behind_vec_normalize():
     ruler = Ruler()
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0))
     PPO("MlpPolicy", env, n_steps=64, seed=0).learn(256, callback=ruler)

@@ -1,4 +1,4 @@
-"""Statistics: what a learning curve is, that intervals repeat, and that nothing is claimed that is not shown."""
+"""Statistics: learning curves, reproducible intervals, and no winner without evidence."""
 
 import json
 
@@ -18,7 +18,7 @@ def _fewer_samples(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    """A finished run on disk: final returns, episodes as (time step, return), updates as (kl, target)."""
+    """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target)."""
 
     def make(final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,)):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -44,26 +44,26 @@ def make(tmp_path):
     return make
 
 
-def test_learning_curve(make):
-    """Of 1000 steps a point covers 10, and is the mean of the episodes that ended in the 50 steps before it."""
+def test_learning_curve_is_the_moving_mean_of_finished_episodes(make):
+    """With a budget of 1000 there is a point every 10 steps, the mean of the episodes that ended in the last 50 steps."""
     run = make(episodes=[(25, 2.0), (60, 4.0), (61, 6.0), (200, 10.0)])
     curve = dict(zip(range(10, 1001, 10), run.curve, strict=True))
-    assert curve[10] == 2.0  # before the first episode ended: the first
+    assert curve[10] == 2.0  # before the end of the first episode: its return
     assert curve[30] == 2.0
-    assert curve[60] == 3.0  # those that ended at 25 and 60
+    assert curve[60] == 3.0  # episodes that ended at 25 and 60
     assert curve[70] == 4.0  # at 25, 60 and 61
     assert curve[80] == 5.0
     assert curve[110] == 6.0  # at 61
-    assert curve[150] == 6.0  # none: the last
+    assert curve[150] == 6.0  # no episode ended: the last mean is repeated
     assert curve[200] == curve[1000] == 10.0
     assert run.area == pytest.approx(np.mean(list(curve.values())))
     assert run.steps_to(4.0) == 70.0
-    assert run.steps_to(2.0) == 30.0  # and not at the first point, before anything was known
+    assert run.steps_to(2.0) == 30.0  # not before the end of the first episode
     assert run.steps_to(11.0) is None
     assert make(episodes=[(1001, 1.0)]).curve is None  # after the budget
 
 
-def test_intervals_do_not_depend_on_the_global_generator_nor_touch_it():
+def test_intervals_neither_use_nor_change_the_global_random_state():
     scores = np.random.default_rng(0).normal(size=(6, 2))
 
     def estimate():
@@ -80,15 +80,15 @@ def test_intervals_do_not_depend_on_the_global_generator_nor_touch_it():
     assert mean == pytest.approx(scores.mean())
 
 
-def test_interval_is_the_bootstraps():
-    """Its half-width for a mean of many scores is 1.96 standard errors."""
+def test_bootstrap_interval_of_a_mean_agrees_with_the_normal_approximation():
+    """The half-width for many scores is 1.96 standard errors."""
     scores = np.random.default_rng(0).normal(size=(400, 1))
     ((_, low, high),) = intervals(lambda x: np.array([x.mean()]), scores)
     assert (high - low) / 2 == pytest.approx(1.96 * scores.std() / 20, rel=0.05)
 
 
 def compute(make, arms, **kwargs):
-    """Statistics of arms given as lists of final returns, one per seed."""
+    """Compute the statistics of arms given as lists of final returns, one per seed."""
     seeds = max(len(finals) for finals in arms.values())
     plan = Plan(["E"], list(arms), seeds, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in arms}})
     results = {"E": {arm: {s: make(final=(f,), **kwargs) for s, f in enumerate(finals)} for arm, finals in arms.items()}}
@@ -96,24 +96,24 @@ def compute(make, arms, **kwargs):
 
 
 def pair(make, a, b):
-    (found,) = compute(make, {"a": a, "b": b})["environments"]["E"]["pairs"]
-    return found["final"]
+    (comparison,) = compute(make, {"a": a, "b": b})["environments"]["E"]["pairs"]
+    return comparison["final"]
 
 
-def test_a_winner_only_where_it_is_shown(make):
+def test_winner_requires_a_clear_difference(make):
     assert pair(make, [10, 11, 12, 13, 14], [1, 2, 4, 3, 5])["winner"] == "a"
     assert pair(make, [1, 2, 4, 3, 5], [10, 11, 12, 13, 14])["winner"] == "b"
     assert pair(make, [1, 2, 3, 4, 5], [2, 1, 4, 3, 5])["winner"] is None
     assert pair(make, [5, 5, 5, 5, 5], [5, 5, 5, 5, 5])["winner"] is None
     assert pair(make, [6, 6, 6, 6, 6], [5, 5, 5, 5, 5])["winner"] == "a"
-    assert pair(make, [100, 101], [1, 2])["winner"] is None  # two seeds show nothing
-    # The bootstrap of three seeds cannot leave their range, so that it alone would call this shown
+    assert pair(make, [100, 101], [1, 2])["winner"] is None  # never with two seeds
+    # The bootstrap of three seeds stays within their range: on its own it would call a winner here
     close = pair(make, [2.0, 9.0, 4.0], [1.0, 1.0, 1.0])
     assert close["mean"][1] > 0 > close["student"][0]
     assert close["winner"] is None
 
 
-def test_both_intervals_decide(monkeypatch):
+def test_winner_requires_both_intervals_to_exclude_zero(monkeypatch):
     for bootstrap, student, winner in (
         ([1.0, 0.5, 1.5], [0.4, 1.6], "a"),
         ([1.0, -0.5, 1.5], [0.4, 1.6], None),
@@ -124,89 +124,89 @@ def test_both_intervals_decide(monkeypatch):
         assert statistics._difference("a", "b", [1.0, 1.0, 1.0])["winner"] == winner
 
 
-def test_students_interval():
-    """Of 1, 2, 3: 2 ± 4.303 · 1/√3, by the table of t with 2 degrees of freedom."""
+def test_student_interval_agrees_with_the_t_table():
+    """For 1, 2, 3: 2 ± 4.303 · 1/√3, with 2 degrees of freedom."""
     assert statistics._student([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)
     assert statistics._student([1.0]) == [None, None]
 
 
 def test_differences_are_paired_by_seed(make):
-    """Seeds that differ much and arms that differ little: pairing shows it."""
-    found = pair(make, [500.8, 201, 100.5, 401, 300.5], [500, 200, 100, 400, 300])
-    assert found["differences"] == pytest.approx([0.8, 1, 0.5, 1, 0.5])
-    assert found["winner"] == "a"
+    """Pairing shows a small difference between arms despite large differences between seeds."""
+    paired = pair(make, [500.8, 201, 100.5, 401, 300.5], [500, 200, 100, 400, 300])
+    assert paired["differences"] == pytest.approx([0.8, 1, 0.5, 1, 0.5])
+    assert paired["winner"] == "a"
     assert pair(make, [500.8, 201, 100.5, 401, 300.5], [100, 200, 300, 400, 500])["winner"] is None
-    assert pair(make, [3.0, 1.0], [2.0])["differences"] == [1.0]  # only the seeds of both
+    assert pair(make, [3.0, 1.0], [2.0])["differences"] == [1.0]  # only seeds that both arms finished
 
 
-def test_the_area_varies_with_the_run_and_not_with_the_point(make):
+def test_interval_of_the_area_resamples_runs_not_points(make):
     runs = {seed: make(episodes=[(100, area)]) for seed, area in enumerate([1.0, 2.0, 3.0, 4.0])}
     plan = Plan(["E"], ["a"], 4, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
     area = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]["area"]
     assert [area] == intervals(lambda x: np.array([x.mean()]), np.array([[1.0], [2.0], [3.0], [4.0]]))
 
 
-def test_areas_are_compared_as_well(make):
+def test_areas_are_compared_like_final_returns(make):
     runs = {arm: {s: make(episodes=[(100, area + s)]) for s in range(5)} for arm, area in {"a": 3.0, "b": 1.0}.items()}
     plan = Plan(["E"], ["a", "b"], 5, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in runs}})
-    (found,) = statistics.compute(plan, {"E": runs})["environments"]["E"]["pairs"]
-    assert found["area"]["differences"] == pytest.approx([2.0] * 5)
-    assert found["area"]["winner"] == "a"
-    assert found["final"]["winner"] is None
+    (comparison,) = statistics.compute(plan, {"E": runs})["environments"]["E"]["pairs"]
+    assert comparison["area"]["differences"] == pytest.approx([2.0] * 5)
+    assert comparison["area"]["winner"] == "a"
+    assert comparison["final"]["winner"] is None
 
 
-def test_false_claims_are_as_rare_as_the_confidence_says(monkeypatch):
-    """Five seeds, no difference: a winner is called in at most 5 % of 300 comparisons, within 3 standard errors."""
+def test_false_positive_rate_matches_the_confidence_level(monkeypatch):
+    """Five seeds without a true difference: at most 5 % of 300 comparisons have a winner, within 3 standard errors."""
     monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 200)
     generator = np.random.default_rng(0)
-    claims = sum(statistics._difference("a", "b", list(generator.normal(size=5)))["winner"] is not None for _ in range(300))
-    assert claims / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+    winners = sum(statistics._difference("a", "b", list(generator.normal(size=5)))["winner"] is not None for _ in range(300))
+    assert winners / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
-def test_aggregates_of_final_returns(make):
+def test_mean_median_and_iqm_of_final_returns(make):
     arm = compute(make, {"a": [0.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 1000.0]})["environments"]["E"]["arms"]["a"]["final"]
     assert arm["mean"][0] == pytest.approx(134.375)
     assert arm["median"][0] == pytest.approx(12.5)
-    assert arm["iqm"][0] == pytest.approx(12.5)  # of the middle four
+    assert arm["iqm"][0] == pytest.approx(12.5)  # mean of the middle four
     assert arm["iqm"][2] < arm["mean"][2]
 
 
-def test_a_single_run_has_no_interval(make):
-    found = compute(make, {"a": [5.0]})
-    assert found["environments"]["E"]["arms"]["a"]["final"]["mean"] == [5.0, None, None]
-    assert found["environments"]["E"]["pairs"] == []
+def test_single_run_does_not_have_an_interval(make):
+    environment = compute(make, {"a": [5.0]})["environments"]["E"]
+    assert environment["arms"]["a"]["final"]["mean"] == [5.0, None, None]
+    assert environment["pairs"] == []
 
 
-def test_runs_that_ended_no_episode(make):
+def test_runs_without_a_finished_episode_have_neither_curve_nor_area(make):
     arm = compute(make, {"a": [5.0, 6.0]}, episodes=[(1500, 1.0)])["environments"]["E"]["arms"]["a"]
     assert arm["curve"] is None
     assert arm["area"] is None
     assert arm["reached"] == 0
 
 
-def test_no_threshold_where_nothing_beats_random(make):
+def test_threshold_is_none_if_no_arm_beats_random(make):
     environment = compute(make, {"a": [1.0, 2.0]}, random=(5.0,))["environments"]["E"]
     assert environment["threshold"] is None
     assert environment["arms"]["a"]["steps_to_threshold"] is None
 
 
-def test_normalised_scores(make):
+def test_normalized_scores(make):
     """0 is a random policy and 1 the best arm, so the best arm's mean is 1."""
-    found = compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"]
-    assert found["arms"]["a"]["mean"][0] == pytest.approx(1.0)
-    assert found["arms"]["b"]["mean"] == pytest.approx([0.5, 0.5, 0.5])
-    assert found["arms"]["b"]["optimality_gap"][0] == pytest.approx(0.5)
-    assert found["probability_of_improvement"][0]["probability"][0] == 1.0
-    at, profile = found["profile"]["at"], found["profile"]["arms"]["b"][0]
+    across = compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"]
+    assert across["arms"]["a"]["mean"][0] == pytest.approx(1.0)
+    assert across["arms"]["b"]["mean"] == pytest.approx([0.5, 0.5, 0.5])
+    assert across["arms"]["b"]["optimality_gap"][0] == pytest.approx(0.5)
+    assert across["probability_of_improvement"][0]["probability"][0] == 1.0
+    at, profile = across["profile"]["at"], across["profile"]["arms"]["b"][0]
     assert [share for tau, share in zip(at, profile, strict=True) if tau < 0.49] == [1.0] * sum(tau < 0.49 for tau in at)
     assert profile[-1] == 0.0
 
 
-def test_environments_where_nothing_beats_random_do_not_count(make):
+def test_environments_where_no_arm_beats_random_do_not_count(make):
     assert compute(make, {"a": [1, 2], "b": [1, 1]}, random=(5.0,))["across"] is None
 
 
-def test_kl_against_its_target(make):
+def test_kl_statistics_relative_to_the_target(make):
     updates = [(0.01, 0.01), (0.015, 0.01), (0.016, 0.01), (0.04, 0.01)]
     kl = compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
     assert kl["updates"] == 4
@@ -218,12 +218,12 @@ def test_kl_against_its_target(make):
     assert without["spread"] == pytest.approx(kl["spread"])
 
 
-def test_threshold_is_gymnasiums_or_nine_tenths_of_the_way(make):
+def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):
     assert compute(make, {"a": [100.0]}, threshold=42.0)["environments"]["E"]["threshold"] == 42.0
     assert compute(make, {"a": [100.0]}, random=(20.0,))["environments"]["E"]["threshold"] == pytest.approx(92.0)
 
 
-def test_the_median_of_steps_counts_runs_that_never_arrive(make):
+def test_median_steps_to_threshold_includes_runs_that_never_reach_it(make):
     runs = {0: make(episodes=[(100, 1.0)]), 1: make(episodes=[(500, 0.0), (600, 1.0)]), 2: make(episodes=[(100, 0.0)])}
     plan = Plan(["E"], ["a"], 3, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
     for run in runs.values():
@@ -236,8 +236,8 @@ def test_the_median_of_steps_counts_runs_that_never_arrive(make):
     assert arm["steps_to_threshold"] is None
 
 
-def test_json_has_no_nan_and_no_clock(make):
-    found = compute(make, {"a": [1.0, 2.0], "b": [2.0]})
-    assert "NaN" not in json.dumps(found)
-    assert "Infinity" not in json.dumps(found)
-    assert "seconds" not in json.dumps(found)
+def test_statistics_contain_neither_nan_nor_timings(make):
+    content = json.dumps(compute(make, {"a": [1.0, 2.0], "b": [2.0]}))
+    assert "NaN" not in content
+    assert "Infinity" not in content
+    assert "seconds" not in content

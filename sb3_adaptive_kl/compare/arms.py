@@ -1,9 +1,9 @@
 """
-An arm: an algorithm of the zoo with overrides, ``ppo_kl:target_kl=0.1,kl_rule=fixed``, and the hyperparameters that it gets.
+Arms: algorithms of the zoo with overrides (``ppo_kl:target_kl=0.1,kl_rule=fixed``), and the hyperparameters each one gets.
 
-All arms share the budget. Those that are on-policy share the network, the normalisation and every hyperparameter that they
-have in common with PPO: the values of the zoo's tuned entry for PPO, and PPO's defaults. Only what makes the trust region is
-each algorithm's own.
+All arms share the budget. On-policy arms also share the network, the normalization and every hyperparameter they have in
+common with PPO: the values of the zoo's tuned entry for PPO, and PPO's defaults. Only the hyperparameters of the trust region
+are specific to each algorithm.
 """
 
 import difflib
@@ -25,9 +25,9 @@ from sb3_adaptive_kl import zoo
 
 Hyperparameters = dict[str, Any]
 
-# How far a policy may move per update: never shared, even where two algorithms give it one name
+# Limits on how far an update moves the policy: never shared, even if two algorithms use the same name for them
 TRUST_REGION = frozenset({"clip_range", "target_kl"})
-# What the zoo's ExperimentManager takes out of an entry before the algorithm sees it
+# Keys that the zoo's ExperimentManager removes from an entry before it builds the algorithm
 ZOO_KEYS = frozenset(
     {
         "n_timesteps",
@@ -41,12 +41,12 @@ ZOO_KEYS = frozenset(
         "monitor_kwargs",
     }
 )
-# Arguments that are no hyperparameters
-ADMINISTRATION = frozenset({"env", "seed", "_init_setup_model", "device", "verbose", "tensorboard_log", "stats_window_size"})
+# Constructor arguments that are not hyperparameters
+OTHER_ARGUMENTS = frozenset({"env", "seed", "_init_setup_model", "device", "verbose", "tensorboard_log", "stats_window_size"})
 
 
 class PlanError(ValueError):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class Arm:
     @classmethod
     def parse(cls, text: str) -> "Arm":
         """
+        Parse an arm as written on the command line or in a plan.
+
         :param text: ``algo`` or ``algo:name=value,name=value``; values are yml
-        :raises PlanError: if there is no such algorithm, or it does not know an override
+        :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
         algo, _, assignments = text.partition(":")
         if algo not in ALGOS:
-            raise PlanError(f"unknown algorithm {algo!r}{nearest(algo, ALGOS)}")
+            raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")
         known = (arguments(algo) | ZOO_KEYS) - {"n_timesteps"}
         overrides = {}
         for assignment in _split_outside_brackets(assignments):
@@ -79,18 +81,18 @@ class Arm:
             if not equals:
                 raise PlanError(f"{text!r}: {assignment!r} is not of the form name=value")
             if name == "n_timesteps":
-                raise PlanError(f"{text!r}: the budget is the same for all arms, and set by n_timesteps of the plan (-n)")
+                raise PlanError(f"{text!r}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
             if name not in known:
-                raise PlanError(f"{algo} has no hyperparameter {name!r}{nearest(name, known)}")
+                raise PlanError(f"{algo} has no hyperparameter {name!r}{suggestion(name, known)}")
             overrides[name] = _value(value)
         return cls(text, algo, overrides)
 
     @property
     def folder(self) -> str:
-        """The name as a file system likes it, and still a name of its own."""
+        """Unique folder name: special characters are replaced, and a hash is added if there were any."""
         name = self.name.replace(":", "-", 1)
-        liked = re.sub(r"[^\w.=,+-]", "-", name)
-        return liked if liked == name else f"{liked}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        safe = re.sub(r"[^\w.=,+-]", "-", name)
+        return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
     @property
     def recurrent(self) -> bool:
@@ -101,38 +103,42 @@ class Arm:
         return issubclass(ALGOS[self.algo], OnPolicyAlgorithm)
 
 
-def settle(arms: list[Arm], env: str, n_timesteps: int | None, own: bool) -> dict[str, Hyperparameters]:
+def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, own: bool) -> dict[str, Hyperparameters]:
     """
-    :param n_timesteps: the budget, None for that of PPO's entry
-    :param own: give each arm the zoo's entry for its algorithm, and share only the budget
-    :return: arm → everything that its runs are given
-    :raises PlanError: if the zoo has no entry
+    Determine all hyperparameters of every arm on an environment.
+
+    :param arms: the arms to compare
+    :param env: gymnasium id
+    :param n_timesteps: the budget; None for the budget of PPO's entry
+    :param own: give each arm the zoo's entry for its own algorithm, and share only the budget
+    :return: arm → hyperparameters of its runs
+    :raises PlanError: if the zoo has no entry for an algorithm
     """
     base = "ppo_lstm" if all(arm.recurrent for arm in arms) else "ppo"
     budget = {"n_timesteps": n_timesteps or int(_entry(base, env)["n_timesteps"])}
-    settled = {}
+    resolved = {}
     for arm in arms:
         entry = _entry(arm.algo, env) if own or not arm.on_policy else _shared(arm, base, env)
-        settled[arm.name] = {**entry, **budget, **arm.overrides}
-    return settled
+        resolved[arm.name] = {**entry, **budget, **arm.overrides}
+    return resolved
 
 
 def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
-    """The entry of the base, where the arm knows its keys; the rest from the arm's own entry."""
+    """Take from the base's entry every key that both algorithms have, and the rest from the arm's own entry."""
     own_keys = TRUST_REGION | ({"policy"} if arm.recurrent != base.endswith("_lstm") else set())
     common = (arguments(arm.algo) & arguments(base) | ZOO_KEYS) - own_keys
     shared = {key: value for key, value in _entry(base, env).items() if key in common}
     rest = {key: value for key, value in _entry(arm.algo, env).items() if key not in common}
-    # What neither entry names are defaults, which need not be the same
-    theirs, mine = defaults(base), defaults(arm.algo)
-    for key in sorted(common & theirs.keys() - shared.keys()):
-        if mine[key] != theirs[key]:
-            shared[key] = theirs[key]
+    # Keys in neither entry keep their defaults, which can differ between algorithms
+    base_defaults, arm_defaults = defaults(base), defaults(arm.algo)
+    for key in sorted(common & base_defaults.keys() - shared.keys()):
+        if arm_defaults[key] != base_defaults[key]:
+            shared[key] = base_defaults[key]
     return {**shared, **rest}
 
 
 def defaults(algo: str) -> Hyperparameters:
-    """The hyperparameters that have a default, and it."""
+    """Default values of the hyperparameters that have one."""
     signature = inspect.signature(ALGOS[algo]).parameters
     return {
         name: signature[name].default
@@ -142,36 +148,39 @@ def defaults(algo: str) -> Hyperparameters:
 
 
 def arguments(algo: str) -> frozenset[str]:
-    return frozenset(inspect.signature(ALGOS[algo]).parameters) - ADMINISTRATION
+    """Names of the hyperparameters of an algorithm."""
+    return frozenset(inspect.signature(ALGOS[algo]).parameters) - OTHER_ARGUMENTS
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """End of an error message: the known name closest to a misspelled one, if any is close."""
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
 def _entry(algo: str, env: str) -> Hyperparameters:
-    """The tuned entry for an environment; where the zoo has none of its own, such as for MuJoCo's -v5, ours for ppo_kl."""
-    theirs = _file(algo)
+    """The zoo's tuned entry for an environment; our entry for ppo_kl if the zoo has none, for example for MuJoCo's -v5."""
+    entries = _file(algo)
     family = {"ppo": "ppo_kl", "ppo_lstm": "ppo_kl_lstm"}.get(algo)
-    if env not in theirs and family is not None and env in _file(family):
+    if env not in entries and family is not None and env in _file(family):
         known = (arguments(algo) | ZOO_KEYS) - TRUST_REGION
         return {key: value for key, value in _file(family)[env].items() if key in known}
     atari = "AtariEnv" in str(gym.registry[env].entry_point)
-    name = env if env in theirs else "atari" if atari and "atari" in theirs else "default"
-    if name not in theirs:
-        raise PlanError(f"the zoo has no hyperparameters of {algo} for {env}, and no default")
-    return dict(theirs[name])
+    name = env if env in entries else "atari" if atari and "atari" in entries else "default"
+    if name not in entries:
+        raise PlanError(f"the zoo has neither hyperparameters of {algo} for {env} nor a default entry")
+    return dict(entries[name])
 
 
 def _file(algo: str) -> dict[str, Hyperparameters]:
+    """Environment → tuned entry of an algorithm, from our file or the zoo's."""
     ours = zoo.hyperparameter_file(algo)
     path = ours if algo in zoo.ALGORITHMS else Path(str(files("rl_zoo3") / "hyperparams" / f"{algo}.yml"))
     return yaml.safe_load(path.read_text())  # type: ignore[no-any-return]
 
 
 def _value(text: str) -> Any:
-    """yml, but 3e-4 is a number as well, which yml 1.1 takes for a string."""
+    """Parse yml, but read 3e-4 as a number: in yml 1.1 it is a string."""
     try:
         return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
     except yaml.YAMLError:
@@ -179,6 +188,7 @@ def _value(text: str) -> Any:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
+    """Split at commas that are not inside brackets."""
     depth, parts = 0, [""]
     for character in text:
         depth += (character in "([{") - (character in ")]}")

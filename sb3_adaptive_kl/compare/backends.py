@@ -1,8 +1,8 @@
 """
-Where runs are carried out: on this machine through joblib's loky, or on a cluster as Ray tasks.
+Backends that execute runs: on this machine with joblib's loky, or on a cluster as Ray tasks.
 
-Both are generators of events. Files come back to the driver, so that no disk needs to be shared; a run that fails gives a
-`Failure`, and stops no other. Closing the generator ends what is still running.
+Both are generators of events. The files of a run are sent to the driver, so a shared disk is not needed. A run that fails
+yields a `Failure` and does not stop the others. Closing the generator ends the runs that are still going.
 """
 
 import logging
@@ -19,20 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from sb3_adaptive_kl.compare.arms import PlanError
-from sb3_adaptive_kl.compare.plan import Run
-
-Files = dict[str, bytes]
+from sb3_adaptive_kl.compare.plan import Files, Run
 
 POLL_SECONDS = 0.3
-# A run is one thread; the limits must be in place before numpy and torch are imported
+# One thread per run; the limits must be set before numpy and torch are imported
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-# Ray gives a task another node this often when it loses one; a failure of the run itself is not retried
+# How often Ray restarts a task on another node after losing one; a run that fails by itself is not retried
 MAX_LOST_NODES = 5
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run gave no files: the last line of the traceback, and all of it."""
+    """Why a run failed: the last line of its traceback, and the whole traceback."""
 
     line: str
     traceback: str
@@ -58,14 +56,14 @@ class Finished:
 Backend = Callable[[Sequence[Run]], Iterator[Progress | Finished]]
 
 
-def carry_out(run: Run, report: Callable[[int], None]) -> Files | Failure:
-    """What every backend calls, in a process of the run's own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends this process
+def attempt(run: Run, report: Callable[[int], None]) -> Files | Failure:
+    """Execute a run in the current process, which every backend starts for this run alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and ends this process
     try:
         from sb3_adaptive_kl.compare.execute import execute
 
         return execute(run, report)
-    except BaseException as error:  # whatever an environment does, sys.exit() too
+    except BaseException as error:  # an environment may even call sys.exit()
         return Failure.of(error)
 
 
@@ -74,11 +72,13 @@ def carry_out(run: Run, report: Callable[[int], None]) -> Files | Failure:
 
 def loky(jobs: int) -> Backend:
     """
-    :param jobs: runs at a time
+    Execute runs on this machine.
+
+    :param jobs: number of runs at a time
     """
     from loky import ProcessPoolExecutor
 
-    def carry_out_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
+    def execute_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
         events: queue.Queue[Progress | Finished] = queue.Queue()
         stop = threading.Event()
         with ThreadPoolExecutor(jobs) as threads:
@@ -94,13 +94,13 @@ def loky(jobs: int) -> Backend:
             finally:
                 stop.set()
 
-    return carry_out_all
+    return execute_all
 
 
 def _in_own_process(
     make_executor: Callable[..., Any], run: Run, events: "queue.Queue[Progress | Finished]", stop: threading.Event
 ) -> None:
-    """An executor per run: a process that is killed, by the system for its memory for instance, takes no other along."""
+    """Give each run its own executor, so that a killed process (out of memory, for example) does not break other runs."""
     if stop.is_set():
         return
     executor = None
@@ -114,7 +114,7 @@ def _in_own_process(
                     events.put(Progress(run, int(timesteps.read_text())))
             if not stop.is_set():
                 events.put(Finished(run, future.result()))
-    except BaseException as error:  # of the process, not of the run: killed, out of memory. Somebody waits for an event
+    except BaseException as error:  # the process died, e.g. out of memory; the driver still waits for an event
         events.put(Finished(run, Failure.of(error)))
     finally:
         if executor is not None:
@@ -123,13 +123,13 @@ def _in_own_process(
 
 def _report_to_file(run: Run, path: str, driver: int) -> Files | Failure:
     def report(timesteps: int) -> None:
-        if os.getppid() != driver:  # killed: nobody is left to take the result
+        if os.getppid() != driver:  # the driver was killed: there is nothing to return the result to
             os._exit(1)
-        # Whoever reads it sees the old number or the new one
+        # Replace the file in one step, so that a reader sees the old number or the new one
         Path(path + ".new").write_text(str(timesteps))
         os.replace(path + ".new", path)
 
-    return carry_out(run, report)
+    return attempt(run, report)
 
 
 # ---------------------------------------------------------------- Ray
@@ -137,9 +137,11 @@ def _report_to_file(run: Run, path: str, driver: int) -> Files | Failure:
 
 def ray(jobs: int, address: str | None = None) -> Backend:
     """
-    :param jobs: CPUs of a cluster that is started on this machine
-    :param address: that of an existing cluster, whose CPUs decide how many runs there are at a time
-    :raises PlanError: if Ray is not installed, or there is no such cluster
+    Execute runs as tasks of a Ray cluster.
+
+    :param jobs: number of CPUs of the cluster to start on this machine
+    :param address: address of an existing cluster to use instead; its CPUs limit the number of runs at a time
+    :raises PlanError: if Ray is not installed or the cluster cannot be reached
     """
     try:
         import ray as library
@@ -149,31 +151,32 @@ def ray(jobs: int, address: str | None = None) -> Backend:
     try:
         library.init(**({"address": address} if address else cluster), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PlanError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+        problem = f"cannot reach the Ray cluster at {address}" if address else "cannot start a Ray cluster"
+        raise PlanError(f"{problem}: {str(error).splitlines()[0]}") from None
 
-    def carry_out_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
+    def execute_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
         try:
             yield from _as_tasks(library, runs)
         finally:
             library.shutdown()
 
-    return carry_out_all
+    return execute_all
 
 
 def _as_tasks(library: Any, runs: Sequence[Run]) -> Iterator[Progress | Finished]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # What the runs tell lives on the driver's node, which is there as long as somebody listens
-    here = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
-    board = library.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    # The progress actor lives on the driver's node, which lasts as long as the driver
+    driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
+    progress = library.remote(_ProgressActor).options(num_cpus=0, scheduling_strategy=driver_node).remote()
     task = library.remote(
         num_cpus=1,
-        max_calls=1,  # a process for itself
+        max_calls=1,  # one process per run
         max_retries=MAX_LOST_NODES,
         runtime_env={"env_vars": ONE_THREAD},
-    )(_report_to_board)
-    pending = {task.remote(run, board): run for run in runs}
-    told: dict[str, int] = {}
+    )(_report_to_actor)
+    pending = {task.remote(run, progress): run for run in runs}
+    reported: dict[str, int] = {}
     while pending:
         done, _ = library.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
         for reference in done:
@@ -183,15 +186,15 @@ def _as_tasks(library: Any, runs: Sequence[Run]) -> Iterator[Progress | Finished
             except library.exceptions.RayError as error:
                 outcome = Failure.of(error)
             yield Finished(run, outcome)
-        latest = library.get(board.read.remote())
+        latest = library.get(progress.read.remote())
         for run in pending.values():
-            if latest.get(run.folder) != told.get(run.folder):
+            if latest.get(run.folder) != reported.get(run.folder):
                 yield Progress(run, latest[run.folder])
-        told = latest
+        reported = latest
 
 
-class _Board:
-    """An actor on which runs write how far they are."""
+class _ProgressActor:
+    """Ray actor that holds the current time step of every run."""
 
     def __init__(self) -> None:
         self._timesteps: dict[str, int] = {}
@@ -203,5 +206,5 @@ class _Board:
         return self._timesteps
 
 
-def _report_to_board(run: Run, board: Any) -> Files | Failure:
-    return carry_out(run, lambda timesteps: board.write.remote(run.folder, timesteps))
+def _report_to_actor(run: Run, progress: Any) -> Files | Failure:
+    return attempt(run, lambda timesteps: progress.write.remote(run.folder, timesteps))

@@ -1,7 +1,7 @@
 """
-The command: `python -m sb3_adaptive_kl.compare`, or `sb3-adaptive-kl compare`.
+Command line: `python -m sb3_adaptive_kl.compare`, or `sb3-adaptive-kl compare`.
 
-Exit code 0 if all runs are done, 1 if some failed, 2 for wrong input (one line, nothing written), 130 after Ctrl-C.
+Exit codes: 0 if all runs finished, 1 if some failed, 2 for invalid input (one line, nothing written), 130 after Ctrl-C.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-# Of a plan; where it comes from a file they are not given
+# Arguments that describe the plan; not allowed together with --plan
 PLAN_ARGUMENTS = ("env", "algo", "seeds", "n_timesteps", "n_eval_episodes", "own_hyperparameters", "gym_packages")
 
 
@@ -35,35 +35,38 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sb3-adaptive-kl compare",
         description="Compare algorithms on environments: train, measure, and write a report.",
-        epilog="Run it again with the same arguments to continue where it ended.",
+        epilog="To resume an interrupted comparison, run the same command again.",
     )
-    parser.add_argument("--env", nargs="+", metavar="ID", help="environments")
+    parser.add_argument("--env", nargs="+", metavar="ID", help="environments to compare on")
     parser.add_argument(
         "--algo",
         nargs="+",
         metavar="ARM",
         help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds for each (default: {FEW_SEEDS})")
-    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="budget of a run (default: the zoo's for PPO)")
-    parser.add_argument("--n-eval-episodes", type=int, metavar="N", help="for a final policy's score (default: 20)")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
+    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="time steps per run (default: the zoo's for PPO)")
+    parser.add_argument("--n-eval-episodes", type=int, metavar="N", help="episodes that score a final policy (default: 20)")
     parser.add_argument(
         "--own-hyperparameters",
         action="store_true",
         default=None,
-        help="give each algorithm the zoo's entry that was tuned for it, instead of PPO's with its own trust region",
+        help="use the zoo's entry tuned for each algorithm, instead of PPO's entry with the algorithm's own trust region",
     )
-    parser.add_argument("--gym-packages", nargs="+", metavar="PACKAGE", help="packages that register environments")
-    parser.add_argument("--plan", type=Path, metavar="YML", help="a plan in a file, instead of the arguments above")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
-    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="this machine, or a Ray cluster")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of an existing cluster (default: one is started here)")
+    parser.add_argument("--gym-packages", nargs="+", metavar="PACKAGE", help="packages to import for their environments")
+    parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the arguments above")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
+    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="number of runs at a time (default: 1)")
+    parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="run on this machine or on a Ray cluster")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="existing cluster (default: start one here)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """
+    Run the command.
+
+    :param arguments: command-line arguments, ``sys.argv`` if None
     :return: the exit code
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -74,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
         backend = _backend(args)
         store = Store.create(args.output, plan, _command(arguments))
         carry_out(plan, store, backend)
-        return summarise(plan, store)
+        return summarize(plan, store)
     except PlanError as error:
         print(f"sb3-adaptive-kl compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, and the same command goes on with the rest", file=sys.stderr)
+        print("interrupted; finished runs are kept, run the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -88,10 +91,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.plan is None:
         defaults = {"env": [], "algo": ["ppo_kl", "ppo"], "seeds": FEW_SEEDS}
         renamed = {"env": "environments", "algo": "arms"}
-        return Plan.settle(**{renamed.get(name, name): value for name, value in {**defaults, **given}.items()})
+        return Plan.create(**{renamed.get(name, name): value for name, value in {**defaults, **given}.items()})
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise PlanError(f"--plan says what is compared: without {names}, please")
+        raise PlanError(f"--plan cannot be combined with {names}: remove one or the other")
     return Plan.load(args.plan)
 
 
@@ -99,22 +102,20 @@ def _backend(args: argparse.Namespace) -> backends.Backend:
     if args.jobs is not None and args.jobs < 1:
         raise PlanError(f"jobs must be at least 1, not {args.jobs}")
     if args.ray_address is not None and (args.backend != "ray" or args.jobs is not None):
-        raise PlanError("--ray-address goes with --backend ray, and without --jobs: the cluster decides")
+        raise PlanError("--ray-address requires --backend ray, and excludes --jobs: the cluster's CPUs decide")
     if args.backend == "ray":
         return backends.ray(args.jobs or 1, args.ray_address)
     return backends.loky(args.jobs or 1)
 
 
-def summarise(plan: Plan, store: Store) -> int:
-    """Statistics, plots and report of the runs that are done."""
+def summarize(plan: Plan, store: Store) -> int:
+    """Write statistics, plots and report of the finished runs, and return the exit code."""
     statistics.write(plan, store)
     plots.write(plan, store)
     page = report.write(plan, store)
-    if plan.seeds < FEW_SEEDS:
-        print(
-            f"Warning: {report.count(plan.seeds, 'seed')}. With fewer than {FEW_SEEDS}, the intervals say little.",
-            file=sys.stderr,
-        )
+    warning = report.seeds_warning(plan.seeds)
+    if warning is not None:
+        print(f"Warning: {warning}", file=sys.stderr)
     failures = store.failures(plan)
     for run, line in failures.items():
         print(f"failed: {run}: {line}", file=sys.stderr)

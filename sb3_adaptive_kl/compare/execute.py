@@ -1,13 +1,13 @@
 """
-One training run: through the zoo's ExperimentManager, into an ordinary zoo log folder, measured by the ruler.
+Execute one training run with the zoo's ExperimentManager, into an ordinary zoo log folder, measured by the ruler.
 
-It is a function of the run alone, and gives back the contents of its folder: who runs it where is `backends.py`'s business.
-The folder gets, beside the zoo's files,
+The result depends on the run alone and is the content of its folder; `backends.py` decides where it is executed.
+Besides the zoo's files, the folder holds
 
-    output.txt      what it printed, warnings too
-    episodes.csv    every training episode: time step at which it ended, return, length
+    output.txt      printed output, including warnings
+    episodes.csv    every training episode: time step of its end, return, length
     updates.csv     every update of an on-policy algorithm: see `Ruler`
-    run.json        what was run, the returns of the final policy, the time it took; written last
+    run.json        settings, returns of the final policy, training time; written last
 """
 
 import argparse
@@ -30,19 +30,17 @@ import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import sync_envs_normalization
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_adaptive_kl.compare.plan import Run
+from sb3_adaptive_kl.compare.plan import Files, Run
 from sb3_adaptive_kl.compare.ruler import Ruler, measurable
 
-Files = dict[str, bytes]
-
-N_EVALUATIONS = 10  # the zoo's, while training, for its plots
-EVAL_SEED = 1_000_000  # apart from the seeds that are trained on
+N_EVALUATIONS = 10  # the zoo's evaluations during training, for its plots
+EVAL_SEED = 1_000_000  # added to the run's seed: evaluate on other seeds than those used for training
 
 
 class Recorder(BaseCallback):
-    """Writes down every training episode, and tells how far the run is."""
+    """Record every training episode, and report the current time step."""
 
     COLUMNS = ("timesteps", "return", "length")
 
@@ -66,12 +64,12 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
     """
     Train and evaluate, in this process.
 
-    :param run: what to run
-    :param report: is told the time step twice a second
-    :return: contents of the run's folder
-    :raises Exception: whatever stops the training
+    :param run: the run to execute
+    :param report: called with the current time step twice a second
+    :return: content of the run's folder
+    :raises Exception: if anything in the training or evaluation does
     """
-    th.set_num_threads(1)  # a run has its process for itself
+    th.set_num_threads(1)  # every run has its own process
     for package in ("rl_zoo3.import_envs", *run.gym_packages):
         import_module(package)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output.txt"), "w") as output:
@@ -88,7 +86,7 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
     config = folder / "hyperparameters.yml"
     config.write_text(yaml.safe_dump({run.env: run.hyperparameters}))
     n_timesteps = int(run.hyperparameters["n_timesteps"])
-    # What the zoo's other scripts look for in the args.yml of an agent
+    # The zoo's other scripts read these from the args.yml of an agent
     args = argparse.Namespace(
         algo=run.algo, env=run.env, seed=run.seed, n_timesteps=n_timesteps, env_kwargs=None, device="cpu"
     )
@@ -100,19 +98,19 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         seed=run.seed,
         eval_freq=max(n_timesteps // N_EVALUATIONS, 1),
         verbose=0,
-        log_interval=-2,  # the zoo's number for no logging
+        log_interval=-2,  # disables the zoo's logging
         device="cpu",
         config=str(config),
     )
     experiment = manager.setup_experiment()
-    assert experiment is not None  # as in a search for hyperparameters
+    assert experiment is not None  # it is None only when the zoo optimizes hyperparameters
     model, _ = experiment
     recorder, ruler = Recorder(report), Ruler()
     manager.callbacks.extend([recorder, ruler] if measurable(model) else [recorder])
     start = time.perf_counter()
     manager.learn(model)
     seconds = time.perf_counter() - start - ruler.seconds
-    if model.num_timesteps < n_timesteps:  # the zoo takes an interrupt for a wish to stop, and goes on to save
+    if model.num_timesteps < n_timesteps:  # on an interrupt the zoo stops the training and saves
         raise RuntimeError(f"training ended after {model.num_timesteps} of {n_timesteps} time steps")
     manager.save_trained_model(model)
 
@@ -136,8 +134,8 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
 
 
 def _final_returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
-    env = manager.create_envs(1, eval_env=True, no_log=True)
-    env.seed(EVAL_SEED + run.seed)
+    """Score the trained policy: returns of ``n_eval_episodes`` episodes."""
+    env = _evaluation_env(run, manager)
     sync_envs_normalization(model.get_env(), env)
     returns, _ = evaluate_policy(
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
@@ -147,9 +145,8 @@ def _final_returns(run: Run, manager: ExperimentManager, model: Any) -> list[flo
 
 
 def _random_returns(run: Run, manager: ExperimentManager) -> list[float]:
-    """Uniformly random actions: the zero of the normalised score. The same episodes in every arm."""
-    env = manager.create_envs(1, eval_env=True, no_log=True)
-    env.seed(EVAL_SEED + run.seed)
+    """Score uniformly random actions, the zero of the normalized score. All arms get the same episodes."""
+    env = _evaluation_env(run, manager)
     env.action_space.seed(EVAL_SEED + run.seed)
     env.reset()
     returns: list[float] = []
@@ -158,6 +155,12 @@ def _random_returns(run: Run, manager: ExperimentManager) -> list[float]:
         returns.extend(float(info["episode"]["r"]) for info in infos if "episode" in info)
     env.close()
     return returns
+
+
+def _evaluation_env(run: Run, manager: ExperimentManager) -> VecEnv:
+    env = manager.create_envs(1, eval_env=True, no_log=True)
+    env.seed(EVAL_SEED + run.seed)
+    return env
 
 
 def _write_csv(path: Path, columns: tuple[str, ...], rows: list[Any]) -> None:

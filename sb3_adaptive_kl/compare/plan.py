@@ -1,7 +1,7 @@
 """
-What is compared: environments, arms and seeds, with every hyperparameter settled before the first run.
+Plan of a comparison: environments, arms and seeds, with every hyperparameter resolved before the first run.
 
-The settled plan is written into the results, and is all that a run depends on.
+The resolved plan is written into the results folder. A run depends on nothing else.
 """
 
 import inspect
@@ -14,16 +14,26 @@ from typing import Any
 import gymnasium as gym
 import yaml
 
-from sb3_adaptive_kl.compare.arms import TRUST_REGION, Arm, Hyperparameters, PlanError, arguments, defaults, nearest, settle
+from sb3_adaptive_kl.compare.arms import (
+    TRUST_REGION,
+    Arm,
+    Hyperparameters,
+    PlanError,
+    arguments,
+    defaults,
+    resolve_hyperparameters,
+    suggestion,
+)
 
 PLAN_FILE = "plan.yml"
-# With fewer, intervals say little
-FEW_SEEDS = 5
+FEW_SEEDS = 5  # with fewer seeds the intervals say little
+
+Files = dict[str, bytes]  # content of a finished run's folder, by relative path
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; plain data, so that it can be sent anywhere."""
+    """One training run. It is plain data, so it can be sent to other processes and machines."""
 
     env: str
     arm: str
@@ -41,12 +51,14 @@ class Run:
 @dataclass(frozen=True)
 class Plan:
     """
+    A comparison with all hyperparameters resolved.
+
     :param environments: gymnasium ids
-    :param arms: as the user wrote them
-    :param seeds: number of seeds, from 0
-    :param n_eval_episodes: episodes that score a final policy
-    :param gym_packages: packages to import so that they register their environments
-    :param hyperparameters: environment → arm → everything that the run is given
+    :param arms: arms as the user wrote them
+    :param seeds: number of seeds, counted from 0
+    :param n_eval_episodes: number of episodes that score a final policy
+    :param gym_packages: packages to import because they register environments
+    :param hyperparameters: environment → arm → hyperparameters of its runs
     """
 
     environments: list[str]
@@ -57,7 +69,7 @@ class Plan:
     hyperparameters: dict[str, dict[str, Hyperparameters]]
 
     @classmethod
-    def settle(
+    def create(
         cls,
         environments: list[str],
         arms: list[str],
@@ -68,21 +80,30 @@ class Plan:
         gym_packages: list[str] | None = None,
     ) -> "Plan":
         """
-        :param n_timesteps: budget of each run; None for that of the zoo's entry for PPO
-        :param own_hyperparameters: give each algorithm the zoo's tuned entry for itself, instead of sharing PPO's
-        :raises PlanError: if something in it does not exist or cannot be
+        Check the arguments and resolve the hyperparameters.
+
+        :param environments: gymnasium ids
+        :param arms: ``algo`` or ``algo:name=value,name=value``
+        :param seeds: number of seeds
+        :param n_timesteps: budget of each run; None for the budget of the zoo's entry for PPO
+        :param n_eval_episodes: number of episodes that score a final policy
+        :param own_hyperparameters: give each algorithm the zoo's entry tuned for it, instead of sharing PPO's
+        :param gym_packages: packages to import because they register environments
+        :raises PlanError: if an argument is invalid
         """
         gym_packages = gym_packages or []
         parsed = _check(
             environments, arms, gym_packages, seeds=seeds, n_eval_episodes=n_eval_episodes, n_timesteps=n_timesteps
         )
-        hyperparameters = {env: settle(parsed, env, n_timesteps, own_hyperparameters) for env in environments}
+        hyperparameters = {env: resolve_hyperparameters(parsed, env, n_timesteps, own_hyperparameters) for env in environments}
         return cls(environments, arms, seeds, n_eval_episodes, gym_packages, hyperparameters)
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """
-        :param path: a yml file with the arguments of ``settle``, or with a settled plan
+        Read a plan from a file.
+
+        :param path: a yml file with the arguments of ``create``, or with a resolved plan
         :raises PlanError: if it is neither
         """
         try:
@@ -91,11 +112,11 @@ class Plan:
             raise PlanError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise PlanError(f"{path} is not a plan: it must be a mapping with environments, arms and seeds")
-        make = cls if "hyperparameters" in content else cls.settle
+        make = cls if "hyperparameters" in content else cls.create
         known = inspect.signature(make).parameters
         missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in content]
         for name in [*missing, *(name for name in content if name not in known)]:
-            raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + nearest(name, known)}")
+            raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + suggestion(name, known)}")
         plan = make(**content)
         counts = {"seeds": plan.seeds, "n_eval_episodes": plan.n_eval_episodes}
         for arm in _check(plan.environments, plan.arms, plan.gym_packages, **counts):
@@ -104,16 +125,16 @@ class Plan:
                 for key in (env, arm.name):
                     entry = entry.get(key, {}) if isinstance(entry, dict) else {}
                 if not isinstance(entry, dict) or not entry:
-                    raise PlanError(f"{path}: no hyperparameters of {arm.name} for {env}")
+                    raise PlanError(f"{path}: missing hyperparameters of {arm.name} for {env}")
                 _check_counts(n_timesteps=entry.get("n_timesteps", 0))
         return plan
 
     def dump(self) -> str:
-        """The plan as yml, from which ``load`` makes an equal one."""
+        """Serialize to yml; ``load`` restores an equal plan."""
         return str(yaml.safe_dump(asdict(self), sort_keys=False))
 
     def runs(self) -> Iterator[Run]:
-        """All runs, seed by seed, so that an early stop leaves a balanced comparison."""
+        """Yield all runs, seed by seed, so that an early stop leaves a balanced comparison."""
         for seed in range(self.seeds):
             for env in self.environments:
                 for arm in map(Arm.parse, self.arms):
@@ -129,7 +150,11 @@ class Plan:
                     )
 
     def effective(self, env: str) -> dict[str, Hyperparameters]:
-        """Arm → hyperparameters, with the defaults of what the plan names for some arm or what several algorithms know."""
+        """
+        Arm → hyperparameters, completed with defaults.
+
+        A default is included if some arm sets the hyperparameter, or if several of the algorithms have it.
+        """
         algos = {name: Arm.parse(name).algo for name in self.arms}
         known = [arguments(algo) for algo in set(algos.values())]
         compared = TRUST_REGION.union(*self.hyperparameters[env].values())
@@ -141,10 +166,10 @@ class Plan:
         }
 
     def difference(self, other: "Plan") -> list[str]:
-        """Where another plan differs, one line each."""
+        """Describe every difference from another plan, one line each."""
         ours, theirs = _flat(asdict(self)), _flat(asdict(other))
         return [
-            f"{key}: {ours.get(key, 'not there')} → {theirs.get(key, 'not there')}"
+            f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}"
             for key in {**ours, **theirs}
             if ours.get(key) != theirs.get(key)
         ]
@@ -152,8 +177,10 @@ class Plan:
 
 def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> list[Arm]:
     """
-    :return: the arms
-    :raises PlanError: if something does not exist or cannot be
+    Check the arguments of a plan and import the packages that register environments.
+
+    :return: the parsed arms
+    :raises PlanError: if an argument is invalid
     """
     _check_counts(**counts)
     for kind, names in (("environments", environments), ("arms", arms), ("gym_packages", gym_packages)):
@@ -161,40 +188,40 @@ def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> li
             raise PlanError(f"{kind} must be a list of names, not {names!r}")
     if not environments or not arms:
         raise PlanError(f"no {'environments' if not environments else 'arms'} to compare")
-    import_module("rl_zoo3.import_envs")  # registers those of ale-py, minigrid, pybullet, … where they are installed
+    import_module("rl_zoo3.import_envs")  # registers ale-py, minigrid, pybullet, … if installed
     try:
         for package in gym_packages:
             import_module(package)
-    except Exception as error:  # it is somebody else's code
+    except Exception as error:  # third-party code may raise anything
         raise PlanError(f"gym_packages: {type(error).__name__}: {error}") from None
     for env in environments:
         if env not in gym.registry:
-            raise PlanError(f"unknown environment {env!r}{nearest(env, gym.registry)}")
+            raise PlanError(f"unknown environment {env!r}{suggestion(env, gym.registry)}")
     parsed = [Arm.parse(arm) for arm in arms]
-    _check_told_apart("environments", [env.replace("/", "-") for env in environments])
-    _check_told_apart("arms", [arm.folder for arm in parsed])
+    _check_distinct_folders("environments", [env.replace("/", "-") for env in environments])
+    _check_distinct_folders("arms", [arm.folder for arm in parsed])
     return parsed
 
 
-def _check_told_apart(kind: str, folders: list[str]) -> None:
-    """By their folders, on file systems that ignore case as well."""
+def _check_distinct_folders(kind: str, folders: list[str]) -> None:
+    """Reject names with the same folder, also on file systems that ignore case."""
     folded = [folder.casefold() for folder in folders]
-    twice = sorted({folder for folder in folders if folded.count(folder.casefold()) > 1})
-    if twice:
-        raise PlanError(f"{kind}: {', '.join(twice)} given twice")
+    duplicates = sorted({folder for folder in folders if folded.count(folder.casefold()) > 1})
+    if duplicates:
+        raise PlanError(f"{kind}: {', '.join(duplicates)} given twice")
 
 
 def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        whole = isinstance(count, int) and not isinstance(count, bool)
-        if name == "n_timesteps" and isinstance(count, float):  # as the zoo's files have it: 1e5
-            whole = count.is_integer()
-        if count is not None and not (whole and count >= 1):
-            raise PlanError(f"{name} must be a whole number of at least 1, not {count!r}")
+        is_integer = isinstance(count, int) and not isinstance(count, bool)
+        if name == "n_timesteps" and isinstance(count, float):  # the zoo's files contain 1e5
+            is_integer = count.is_integer()
+        if count is not None and not (is_integer and count >= 1):
+            raise PlanError(f"{name} must be an integer of at least 1, not {count!r}")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     return {key: value for name, below in tree.items() for key, value in _flat(below, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,10 +1,10 @@
 """
-The fourth stage: pictures of the statistics and of the runs, as png and svg, for light and dark pages.
+The fourth stage: plot statistics and runs as png and svg, for light and dark pages.
 
     python -m sb3_adaptive_kl.compare.plots FOLDER
 
-For each environment one picture with the learning curves and, below them on the same time axis, KL and β; then final returns
-seed by seed, and across environments the aggregates, the probability of improvement and the performance profile.
+Every environment gets one figure with learning curves, KL and β on the same time axis. Further figures show the final return
+of every seed and, across environments, the aggregates, the probability of improvement and the performance profile.
 """
 
 import io
@@ -18,32 +18,33 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.results import Results, read
+from sb3_adaptive_kl.compare.results import Results, read, updates_of
 from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE
 from sb3_adaptive_kl.compare.store import Store, on_folder
 
 FOLDER = "plots"
-WIDTH = 6.4  # inches: one column of a page, and legible on a phone
-N_BINS = 80  # of the traces of single updates
-STYLES = ("-", "--", ":", "-.")
+WIDTH = 6.4  # inches: one column of a page, legible on a phone
+N_BINS = 80  # bins of the time axis in plots of updates
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Theme:
     """
-    Colours of a page.
+    Colors of a page.
 
-    :param suffix: of the files
-    :param ink: of text and axes
-    :param paper: of the background
-    :param arms: of the arms, told apart by colour-blind readers (Okabe and Ito 2008), lightened for dark paper
+    :param suffix: suffix of the file names
+    :param foreground: color of text and axes
+    :param background: color of the page
+    :param arms: colors of the arms, distinguishable for color-blind readers (Okabe and Ito 2008), lighter on a dark page
     """
 
     suffix: str
-    ink: str
-    paper: str
+    foreground: str
+    background: str
     arms: tuple[str, ...]
 
 
@@ -52,67 +53,66 @@ DARK = Theme("-dark", "#dddddd", "#16181d", ("#56B4E9", "#F08A4B", "#35C79C", "#
 
 
 def write(plan: Plan, store: Store) -> None:
-    """Draw every picture that there are numbers for, in both themes."""
+    """Draw every figure that the statistics allow, in both themes."""
     statistics, results = store.read_json(STATISTICS_FILE), read(plan, store)
     for theme in (LIGHT, DARK):
-        colours = {arm: theme.arms[i % len(theme.arms)] for i, arm in enumerate(plan.arms)}
-        styles = {arm: STYLES[i // len(theme.arms) % len(STYLES)] for i, arm in enumerate(plan.arms)}
-        pen = Pen(theme, colours, styles)
+        colors = {arm: theme.arms[i % len(theme.arms)] for i, arm in enumerate(plan.arms)}
+        line_styles = {arm: LINE_STYLES[i // len(theme.arms) % len(LINE_STYLES)] for i, arm in enumerate(plan.arms)}
+        style = Style(theme, colors, line_styles)
         for name, draw in pictures(statistics, results).items():
             with mpl.rc_context(_settings(theme)):
-                figure = draw(pen)
+                figure = draw(style)
                 for format in ("svg", "png"):
                     store.write(f"{FOLDER}/{name}{theme.suffix}.{format}", _render(figure, format))
 
 
 @dataclass(frozen=True)
-class Pen:
-    """How the arms are drawn."""
+class Style:
+    """Theme of a figure, and color and line style of every arm."""
 
     theme: Theme
-    colours: dict[str, str]
-    styles: dict[str, str]
+    colors: dict[str, str]
+    line_styles: dict[str, str]
 
     def line(self, arm: str) -> dict[str, Any]:
-        return {"color": self.colours[arm], "linestyle": self.styles[arm]}
+        return {"color": self.colors[arm], "linestyle": self.line_styles[arm]}
 
 
 def picture_names(statistics: dict[str, Any]) -> list[str]:
-    """Without suffix and extension, in the order of the report."""
+    """File names of all figures without suffix and extension, in the order of the report."""
     return list(pictures(statistics, {env: {} for env in statistics["environments"]}))
 
 
-def pictures(statistics: dict[str, Any], results: Results) -> dict[str, Callable[[Pen], Figure]]:
+def pictures(statistics: dict[str, Any], results: Results) -> dict[str, Callable[[Style], Figure]]:
+    """File name → function that draws the figure."""
     environments = statistics["environments"]
-    drawn: dict[str, Callable[[Pen], Figure]] = {}
+    figures: dict[str, Callable[[Style], Figure]] = {}
     for env, environment in environments.items():
-        drawn[curves_name(env)] = partial(_curves, env=env, environment=environment, results=results[env])
+        figures[curves_name(env)] = partial(_curves, env=env, environment=environment, results=results[env])
     if environments:
-        drawn["final_returns"] = lambda pen: _final_returns(pen, environments, results)
+        figures["final_returns"] = lambda style: _final_returns(style, environments, results)
     across = statistics["across"]
     if across is not None:
-        drawn["aggregates"] = lambda pen: _aggregates(pen, across)
+        figures["aggregates"] = lambda style: _aggregates(style, across)
         if across["probability_of_improvement"]:
-            drawn["probability_of_improvement"] = lambda pen: _improvement(pen, across)
-        drawn["performance_profile"] = lambda pen: _profile(pen, across)
-    return drawn
+            figures["probability_of_improvement"] = lambda style: _improvement(style, across)
+        figures["performance_profile"] = lambda style: _profile(style, across)
+    return figures
 
 
 def curves_name(env: str) -> str:
+    """File name of an environment's figure, without suffix and extension."""
     return f"curves-{env.replace('/', '-')}"
 
 
 # ---------------------------------------------------------------- one environment
 
 
-def _curves(pen: Pen, env: str, environment: dict[str, Any], results: Any) -> Figure:
-    updates = {
-        arm: pd.concat([run.updates for run in runs.values()])
-        for arm, runs in results.items()
-        if any(run.updates is not None and len(run.updates) for run in runs.values())
-    }
-    penalised = {arm: frame for arm, frame in updates.items() if frame["kl_coef"].notna().all()}
-    n_panels = 1 + bool(updates) + bool(penalised)
+def _curves(style: Style, env: str, environment: dict[str, Any], results: Any) -> Figure:
+    """Plot learning curves, KL and β of all arms on one time axis."""
+    updates = {arm: frame for arm, runs in results.items() if (frame := updates_of(runs.values())) is not None}
+    penalized = {arm: frame for arm, frame in updates.items() if frame["kl_coef"].notna().all()}
+    n_panels = 1 + bool(updates) + bool(penalized)
     figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * n_panels), layout="constrained")
     panels = list(figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0])
 
@@ -120,42 +120,64 @@ def _curves(pen: Pen, env: str, environment: dict[str, Any], results: Any) -> Fi
     returns.set(title=env, ylabel="mean return")
     for arm, statistics in environment["arms"].items():
         if statistics["curve"] is not None:
-            _band(pen, returns, arm, statistics["curve"]["timesteps"], *statistics["curve"]["mean"])
+            _band(style, returns, arm, statistics["curve"]["timesteps"], *statistics["curve"]["mean"])
+    if not returns.lines:
+        _note(returns, "no learning curve: not every run finished a training episode")
     if environment["threshold"] is not None:
-        returns.axhline(environment["threshold"], color=pen.theme.ink, lw=0.8, ls=":")
-    figure.legend(*returns.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small", frameon=False)
+        returns.axhline(environment["threshold"], color=style.theme.foreground, lw=0.8, ls=":")
+    _legend(style, figure, list(environment["arms"]))
 
     if updates:
-        _traces(pen, panels[1], updates, "kl")
         panels[1].set(ylabel="KL per update [nats]", yscale="log")
-        for arm, frame in penalised.items():
-            panels[1].axhline(frame["target_kl"].iloc[0], color=pen.colours[arm], lw=0.8, ls="--")
-    if penalised:
-        _traces(pen, panels[2], penalised, "kl_coef")
+        if _traces(style, panels[1], updates, "kl"):
+            for arm, frame in penalized.items():
+                panels[1].axhline(frame["target_kl"].iloc[0], color=style.colors[arm], lw=0.8, ls="--")
+        else:  # without targets: matplotlib cannot scale a logarithmic axis to a horizontal line alone
+            _note(panels[1], "no update changed the policy")
+    if penalized:
         panels[2].set_ylabel("coefficient β")
         panels[2].set_yscale("log", base=2)
+        if not _traces(style, panels[2], penalized, "kl_coef"):
+            _note(panels[2], "β is 0")
     panels[-1].set_xlabel("time steps")
     return figure
 
 
-def _traces(pen: Pen, axes: Axes, updates: dict[str, pd.DataFrame], column: str) -> None:
-    """Median and middle 80 % of all seeds' updates, in bins of the time axis."""
-    for arm, frame in updates.items():
-        positive = frame[frame[column] > 0]  # an update without any effect has no place on a logarithmic axis
-        n_bins = min(N_BINS, positive["timesteps"].nunique())
-        bins = positive.groupby(pd.cut(positive["timesteps"], n_bins), observed=True)
+def _traces(style: Style, axes: Axes, updates: dict[str, pd.DataFrame], column: str) -> bool:
+    """
+    Plot the median and the middle 80 % of all seeds' updates, in bins of the time axis.
+
+    :return: whether there was anything to plot; a logarithmic axis shows neither zero nor infinity
+    """
+    drawable = {arm: frame[(frame[column] > 0) & np.isfinite(frame[column])] for arm, frame in updates.items()}
+    shown = {arm: frame for arm, frame in drawable.items() if len(frame)}
+    for arm, frame in shown.items():
+        n_bins = min(N_BINS, frame["timesteps"].nunique())
+        bins = frame.groupby(pd.cut(frame["timesteps"], n_bins), observed=True)
         middle, low, high = (bins[column].quantile(q).to_numpy() for q in (0.5, 0.1, 0.9))
-        _band(pen, axes, arm, bins["timesteps"].mean().to_numpy(), middle, low, high)
+        _band(style, axes, arm, bins["timesteps"].mean().to_numpy(), middle, low, high)
+    return bool(shown)
 
 
-def _band(pen: Pen, axes: Axes, arm: str, x: Any, middle: Any, low: Any, high: Any) -> None:
-    axes.plot(x, middle, label=arm, marker="." if len(x) == 1 else "", **pen.line(arm))
-    if low[0] is not None:  # a single run has no interval
-        axes.fill_between(x, low, high, color=pen.colours[arm], alpha=0.2, lw=0)
+def _band(style: Style, axes: Axes, arm: str, x: Any, middle: Any, low: Any, high: Any) -> None:
+    axes.plot(x, middle, marker="." if len(x) == 1 else "", **style.line(arm))
+    if low[0] is not None and len(x) > 1:  # no interval from a single run, no area around a single point
+        axes.fill_between(x, low, high, color=style.colors[arm], alpha=0.2, lw=0)
 
 
-def _final_returns(pen: Pen, environments: dict[str, Any], results: Results) -> Figure:
-    """Every seed as a dot, the mean with its interval as a line."""
+def _legend(style: Style, figure: Figure, arms: list[str]) -> None:
+    """Name every arm above the panels, including arms that are missing from some of them."""
+    handles = [Line2D([], [], label=arm, **style.line(arm)) for arm in arms]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
+
+
+def _note(axes: Axes, text: str) -> None:
+    """Say why a panel is empty."""
+    axes.text(0.5, 0.6, text, transform=axes.transAxes, ha="center", va="center")
+
+
+def _final_returns(style: Style, environments: dict[str, Any], results: Results) -> Figure:
+    """Plot every seed as a dot and the mean with its interval as a line."""
     n_rows = sum(len(environment["arms"]) for environment in environments.values())
     figure = Figure(figsize=(WIDTH, 0.8 * len(environments) + 0.45 * n_rows + 0.3), layout="constrained")
     ratios = [len(environment["arms"]) + 0.5 for environment in environments.values()]
@@ -164,10 +186,10 @@ def _final_returns(pen: Pen, environments: dict[str, Any], results: Results) -> 
         for row, (arm, statistics) in enumerate(environment["arms"].items()):
             mean, low, high = statistics["final"]["mean"]
             finals = [run.final for run in results[env][arm].values()]
-            axes.plot(finals, [row + 0.22] * len(finals), "o", ms=4, alpha=0.6, mew=0, color=pen.colours[arm])
+            axes.plot(finals, [row + 0.22] * len(finals), "o", ms=4, alpha=0.6, mew=0, color=style.colors[arm])
             if low is not None:
-                axes.plot([low, high], [row, row], lw=3, color=pen.colours[arm], solid_capstyle="round")
-            axes.plot(mean, row, "D", color=pen.theme.ink, ms=5)
+                axes.plot([low, high], [row, row], lw=3, color=style.colors[arm], solid_capstyle="round")
+            axes.plot(mean, row, "D", color=style.theme.foreground, ms=5)
         axes.set_title(env, fontsize="medium")
         _rows(axes, list(environment["arms"]))
     panels[-1].set_xlabel("return of the final policy")
@@ -177,47 +199,47 @@ def _final_returns(pen: Pen, environments: dict[str, Any], results: Results) -> 
 # ---------------------------------------------------------------- across environments
 
 
-def _aggregates(pen: Pen, across: dict[str, Any]) -> Figure:
+def _aggregates(style: Style, across: dict[str, Any]) -> Figure:
     names = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap (less is better)"}
     figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.35 * len(across["arms"]))), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True).flat
     for axes, (name, title) in zip(panels, names.items(), strict=True):
         for row, (arm, aggregates) in enumerate(across["arms"].items()):
-            _interval(axes, row, aggregates[name], pen.colours[arm], pen.theme.ink)
+            _interval(axes, row, aggregates[name], style.colors[arm], style.theme.foreground)
         axes.set_title(title, fontsize="medium")
         _rows(axes, list(across["arms"]))
-    figure.supxlabel("normalised score: 0 a random policy, 1 the best arm", fontsize="medium")
+    figure.supxlabel("normalized score: 0 a random policy, 1 the best arm", fontsize="medium")
     return figure
 
 
-def _improvement(pen: Pen, across: dict[str, Any]) -> Figure:
+def _improvement(style: Style, across: dict[str, Any]) -> Figure:
     pairs = across["probability_of_improvement"]
     figure = Figure(figsize=(WIDTH, 0.9 + 0.45 * len(pairs)), layout="constrained")
     axes = figure.subplots()
-    axes.axvline(0.5, color=pen.theme.ink, lw=0.8, ls=":")
+    axes.axvline(0.5, color=style.theme.foreground, lw=0.8, ls=":")
     for row, pair in enumerate(pairs):
-        _interval(axes, row, pair["probability"], pen.colours[pair["arms"][0]], pen.theme.ink)
+        _interval(axes, row, pair["probability"], style.colors[pair["arms"][0]], style.theme.foreground)
     _rows(axes, [" > ".join(pair["arms"]) for pair in pairs])
     axes.set(xlim=(-0.02, 1.02), xlabel="probability that a run of the first is better")
     return figure
 
 
-def _profile(pen: Pen, across: dict[str, Any]) -> Figure:
+def _profile(style: Style, across: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     at = across["profile"]["at"]
     for arm, (share, low, high) in across["profile"]["arms"].items():
-        _band(pen, axes, arm, at, share, low, high)
-    axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
-    axes.legend(fontsize="small", frameon=False)
+        _band(style, axes, arm, at, share, low, high)
+    axes.set(xlabel="normalized score τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
+    _legend(style, figure, list(across["profile"]["arms"]))
     return figure
 
 
-def _interval(axes: Axes, row: int, interval: Any, colour: str, ink: str) -> None:
+def _interval(axes: Axes, row: int, interval: Any, color: str, foreground: str) -> None:
     estimate, low, high = interval
     if low is not None:
-        axes.plot([low, high], [row, row], lw=5, color=colour, alpha=0.7, solid_capstyle="butt")
-    axes.plot(estimate, row, "|", color=ink, ms=12, mew=2)
+        axes.plot([low, high], [row, row], lw=5, color=color, alpha=0.7, solid_capstyle="butt")
+    axes.plot(estimate, row, "|", color=foreground, ms=12, mew=2)
 
 
 def _rows(axes: Axes, labels: list[str]) -> None:
@@ -229,17 +251,17 @@ def _rows(axes: Axes, labels: list[str]) -> None:
 
 
 def _settings(theme: Theme) -> Any:
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.ink)
+    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        **ink,
-        "axes.facecolor": theme.paper,
-        "figure.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
+        **dict.fromkeys(colored, theme.foreground),
+        "axes.facecolor": theme.background,
+        "figure.facecolor": theme.background,
+        "savefig.facecolor": theme.background,
         "axes.grid": True,
         "grid.alpha": 0.25,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "svg.hashsalt": "sb3_adaptive_kl",  # the same picture is the same file
+        "svg.hashsalt": "sb3_adaptive_kl",  # makes the files reproducible
     }
 
 

@@ -1,4 +1,4 @@
-"""What is shown while runs are carried out: one live display on a terminal, a line per finished run elsewhere."""
+"""Progress of the runs: a live display on a terminal, otherwise one line per finished run."""
 
 import json
 import sys
@@ -11,41 +11,43 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sb3_adaptive_kl.compare import backends
-from sb3_adaptive_kl.compare.plan import Run
+from sb3_adaptive_kl.compare.plan import Files, Run
 
 
 def display(runs: Sequence[Run], n_finished: int) -> "Lines":
     """
-    :param runs: to be carried out
-    :param n_finished: runs that were finished before
+    Choose the display that fits stderr.
+
+    :param runs: runs to execute
+    :param n_finished: number of runs that had finished before
     """
     return Bars(runs, n_finished) if sys.stderr.isatty() else Lines(runs, n_finished)
 
 
 class Lines:
-    """A line for each run that finishes."""
+    """Print a line for every run that ends."""
 
     def __init__(self, runs: Sequence[Run], n_finished: int) -> None:
         self.n_finished = n_finished
         self.n_runs = n_finished + len(runs)
         if n_finished:
-            self.say(f"{n_finished} of {self.n_runs} runs are done already")
+            self.print_line(f"{n_finished} of {self.n_runs} runs have already finished")
 
-    def shown(self) -> AbstractContextManager[object]:
-        """The time in which events come."""
+    def live(self) -> AbstractContextManager[object]:
+        """Context in which ``update`` is called."""
         return nullcontext()
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     def update(self, event: backends.Progress | backends.Finished) -> None:
         if isinstance(event, backends.Finished):
             self.n_finished += 1
-            self.say(f"[{self.n_finished}/{self.n_runs}] {event.run}: {_outcome(event.outcome)}")
+            self.print_line(f"[{self.n_finished}/{self.n_runs}] {event.run}: {_outcome(event.outcome)}")
 
 
 class Bars(Lines):
-    """A bar for all runs together and one for each that is running; finished runs leave their line above."""
+    """Show a progress bar for all runs together and one for each active run, below the lines of the finished runs."""
 
     def __init__(self, runs: Sequence[Run], n_finished: int) -> None:
         columns = (
@@ -58,15 +60,15 @@ class Bars(Lines):
         self._progress = Progress(*columns, console=Console(stderr=True))
         total = sum(int(run.hyperparameters["n_timesteps"]) for run in runs)
         self._all = self._progress.add_task("all runs", total=total, speed="")
-        self._done = 0  # time steps of runs that finished here
-        self._running: dict[str, TaskID] = {}  # by folder, which tells a run from every other
+        self._done = 0  # time steps of the runs that ended since the start
+        self._running: dict[str, TaskID] = {}  # by folder, which is unique
         self._started: dict[str, float] = {}
         super().__init__(runs, n_finished)
 
-    def shown(self) -> AbstractContextManager[object]:
+    def live(self) -> AbstractContextManager[object]:
         return self._progress
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         self._progress.console.print(line, markup=False, highlight=False)
 
     def update(self, event: backends.Progress | backends.Finished) -> None:
@@ -87,7 +89,7 @@ class Bars(Lines):
         self._progress.update(self._all, completed=self._done + running, description=f"{self.n_finished}/{self.n_runs} runs")
 
 
-def _outcome(outcome: backends.Files | backends.Failure) -> str:
+def _outcome(outcome: Files | backends.Failure) -> str:
     if isinstance(outcome, backends.Failure):
         return f"failed: {outcome.line}"
     result = json.loads(outcome["run.json"])

@@ -1,5 +1,5 @@
 """
-The last stage: `report.html`, one file to share, and `report.md`, with the same content.
+The last stage: write `report.html`, a single file to share, and `report.md` with the same content.
 
     python -m sb3_adaptive_kl.compare.report FOLDER
 """
@@ -19,24 +19,27 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
 
 REPORT_FILE = "report.html"
 
-MEASURES = {"final": "final policy", "area": "while learning"}
+# Entry of a pair → its name in the report, and what a seed needs to be compared
+MEASURES = {"final": ("final policy", "a finished run"), "area": ("while learning", "a finished training episode")}
 
-# What a picture shows, for those who cannot see it and for the line below it
+# Captions, also used as alternative text
 CAPTIONS = {
-    "final_returns": "Return of the final policy: each seed a dot, the mean with its 95 % interval.",
-    "aggregates": "Normalised scores over all environments, with 95 % intervals.",
-    "probability_of_improvement": "Probability that a run of the first arm is better than one of the second; ½ is level.",
-    "performance_profile": "Share of runs above each normalised score. Higher is better.",
+    "final_returns": "Return of the final policy: a dot per seed, and the mean with its 95 % interval.",
+    "aggregates": "Normalized scores over all environments, with 95 % intervals.",
+    "probability_of_improvement": "Probability that a run of the first arm beats a run of the second; ½ is a tie.",
+    "performance_profile": "Share of runs above each normalized score. Higher is better.",
 }
 CURVES_CAPTION = (
-    "Learning curves: mean over seeds with its 95 % interval; dotted, the threshold. Below, on the same time axis, the exact "
-    "KL of each update and β: median and middle 80 % over seeds; dashed, the target."
+    "Learning curves: mean over seeds with its 95 % interval; the threshold is dotted. Below, on the same time axis: exact KL "
+    "of the updates that changed the policy, and β, each as median and middle 80 % over seeds; the target is dashed."
 )
 
 
 def write(plan: Plan, store: Store) -> Path:
     """
-    :return: the page
+    Write both reports.
+
+    :return: path of the HTML page
     """
     content = gather(plan, store)
     for template, autoescape in ((REPORT_FILE, True), ("report.md", False)):
@@ -47,13 +50,13 @@ def write(plan: Plan, store: Store) -> Path:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(number=number, interval=interval, percent=percent, count=count)
+        environment.filters.update(number=number, interval=interval, percent=percent, count=count, reached=reached)
         store.write(template, environment.get_template(template).render(content))
     return store.folder / REPORT_FILE
 
 
 def gather(plan: Plan, store: Store) -> dict[str, Any]:
-    """Everything that the templates show."""
+    """Collect the variables of the templates."""
     statistics = store.read_json(STATISTICS_FILE)
     runs = list(plan.runs())
     return {
@@ -65,9 +68,9 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
         "n_runs": len(runs),
         "n_finished": sum(store.finished(run) for run in runs),
         "failures": store.failures(plan),
-        "few_seeds": FEW_SEEDS if plan.seeds < FEW_SEEDS else None,
+        "seeds_warning": seeds_warning(plan.seeds),
         "bootstrap_samples": BOOTSTRAP_SAMPLES,
-        "verdicts": [verdict(env, pair) for env, found in statistics["environments"].items() for pair in found["pairs"]],
+        "verdicts": [verdict(env, pair) for env, stats in statistics["environments"].items() for pair in stats["pairs"]],
         "differing": {env: differing(plan.effective(env)) for env in plan.environments},
         "shared": {env: shared(plan.effective(env)) for env in plan.environments},
         "curves": {env: plots.curves_name(env) for env in statistics["environments"]},
@@ -75,43 +78,52 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
         "captions": {name: CAPTIONS[name] for name in plots.picture_names(statistics) if name in CAPTIONS},
         "image": lambda name, suffix="": _data_uri(store.folder / plots.FOLDER / f"{name}{suffix}.svg"),
         "folder": plots.FOLDER,
+        "on_policy": {arm: Arm.parse(arm).on_policy for arm in plan.arms},
         "zoo_logs": {arm: f"runs/{Arm.parse(arm).folder}" for arm in plan.arms},
     }
 
 
+def seeds_warning(seeds: int) -> str | None:
+    """Warn about the width of the intervals; None if there are enough seeds."""
+    if seeds == 1:
+        return "1 seed: a single run does not have intervals and cannot show a difference."
+    return f"{count(seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little." if seeds < FEW_SEEDS else None
+
+
 def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
-    """What may be said of two arms, and no more."""
+    """State the differences between two arms, and which of them are shown."""
     a, b = pair["arms"]
-    sentences = [f"{what}: {_sentence(a, b, pair[measure])}" for measure, what in MEASURES.items()]
+    sentences = [f"{name}: {_sentence(a, b, pair[measure], needed)}" for measure, (name, needed) in MEASURES.items()]
     shown = any(pair[measure] is not None and pair[measure]["winner"] for measure in MEASURES)
     return {"env": env, "arms": f"{a} and {b}", "sentences": sentences, "shown": shown}
 
 
-def _sentence(a: str, b: str, found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "no seed was finished by both."
-    low, high = found["student"]
+def _sentence(a: str, b: str, difference: dict[str, Any] | None, needed: str) -> str:
+    if difference is None:
+        return f"not compared: no seed has {needed} in both arms."
+    low, high = difference["student"]
     student = "" if low is None else f", Student's t [{number(low)}, {number(high)}]"
-    difference = f"{a} − {b} = {interval(found['mean'])}{student}, {count(found['seeds'], 'seed')}"
-    if found["winner"] is None:
-        return f"no difference is shown ({difference})."
-    return f"{found['winner']} is better than {b if found['winner'] == a else a} ({difference})."
+    numbers = f"{a} − {b} = {interval(difference['mean'])}{student}, {count(difference['seeds'], 'seed')}"
+    winner = difference["winner"]
+    if winner is None:
+        return f"no difference is shown ({numbers})."
+    return f"{winner} is better than {b if winner == a else a} ({numbers})."
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Hyperparameter → arm → value, of those that are not the same for all."""
+    """Hyperparameter → arm → value, for hyperparameters that differ between arms."""
     keys = dict.fromkeys(key for arm in arms.values() for key in arm)
     table = {key: {arm: given.get(key, "–") for arm, given in arms.items()} for key in keys}
     return {key: values for key, values in table.items() if len({repr(value) for value in values.values()}) > 1}
 
 
 def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The hyperparameters that are the same for all arms."""
+    """Hyperparameter → value, for hyperparameters that are the same in all arms."""
     return {key: value for key, value in next(iter(arms.values())).items() if key not in differing(arms)}
 
 
 def number(value: float | None) -> str:
-    """As many digits as one reads."""
+    """Format for reading, with about three significant digits."""
     if value is None:
         return "–"
     if value == 0 or 0.1 <= abs(value) < 1000:
@@ -122,14 +134,20 @@ def number(value: float | None) -> str:
 
 
 def interval(values: list[float] | None) -> str:
-    """An estimate with its limits, if there are runs enough for any."""
+    """Format an estimate with its limits, if there are enough runs for limits."""
     if values is None or values[1] is None:
         return number(None if values is None else values[0])
     return f"{number(values[0])} [{number(values[1])}, {number(values[2])}]"
 
 
-def count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def count(n: int, noun: str) -> str:
+    """Format a number with its noun in singular or plural."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def reached(arm: dict[str, Any], threshold: float | None) -> str:
+    """Format how many seeds of an arm reached the threshold."""
+    return "–" if threshold is None else f"{arm['reached']} of {arm['seeds']}"
 
 
 def percent(value: float | None) -> str:

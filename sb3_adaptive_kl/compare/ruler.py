@@ -1,7 +1,7 @@
 """
 The same ruler for every on-policy arm: exact KL(π_old ‖ π_new) over the whole rollout, after each update, PPO's as well.
 
-It draws no random number and touches neither the model nor its buffer, so that an arm learns the same with it and without.
+It draws no random number and changes neither the model nor its buffer, so that an arm learns the same with it and without.
 """
 
 import copy
@@ -12,44 +12,45 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.arguments import target_kl_at
-from sb3_adaptive_kl.distributions import ActionDistribution
-from sb3_adaptive_kl.evaluation import PolicyEvaluation
+from sb3_adaptive_kl.rollout.hosts import Host, MaskableHost, RecurrentHost
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
-# The class that knows how to evaluate the host's minibatches; the first host that fits
-EVALUATED_AS: tuple[tuple[type, type[PolicyEvaluation]], ...] = (
-    (RecurrentPPO, RecurrentAdaptiveKLPPO),
-    (MaskablePPO, MaskableAdaptiveKLPPO),
-    (OnPolicyAlgorithm, AdaptiveKLPPO),
+# How each algorithm's policy is evaluated; the first that fits
+HOSTS: tuple[tuple[type, Host], ...] = (
+    (RecurrentPPO, RecurrentHost()),
+    (MaskablePPO, MaskableHost()),
+    (OnPolicyAlgorithm, Host()),
 )
 
 
 def measurable(model: Any) -> bool:
+    """
+    Tell whether the ruler fits.
+
+    :param model: any algorithm of the zoo
+    :return: whether it is on-policy
+    """
     return isinstance(model, OnPolicyAlgorithm)
 
 
-def evaluator(model: OnPolicyAlgorithm) -> PolicyEvaluation:
+def remember(model: OnPolicyAlgorithm) -> OldPolicy:
     """
-    A second view of the model, able to evaluate its policy on the rollout that it has now: policy and arrays are the
-    model's own; the buffer is a copy that holds them, since reading it puts flattened arrays in their place, and the model
-    will soon put empty ones there.
+    Remember the policy of a model that has just collected a rollout.
+
+    :param model: any on-policy algorithm
+    :return: its policy now, to compare with what it becomes. The rollout is a shallow copy: reading a buffer replaces its
+        arrays by flattened ones, and the next rollout replaces them by empty ones.
     """
-    view: Any = copy.copy(model)
-    view.__class__ = next(ours for host, ours in EVALUATED_AS if isinstance(model, host))
     buffer: Any = copy.copy(model.rollout_buffer)
     if isinstance(buffer.observations, dict):
         buffer.observations = dict(buffer.observations)
-    view.rollout_buffer = buffer
-    view.batch_size = view.rollout_buffer.buffer_size  # only one minibatch is ever drawn, to see how the buffer draws
-    view.kl_divergence = "forward"
-    return view  # type: ignore[no-any-return]
+    host = next(host for algorithm, host in HOSTS if isinstance(model, algorithm))
+    return OldPolicy(model.policy, buffer, host)
 
 
 class Ruler(BaseCallback):
-    """
-    Measures every update. ``updates`` then holds a row for each, and ``seconds`` the time that the measuring took.
-    """
+    """Measures every update. ``updates`` holds a row for each, and ``seconds`` the time spent measuring."""
 
     COLUMNS = ("timesteps", "kl", "kl_max", "kl_coef", "target_kl")
 
@@ -57,15 +58,14 @@ class Ruler(BaseCallback):
         super().__init__()
         self.updates: list[tuple[int, float, float, float | None, float | None]] = []
         self.seconds = 0.0
-        self._before: tuple[PolicyEvaluation, ActionDistribution | None, float | None] | None = None
+        self._before: tuple[OldPolicy, float | None] | None = None
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
         start = time.perf_counter()
-        view = evaluator(self.model)  # type: ignore[arg-type]
-        self._before = view, view._old_distributions(), getattr(self.model, "kl_coef", None)
+        self._before = remember(self.model), getattr(self.model, "kl_coef", None)  # type: ignore[arg-type]
         self.seconds += time.perf_counter() - start
 
     def _on_rollout_start(self) -> None:
@@ -78,13 +78,13 @@ class Ruler(BaseCallback):
         if self._before is None:  # before the first update; and the zoo ends the training of its first callback twice
             return
         start = time.perf_counter()
-        view, old, kl_coef = self._before
+        old_policy, kl_coef = self._before
         self._before = None
-        kl = view._divergence_on_rollout(old)
-        self.updates.append((view.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl()))
+        kl = old_policy.divergence_on_rollout()
+        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl()))
         self.seconds += time.perf_counter() - start
 
     def _target_kl(self) -> float | None:
-        """That of the penalty. In PPO and TRPO this name is a limit, and no target."""
+        """Read the penalty's target. In PPO and TRPO ``target_kl`` is a limit, and not a target."""
         model: Any = self.model
         return target_kl_at(model.target_kl, model._current_progress_remaining) if hasattr(model, "kl_coef") else None

@@ -1,7 +1,7 @@
 """
-The second stage: carry out the runs of a plan that are not done.
+The second stage: execute the unfinished runs of a plan.
 
-    python -m sb3_adaptive_kl.compare.run FOLDER     # those of a folder, one after the other
+    python -m sb3_adaptive_kl.compare.run FOLDER     # one at a time
 """
 
 from sb3_adaptive_kl.compare import backends
@@ -11,17 +11,17 @@ from sb3_adaptive_kl.compare.store import Store, on_folder
 
 
 def carry_out(plan: Plan, store: Store, backend: backends.Backend) -> None:
-    """A run that is done is never repeated; one that fails is written down and stops no other."""
+    """Execute the unfinished runs. A failure is recorded and does not stop the other runs."""
     runs = list(plan.runs())
     todo = [run for run in runs if not store.finished(run)]
     if not todo:
         return
-    shown = display(todo, n_finished=len(runs) - len(todo))
-    with shown.shown():
+    progress = display(todo, n_finished=len(runs) - len(todo))
+    with progress.live():
         for event in backend(todo):
             if isinstance(event, backends.Finished):
                 store.keep(event.run, event.outcome)
-            shown.update(event)
+            progress.update(event)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-The third stage: from the runs on disk to numbers, `statistics.json`, `timings.json` and `runs.csv`.
+The third stage: compute `statistics.json`, `timings.json` and `runs.csv` from the runs on disk.
 
     python -m sb3_adaptive_kl.compare.statistics FOLDER
 
-Intervals are rliable's: percentiles of a bootstrap that resamples seeds within each environment (Agarwal et al. 2021,
-https://arxiv.org/abs/2108.13264), 95 %. What depends on the clock stands apart, so that the statistics of a plan are the same
-wherever and however often it is carried out.
+Intervals are 95 % percentile intervals of rliable's bootstrap, which resamples seeds within each environment (Agarwal et al.
+2021, https://arxiv.org/abs/2108.13264). Timings have their own file, so the statistics of a plan are the same on every machine
+and at every repetition.
 """
 
 import csv
@@ -18,13 +18,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.stats
 from rliable import library as rly
 from rliable import metrics
 
 from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.results import Result, Results, read
+from sb3_adaptive_kl.compare.results import Result, Results, read, updates_of
 from sb3_adaptive_kl.compare.store import Store, on_folder
 
 STATISTICS_FILE, TIMINGS_FILE, RUNS_FILE = "statistics.json", "timings.json", "runs.csv"
@@ -32,17 +31,23 @@ STATISTICS_FILE, TIMINGS_FILE, RUNS_FILE = "statistics.json", "timings.json", "r
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_SAMPLES = 5000
 CONFIDENCE = 0.95
-# "Learned": gymnasium's threshold, or this far from a random policy to the best arm
+# Threshold for environments where gymnasium does not specify one: this share of the way from random to the best arm
 THRESHOLD_SHARE = 0.9
-# Of runs.csv
+# Entries of `_kl` that go into runs.csv
 KL_COLUMNS = ("median", "largest", "in_band", "worst_overshoot", "spread")
+RUNS_COLUMNS = (
+    "env", "arm", "algo", "seed",
+    "timesteps", "final_return", "final_return_std", "area", "steps_to_threshold",
+    *(f"kl_{name}" for name in KL_COLUMNS),
+    "seconds", "steps_per_second", "machine",
+)  # fmt: skip
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
-Interval = list[float | None]  # estimate, lower and upper limit; no limits from a single run
+Interval = list[float | None]  # estimate, lower and upper limit; the limits of a single run are None
 
 
 def write(plan: Plan, store: Store) -> None:
-    """Write the three files."""
+    """Compute and write the three files."""
     results = read(plan, store)
     statistics = compute(plan, results)
     store.write(STATISTICS_FILE, json.dumps(statistics, indent=1, allow_nan=False))
@@ -51,7 +56,7 @@ def write(plan: Plan, store: Store) -> None:
 
 
 def compute(plan: Plan, results: Results) -> dict[str, Any]:
-    """All statistics that do not depend on the clock; what cannot be computed, for want of runs for instance, is None."""
+    """Compute all statistics except timings. A statistic that cannot be computed, for example for lack of runs, is None."""
     environments = {env: _environment(arms) for env, arms in results.items() if any(arms.values())}
     return {
         "seeds": plan.seeds,
@@ -66,16 +71,16 @@ def compute(plan: Plan, results: Results) -> dict[str, Any]:
 
 def _environment(arms: dict[str, dict[int, Result]]) -> dict[str, Any]:
     arms = {arm: runs for arm, runs in arms.items() if runs}
-    everything = [run for runs in arms.values() for run in runs.values()]
-    random = fmean(value for run in everything for value in run.summary["random_returns"])
+    all_runs = [run for runs in arms.values() for run in runs.values()]
+    random = fmean(value for run in all_runs for value in run.summary["random_returns"])
     best = max(fmean(run.final for run in runs.values()) for runs in arms.values())
-    solved = everything[0].summary["reward_threshold"]
-    if solved is not None:
-        threshold, source = solved, "gymnasium's reward threshold"
+    reward_threshold = all_runs[0].summary["reward_threshold"]
+    if reward_threshold is not None:
+        threshold, source = reward_threshold, "gymnasium's reward threshold"
     elif best > random:
-        threshold, source = random + THRESHOLD_SHARE * (best - random), "90 % from random to the best arm"
+        threshold, source = random + THRESHOLD_SHARE * (best - random), "90 % of the way from random to the best arm"
     else:
-        threshold, source = None, "none, since no arm is better than random"
+        threshold, source = None, "none, because no arm is better than random"
     return {
         "random": random,
         "best": best,
@@ -89,18 +94,18 @@ def _environment(arms: dict[str, dict[int, Result]]) -> dict[str, Any]:
 def _arm(runs: list[Result], threshold: float | None) -> dict[str, Any]:
     mean, median, iqm = intervals(_mean_median_iqm, np.array([[run.final] for run in runs]))
     curves = [run.curve for run in runs if run.curve is not None]
-    complete = len(curves) == len(runs)  # a run that ended no episode has no curve
+    complete = len(curves) == len(runs)  # a run without a finished training episode does not have a curve
     steps = [run.steps_to(threshold) for run in runs]
-    middle = float(np.median([np.inf if step is None else step for step in steps]))
+    median_steps = np.median([np.inf if step is None else step for step in steps])
     return {
         "seeds": len(runs),
         "final": {"mean": mean, "median": median, "iqm": iqm},
-        # Not from the curves: the bootstrap resamples each column by itself, as if the points of a curve were independent
+        # Computed per run, not from the curves: the bootstrap resamples every point of a curve independently
         "area": intervals(lambda areas: np.array([areas.mean()]), np.array([[run.area] for run in runs]))[0]
         if complete
         else None,
         "reached": sum(step is not None for step in steps),
-        "steps_to_threshold": middle if np.isfinite(middle) else None,
+        "steps_to_threshold": _finite(median_steps),
         "kl": _kl(runs),
         "curve": {
             "timesteps": runs[0].points.tolist(),
@@ -116,30 +121,35 @@ def _mean_median_iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def _kl(runs: list[Result]) -> dict[str, Any] | None:
-    """How far updates went, over all of all seeds; against the target where there is one."""
-    frames = [run.updates for run in runs if run.updates is not None and len(run.updates)]
-    if not frames:
+    """Summarize the KL of all updates of several runs, relative to the target if there is one."""
+    updates = updates_of(runs)
+    if updates is None:
         return None
-    updates = pd.concat(frames)
     kl, target = updates["kl"].to_numpy(), updates["target_kl"].to_numpy(dtype=float)
-    aimed = not np.isnan(target).any()
+    has_target = not np.isnan(target).any()
     tolerance = runs[0].summary["kl_tolerance"]
-    over_target = kl / target if aimed else kl
-    moved = over_target[over_target > 0]
-    return {
-        "updates": len(kl),
-        "median": float(np.median(kl)),
-        "95 %": float(np.quantile(kl, 0.95)),
-        "largest": float(kl.max()),
-        # Of log₂(KL / target); without a target of log₂ KL, which is the same for a constant target
-        "spread": float(np.log2(moved).std()) if len(moved) else None,
-        "in_band": float(np.mean((over_target >= 1 / tolerance) & (over_target <= tolerance))) if aimed else None,
-        "worst_overshoot": float(over_target.max()) if aimed else None,
-    }
+    relative = kl / target if has_target else kl
+    changed = relative[relative > 0]
+    with np.errstate(invalid="ignore"):  # an update can leave an infinite KL
+        return {
+            "updates": len(kl),
+            "median": _finite(np.median(kl)),
+            "95 %": _finite(np.quantile(kl, 0.95)),
+            "largest": _finite(kl.max()),
+            # Standard deviation of log₂(KL / target); of log₂ KL without a target, which is the same for a constant target
+            "spread": _finite(np.log2(changed).std()) if len(changed) else None,
+            "in_band": float(np.mean((relative >= 1 / tolerance) & (relative <= tolerance))) if has_target else None,
+            "worst_overshoot": _finite(relative.max()) if has_target else None,
+        }
+
+
+def _finite(value: float | np.floating[Any]) -> float | None:
+    """Replace infinity and NaN, which JSON does not have, by None."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _pair(a: str, runs_a: dict[int, Result], b: str, runs_b: dict[int, Result]) -> dict[str, Any]:
-    """How a differs from b, of the seeds that both finished."""
+    """Compare arm a with arm b on the seeds that both finished."""
     pairs = [(runs_a[seed], runs_b[seed]) for seed in runs_a if seed in runs_b]
     areas = [(x.area, y.area) for x, y in pairs if x.area is not None and y.area is not None]
     return {
@@ -151,10 +161,10 @@ def _pair(a: str, runs_a: dict[int, Result], b: str, runs_b: dict[int, Result]) 
 
 def _difference(a: str, b: str, differences: list[float]) -> dict[str, Any] | None:
     """
-    The mean difference a − b with two intervals, the bootstrap's and Student's t.
+    Mean difference a − b with two intervals: bootstrap and Student's t.
 
-    An arm is called the winner if 0 lies outside of both: the bootstrap's is too narrow with few seeds. With two seeds it
-    cannot be told at all.
+    An arm is the winner only if 0 lies outside both intervals, because the bootstrap's is too narrow with few seeds. Two seeds
+    never show a winner.
     """
     if not differences:
         return None
@@ -173,13 +183,13 @@ def _difference(a: str, b: str, differences: list[float]) -> dict[str, Any] | No
 
 
 def _student(differences: list[float]) -> list[float | None]:
-    """Limits of Student's interval for the mean; where all differences are the same it has no width."""
+    """Limits of Student's t interval for the mean; its width is zero if all differences are equal."""
     if len(differences) < 2:
         return [None, None]
     if np.ptp(differences) == 0:
         return [differences[0], differences[0]]
-    found = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
-    return [float(found.low), float(found.high)]
+    limits = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
+    return [float(limits.low), float(limits.high)]
 
 
 # ---------------------------------------------------------------- across environments
@@ -187,8 +197,9 @@ def _student(differences: list[float]) -> list[float | None]:
 
 def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[str, Any] | None:
     """
-    Of scores normalised to 0 for a random policy and 1 for the environment's best arm (its mean over seeds). Only environments
-    where an arm is better than random, and seeds that an arm finished on all of them, count.
+    Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
+
+    Only environments where some arm is better than random count, and for each arm only the seeds it finished on all of them.
     """
     counted = [env for env in results if env in environments and environments[env]["best"] > environments[env]["random"]]
     scores = {}
@@ -196,7 +207,7 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
         seeds = [seed for seed in range(plan.seeds) if all(seed in results[env][arm] for env in counted)]
         if counted and seeds:
             scores[arm] = np.array(
-                [[_normalised(results[env][arm][seed], environments[env]) for env in counted] for seed in seeds]
+                [[_normalized(results[env][arm][seed], environments[env]) for env in counted] for seed in seeds]
             )
     if not scores:
         return None
@@ -213,19 +224,17 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
         ],
         "profile": {
             "at": PROFILE_AT.tolist(),
-            "arms": {
-                arm: [list(value) for value in zip(*intervals(_profile, matrix), strict=True)]
-                for arm, matrix in scores.items()
-            },
+            "arms": {arm: _transposed(intervals(_profile, matrix)) for arm, matrix in scores.items()},
         },
     }
 
 
-def _normalised(run: Result, environment: dict[str, Any]) -> float:
+def _normalized(run: Result, environment: dict[str, Any]) -> float:
     return float((run.final - environment["random"]) / (environment["best"] - environment["random"]))
 
 
 def _aggregates(scores: np.ndarray) -> np.ndarray:
+    """Compute IQM, median, mean and optimality gap."""
     return np.array(
         [
             metrics.aggregate_iqm(scores),
@@ -241,7 +250,7 @@ def _probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _profile(scores: np.ndarray) -> np.ndarray:
-    """Share of runs above each score."""
+    """Share of runs above each score of ``PROFILE_AT``."""
     return np.asarray((scores[..., None] > PROFILE_AT).mean(axis=(0, 1)))
 
 
@@ -250,9 +259,11 @@ def _profile(scores: np.ndarray) -> np.ndarray:
 
 def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list[Interval]:
     """
-    :param statistic: function of as many matrices as there are scores, that gives K numbers
+    Bootstrap intervals, the same at every call.
+
+    :param statistic: function of as many matrices as there are ``scores``, returns an array of shape (K,)
     :param scores: matrices of shape (runs, environments), or (runs, points) for a curve
-    :return: K estimates with their limits, the same at every call
+    :return: K estimates with their limits
     """
     if any(len(matrix) < 2 for matrix in scores):
         return [[float(estimate), None, None] for estimate in statistic(*scores)]
@@ -267,14 +278,14 @@ def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list
     return [[float(value) for value in triple] for triple in zip(estimates[""], low, high, strict=True)]
 
 
-def _transposed(found: list[Interval]) -> list[list[float | None]]:
-    """All estimates, all lower limits, all upper limits."""
-    return [list(values) for values in zip(*found, strict=True)]
+def _transposed(triples: list[Interval]) -> list[list[float | None]]:
+    """Split intervals into all estimates, all lower limits and all upper limits."""
+    return [list(values) for values in zip(*triples, strict=True)]
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """rliable 1.2 takes a ``random_state`` and draws from NumPy's global generator all the same."""
+    """Seed NumPy's global generator, which rliable 1.2 draws from even if it is given a ``random_state``."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -287,7 +298,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def timings(results: Results) -> dict[str, Any]:
-    """Environment → arm → mean seconds of a run and time steps per second, without the ruler's share."""
+    """Environment → arm → mean seconds per run and time steps per second, both without the time of the ruler."""
     return {
         env: {
             arm: {
@@ -302,37 +313,31 @@ def timings(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results, statistics: dict[str, Any]) -> str:
-    """One row for each run."""
-    rows = []
+    """Content of runs.csv: one row per run."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(RUNS_COLUMNS)
     for env, arms in results.items():
         for arm, runs in arms.items():
             for seed, run in runs.items():
-                kl = _kl([run]) or {}
-                rows.append(
-                    {
-                        "env": env,
-                        "arm": arm,
-                        "algo": run.summary["algo"],
-                        "seed": seed,
-                        "timesteps": run.summary["timesteps"],
-                        "final_return": run.final,
-                        "final_return_std": float(np.std(run.summary["final_returns"])),
-                        "area": run.area,
-                        "steps_to_threshold": run.steps_to(statistics["environments"][env]["threshold"]),
-                        **{
-                            f"kl_{name}": kl.get(name)
-                            for name in ("median", "largest", "in_band", "worst_overshoot", "spread")
-                        },
-                        "seconds": run.summary["seconds"],
-                        "steps_per_second": run.summary["timesteps"] / run.summary["seconds"],
-                        "machine": run.summary["machine"],
-                    }
-                )
-    output = io.StringIO()
-    writer = csv.DictWriter(output, rows[0].keys() if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+                writer.writerow([env, arm, run.summary["algo"], seed, *_row(run, statistics["environments"][env])])
     return output.getvalue()
+
+
+def _row(run: Result, environment: dict[str, Any]) -> list[Any]:
+    """Values of a run in runs.csv, from its time steps on."""
+    kl = _kl([run]) or {}
+    return [
+        run.summary["timesteps"],
+        run.final,
+        float(np.std(run.summary["final_returns"])),
+        run.area,
+        run.steps_to(environment["threshold"]),
+        *(kl.get(name) for name in KL_COLUMNS),
+        run.summary["seconds"],
+        run.summary["timesteps"] / run.summary["seconds"],
+        run.summary["machine"],
+    ]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
-The results on disk: a folder that is consistent at every moment.
+The results on disk: a folder that is consistent at all times.
 
-    plan.yml           what is compared, settled
+    plan.yml           environments, arms, seeds and all hyperparameters
     command.json       the command, versions, machine
     runs/…             a zoo log folder for each arm: runs/<arm>/<algo>/<env>_<seed + 1>
-    failures/…         the tracebacks of runs that failed; they are repeated the next time
+    failures/…         tracebacks of failed runs, which are retried the next time
     statistics.json, timings.json, runs.csv, plots/…, report.md, report.html
 
-A run's folder appears under its name in one step, when it is complete: whatever is there is finished.
+A run is written under a temporary name and renamed when it is complete, so a run's folder always holds a finished run.
 """
 
 import json
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sb3_adaptive_kl.compare.arms import PlanError
-from sb3_adaptive_kl.compare.backends import Failure, Files
-from sb3_adaptive_kl.compare.plan import PLAN_FILE, Plan, Run
+from sb3_adaptive_kl.compare.backends import Failure
+from sb3_adaptive_kl.compare.plan import PLAN_FILE, Files, Plan, Run
 
 UNFINISHED = ".unfinished-"
 COMMAND_FILE = "command.json"
@@ -29,7 +29,9 @@ COMMAND_FILE = "command.json"
 
 class Store:
     """
-    :param folder: of the results
+    Reads and writes a results folder.
+
+    :param folder: the results folder
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,35 +40,45 @@ class Store:
     @classmethod
     def open(cls, folder: Path) -> tuple["Store", Plan]:
         """
-        :return: the results in a folder, and their plan
-        :raises PlanError: if there are none
+        Open existing results.
+
+        :param folder: the results folder
+        :return: the results and their plan
+        :raises PlanError: if the folder does not hold results
         """
         if not (folder / PLAN_FILE).is_file():
-            raise PlanError(f"{folder} holds no results: there is no {PLAN_FILE}")
+            raise PlanError(f"{folder} is not a results folder: it does not contain {PLAN_FILE}")
         return cls(folder), Plan.load(folder / PLAN_FILE)
 
     @staticmethod
     def check(folder: Path, plan: Plan) -> None:
         """
-        :raises PlanError: if the folder is something else, or has another plan
+        Check that the results of a plan can be written to a folder.
+
+        :param folder: the results folder, which need not exist
+        :param plan: the plan
+        :raises PlanError: if the folder cannot be written to, holds other files, or has another plan
         """
         existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         if not existing.is_dir():
-            raise PlanError(f"{existing} is a file")
+            raise PlanError(f"{existing} is a file, not a folder")
         if not os.access(existing, os.W_OK):
-            raise PlanError(f"{existing} cannot be written to")
+            raise PlanError(f"{existing} is not writable")
         if (folder / PLAN_FILE).is_file():
             difference = Plan.load(folder / PLAN_FILE).difference(plan)
             if difference:
-                raise PlanError(f"{folder} has another plan, choose another folder: {'; '.join(difference)}")
+                raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
         elif folder.exists() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
-            raise PlanError(f"{folder} is not empty and holds no results: choose another folder")
+            raise PlanError(f"{folder} is neither empty nor a results folder, choose another folder")
 
     @classmethod
     def create(cls, folder: Path, plan: Plan, command: dict[str, Any]) -> "Store":
         """
-        Make the folder, or continue in one with the same plan.
+        Create the folder, or reuse one with the same plan.
 
+        :param folder: the results folder
+        :param plan: the plan
+        :param command: content of command.json
         :raises PlanError: as ``check``
         """
         cls.check(folder, plan)
@@ -74,8 +86,8 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PlanError(f"{folder} cannot be made: {error.strerror}") from None
-        for path in folder.glob(f"{UNFINISHED}*"):  # left by a driver that was killed
+            raise PlanError(f"cannot create {folder}: {error.strerror}") from None
+        for path in folder.glob(f"{UNFINISHED}*"):  # left behind by a killed driver
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         store.write(PLAN_FILE, plan.dump())
         store.write(COMMAND_FILE, json.dumps(command, indent=1))
@@ -85,7 +97,7 @@ class Store:
         return (self.folder / run.folder / "run.json").is_file()
 
     def keep(self, run: Run, outcome: Files | Failure) -> None:
-        """Write a run's files, or why there are none."""
+        """Write the files of a finished run or the traceback of a failed one."""
         failure = self._failure_file(run)
         if isinstance(outcome, Failure):
             failure.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +111,13 @@ class Store:
         unfinished.chmod(0o755)
         destination = self.folder / run.folder
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if destination.exists():  # without a run.json: somebody else's, or damaged
+        if destination.exists():  # without run.json: damaged, or not written by us
             shutil.rmtree(destination)
         os.replace(unfinished, destination)
         failure.unlink(missing_ok=True)
 
     def failures(self, plan: Plan) -> dict[str, str]:
-        """The runs that failed, each with the last line of its traceback."""
+        """Failed run → last line of its traceback."""
         runs = (run for run in plan.runs() if not self.finished(run) and self._failure_file(run).is_file())
         return {str(run): self._failure_file(run).read_text().splitlines()[0] for run in runs}
 
@@ -119,15 +131,18 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         """
-        :raises PlanError: if the stage that writes it has not run
+        Read a file that an earlier stage has written.
+
+        :param name: of the file
+        :raises PlanError: if it does not exist
         """
         path = self.folder / name
         if not path.is_file():
-            raise PlanError(f"{path} is not there: run the stage before")
+            raise PlanError(f"{path} does not exist: run the previous stage first")
         return json.loads(path.read_text())
 
     def results(self, plan: Plan) -> Iterator[tuple[Run, Path]]:
-        """The finished runs and their folders."""
+        """Yield the finished runs and their folders."""
         for run in plan.runs():
             if self.finished(run):
                 yield run, self.folder / run.folder
@@ -137,10 +152,10 @@ class Store:
 
 
 def on_folder(stage: Callable[[Plan, Store], object]) -> None:
-    """Run one stage alone, on the folder that is the only argument of the command."""
+    """Run a single stage on the results folder given on the command line."""
     try:
         if len(sys.argv) != 2:
-            raise PlanError("one argument, the folder of the results")
+            raise PlanError("expected exactly one argument, the results folder")
         store, plan = Store.open(Path(sys.argv[1]))
         stage(plan, store)
     except PlanError as error:

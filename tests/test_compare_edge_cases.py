@@ -1,0 +1,210 @@
+"""Reports of comparisons with little data: one update, seed, arm or episode, failed runs. A warning fails these tests."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from matplotlib.figure import Figure
+
+from sb3_adaptive_kl.compare import cli, plots, statistics
+from sb3_adaptive_kl.compare.backends import Failure
+from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.store import Store
+
+ENV = "CartPole-v1"
+COMMAND = {"command": ["sb3-adaptive-kl", "compare"], "versions": {}, "python": "3", "machine": "here"}
+FAILURE = Failure("ValueError: Invalid learning rate: -1", "Traceback\nValueError: Invalid learning rate: -1")
+
+
+def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, threshold=475.0):
+    """Files of a finished run: updates as (time step, KL), None if not measured; episodes as (time step, return)."""
+    penalty = "1.0,0.01" if run.algo == "ppo_kl" else ","
+    summary = {
+        "algo": run.algo,
+        "hyperparameters": run.hyperparameters,
+        "timesteps": 256,
+        "final_returns": [final],
+        "random_returns": [10.0],
+        "reward_threshold": threshold,
+        "kl_tolerance": 1.5,
+        "seconds": 1.0,
+        "machine": "here",
+    }
+    files = {"run.json": json.dumps(summary), "episodes.csv": "timesteps,return,length\n"}
+    files["episodes.csv"] += "".join(f"{timestep},{value},1\n" for timestep, value in episodes)
+    if updates is not None:
+        rows = "".join(f"{timestep},{kl},{kl},{penalty}\n" for timestep, kl in updates)
+        files["updates.csv"] = "timesteps,kl,kl_max,kl_coef,target_kl\n" + rows
+    return {name: content.encode() for name, content in files.items()}
+
+
+@dataclass
+class Summary:
+    """Exit code, report and figure of a summarized comparison."""
+
+    exit_code: int
+    report: str
+    stderr: str
+    runs_csv: str
+    curves: Figure | None
+
+    @property
+    def notes(self):
+        return [text.get_text() for axes in self.curves.axes for text in axes.texts]
+
+    @property
+    def legend(self):
+        return [text.get_text() for text in self.curves.legends[0].get_texts()]
+
+
+@pytest.fixture
+def summarize(tmp_path, capsys, monkeypatch):
+    """Function that stores an outcome for every run and writes statistics, plots and reports."""
+    render, figures = plots._render, []
+
+    def collect(figure, format):
+        figures.append(figure)
+        return render(figure, format) if format == "svg" else b""
+
+    monkeypatch.setattr(plots, "_render", collect)
+    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 200)
+
+    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1):
+        plan = Plan.create([ENV], list(arms), seeds, n_timesteps=256, n_eval_episodes=1)
+        store = Store.create(tmp_path / "results", plan, COMMAND)
+        for run in plan.runs():
+            store.keep(run, outcome(run))
+        exit_code = cli.summarize(plan, store)
+        report, runs_csv = ((tmp_path / "results" / name).read_text() for name in ("report.md", "runs.csv"))
+        assert (tmp_path / "results" / "report.html").is_file()
+        return Summary(exit_code, report, capsys.readouterr().err, runs_csv, figures[0] if figures else None)
+
+    return summarize
+
+
+def test_one_update_that_changes_the_policy_is_drawn(summarize):
+    summary = summarize(finished)
+    assert summary.exit_code == 0
+    assert "| ppo_kl | 1 | 0.02 | 0.02 | 0.02 | 0.00 | 0 % | 2.00 |" in summary.report
+    assert [line.get_marker() for line in summary.curves.axes[1].lines[:2]] == [".", "."]
+    assert summary.notes == []
+
+
+def test_one_update_that_changes_nothing_is_reported(summarize):
+    """A linear schedule that ends at zero makes the only update one with learning rate 0."""
+    summary = summarize(lambda run: finished(run, updates=[(256, 0.0)]))
+    assert summary.exit_code == 0
+    assert "| ppo_kl | 1 | 0.00 | 0.00 | 0.00 | – | 0 % | 0.00 |" in summary.report
+    assert summary.notes == ["no update changed the policy"]
+
+
+def test_constant_coefficient_is_drawn(summarize):
+    """As of kl_rule="fixed", or of a rule that never has a reason to move."""
+    summary = summarize(lambda run: finished(run, updates=[(128, 0.0), (256, 0.0)]))
+    assert summary.exit_code == 0
+    assert summary.notes == ["no update changed the policy"]
+    assert list(summary.curves.axes[2].lines[0].get_ydata()) == [1.0, 1.0]
+
+
+def test_arm_whose_updates_change_nothing_stays_in_the_legend(summarize):
+    summary = summarize(lambda run: finished(run, updates=[(256, 0.02 if run.arm == "ppo" else 0.0)]))
+    assert summary.legend == ["ppo_kl", "ppo"]
+    assert summary.notes == []
+
+
+def test_coefficient_of_zero_is_drawn_as_empty_panel(summarize):
+    """A logarithmic axis cannot show β = 0."""
+
+    def outcome(run):
+        files = finished(run)
+        return {**files, "updates.csv": files["updates.csv"].replace(b",1.0,0.01", b",0.0,0.01")}
+
+    assert summarize(outcome, arms=["ppo_kl"]).notes == ["β is 0"]
+
+
+def test_infinite_kl_is_left_out(summarize):
+    """JSON does not have infinity."""
+    summary = summarize(lambda run: finished(run, updates=[(128, 0.02), (192, 0.02), (256, float("inf"))]))
+    assert summary.exit_code == 0
+    assert "| ppo_kl | 3 | 0.02 | – | – | – | 0 % | – |" in summary.report
+    assert "inf" not in summary.runs_csv
+    assert summary.notes == []
+
+
+def test_runs_without_update_rows_are_reported(summarize):
+    summary = summarize(lambda run: finished(run, updates=()))
+    assert summary.exit_code == 0
+    assert "| ppo | no updates recorded |" in summary.report
+    assert len(summary.curves.axes) == 1
+
+
+def test_run_without_update_rows_does_not_disturb_other_seeds(summarize):
+    summary = summarize(lambda run: finished(run, updates=[(256, 0.02)] if run.seed else ()), seeds=2)
+    assert "| ppo_kl | 1 | 0.02 |" in summary.report
+    assert summary.notes == []
+
+
+def test_off_policy_arm_is_reported_as_not_measured(summarize):
+    summary = summarize(lambda run: finished(run, updates=None if run.algo == "dqn" else [(256, 0.02)]), arms=["ppo", "dqn"])
+    assert "| dqn | not measured: not an on-policy algorithm |" in summary.report
+    assert summary.legend == ["ppo", "dqn"]
+
+
+def test_runs_without_a_finished_training_episode_are_reported(summarize):
+    summary = summarize(lambda run: finished(run, episodes=()), seeds=2)
+    assert summary.exit_code == 0
+    assert "while learning: not compared: no seed has a finished training episode in both arms." in summary.report
+    assert summary.notes == ["no learning curve: not every run finished a training episode"]
+    assert summary.legend == ["ppo_kl", "ppo"]
+
+
+def test_one_seed_does_not_have_intervals(summarize):
+    summary = summarize(lambda run: finished(run, final=30.0 if run.arm == "ppo" else 20.0))
+    assert "final policy: no difference is shown (ppo_kl − ppo = −10.0, 1 seed)." in summary.report
+    for text in (summary.report, summary.stderr):
+        assert "1 seed: a single run does not have intervals" in text
+
+
+def test_one_episode_is_counted_in_the_singular(summarize):
+    assert "scored over\n1 episode, " in summarize(finished).report
+
+
+def test_one_arm_has_nothing_to_compare(summarize):
+    summary = summarize(finished, arms=["ppo_kl"], seeds=2)
+    assert summary.exit_code == 0
+    assert "Fewer than two arms have finished runs, so there is nothing to compare." in summary.report
+    assert "There is only one arm." in summary.report
+    assert "paired by seed" not in summary.report
+
+
+def test_threshold_that_does_not_exist_is_not_counted(summarize):
+    """Without gymnasium's threshold and an arm that beats random there is nothing to reach."""
+    summary = summarize(lambda run: finished(run, final=5.0, threshold=None))
+    assert "| ppo | 1 | 5.00 | 5.00 | 5.00 | 20.0 | – | – |" in summary.report
+
+
+def test_arm_whose_runs_all_failed_is_left_out(summarize):
+    summary = summarize(lambda run: FAILURE if run.arm == "ppo" else finished(run), seeds=2)
+    assert summary.exit_code == 1
+    assert "- **failed: ppo CartPole-v1 seed 1**: `ValueError: Invalid learning rate: -1`" in summary.report
+    assert "Fewer than two arms have finished runs" in summary.report
+    assert summary.legend == ["ppo_kl"]
+    assert "Traceback" not in summary.stderr
+
+
+def test_arms_that_finished_different_seeds_are_not_compared(summarize):
+    summary = summarize(lambda run: FAILURE if (run.arm == "ppo") == (run.seed == 0) else finished(run), seeds=2)
+    assert summary.exit_code == 1
+    assert "final policy: not compared: no seed has a finished run in both arms." in summary.report
+
+
+def test_report_of_failed_runs_only(summarize):
+    summary = summarize(lambda run: FAILURE, seeds=2)
+    assert summary.exit_code == 1
+    assert "- No run has finished." in summary.report
+    assert "## Final returns" not in summary.report
+    assert "steps/s" not in summary.report
+    assert summary.runs_csv.startswith("env,arm,algo,seed,timesteps,final_return,")
+    assert summary.curves is None
+    assert "failed: ppo_kl CartPole-v1 seed 0: ValueError: Invalid learning rate: -1" in summary.stderr
+    assert "Traceback" not in summary.stderr
