@@ -1,6 +1,7 @@
-"""RL Baselines3 Zoo: its own commands, word for word, as child processes, with `--algo ppo_kl`."""
+"""RL Baselines3 Zoo: its own commands, word for word, run as child processes with `--algo ppo_kl`."""
 
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -11,16 +12,19 @@ from pathlib import Path
 import optuna
 import pytest
 import rl_zoo3.utils
+import sb3_adaptive_kl_zoo_hook as hook
 import yaml
+from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl.zoo import HOSTS, complete_registry, provide_programs
+from sb3_adaptive_kl.zoo import HOSTS, REGISTRIES, complete_registry, hyperparameter_file, hyperparameters, provide_programs
+from sb3_adaptive_kl.zoo.launcher import SCRIPTS
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
 
 
 def run(folder: Path, *arguments: str, expect: int = 0, **environment: str) -> str:
-    """Run ``python arguments`` in the folder, and return what it printed."""
+    """Run ``python arguments`` in the folder and return its output."""
     child = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True
     )
@@ -51,7 +55,7 @@ def test_train_enjoy_record_continue_and_plot(tmp_path):
     zoo(tmp_path, "record_video --algo ppo_kl --env CartPole-v1 -f logs -n 50")
     assert list(folder.glob("videos/*.mp4"))
 
-    # Continued with a fixed β: it is the one that was saved, not the init_kl_coef of the yml
+    # Training continues from the saved β, not from the init_kl_coef of the yml: a fixed β does not change
     kl_coef = saved_kl_coef(agent)
     assert kl_coef != 1.0
     zoo(tmp_path, f"{train} --seed 2 -i {agent} -params kl_rule:'fixed' target_kl:'lin_0.03'")
@@ -63,20 +67,20 @@ def test_train_enjoy_record_continue_and_plot(tmp_path):
     assert (tmp_path / "scores.svg").stat().st_size > 0
 
 
-def test_the_zoos_console_command(tmp_path):
-    """`rl_zoo3 train` is `python -m rl_zoo3.train`, here on a Box action space, in processes, with a bar and tensorboard."""
+def test_console_command_trains_with_subproc_progress_bar_and_tensorboard(tmp_path):
+    """`rl_zoo3 train` is the same as `python -m rl_zoo3.train`. Pendulum has a Box action space."""
     command = [Path(sys.executable).parent / "rl_zoo3", "train", "--algo", "ppo_kl", "--env", "Pendulum-v1", "-n", "4096"]
     options = ["--eval-freq", "-1", "-f", "logs", "--vec-env", "subproc", "-P", "-tb", "tensorboard"]
     child = subprocess.run([*command, *options], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    assert "4,096" in child.stdout  # the bar
+    assert "4,096" in child.stdout  # the progress bar
     assert (tmp_path / "logs" / "ppo_kl" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
     assert list(tmp_path.glob("tensorboard/Pendulum-v1/AdaptiveKLPPO_1/events.out.tfevents.*"))
 
 
 @pytest.mark.slow
-def test_record_training_with_the_ffmpeg_and_python_that_are_there(tmp_path):
-    """A child process for each checkpoint. The PATH has neither a `python` nor an `ffmpeg` that would do."""
+def test_record_training_needs_no_python_and_ffmpeg_on_the_path(tmp_path):
+    """record_training starts a child process for each checkpoint. This PATH has no suitable `python` or `ffmpeg`."""
     zoo(tmp_path, "train --algo ppo_kl --env CartPole-v1 -n 4096 --eval-freq -1 --save-freq 2048 -f logs")
     record = "record_training --algo ppo_kl --env CartPole-v1 -f logs -n 20 --gif"
     zoo(tmp_path, record, PATH="/usr/bin:/bin")
@@ -85,37 +89,50 @@ def test_record_training_with_the_ffmpeg_and_python_that_are_there(tmp_path):
         assert (videos / name).stat().st_size > 1000
 
 
-def test_record_training_finds_its_programs_or_says_what_to_install(monkeypatch):
+def test_programs_are_put_on_the_path(monkeypatch):
     monkeypatch.setenv("PATH", "")
     provide_programs()
     assert Path(shutil.which("python")).parent == Path(sys.executable).parent
     version = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
     assert version.startswith("ffmpeg version")
 
-    for arguments, yes in {"-m rl_zoo3.record_training -n 5": True, "-mrl_zoo3.record_training": True, "-c 1": False}.items():
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.setattr(sys, "orig_argv", ["python", *arguments.split()])
-        complete_registry(rl_zoo3.utils)
-        assert (shutil.which("ffmpeg") is not None) == yes
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("-m rl_zoo3.record_training -n 5", True),
+        ("-mrl_zoo3.record_training", True),
+        ("-W ignore -m rl_zoo3.record_training", True),
+        ("-m rl_zoo3.train --algo ppo_kl", False),
+        ("-c 1", False),
+    ],
+)
+def test_only_record_training_gets_the_programs(monkeypatch, arguments, expected):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "orig_argv", ["python", *arguments.split()])
+    complete_registry(rl_zoo3.utils)
+    assert (shutil.which("ffmpeg") is not None) == expected
+
+
+def test_missing_ffmpeg_names_the_package_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(SystemExit, match="pip install imageio-ffmpeg"):
         provide_programs()
 
 
-def test_recurrent(tmp_path):
+def test_recurrent_algorithm_trains_and_plays(tmp_path):
     zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs")
     output = zoo(tmp_path, "enjoy --algo ppo_kl_lstm --env CartPoleNoVel-v1 -f logs --no-render -n 100")
     assert "Mean reward: " in output or "Episode Reward" in output
 
 
-def test_search_and_replay_of_a_trial(tmp_path):
-    """The search space has the penalty in the place of the clip range, and its trials can be trained from the storage."""
+def test_trial_of_a_search_can_be_trained(tmp_path):
+    """Two processes share one Optuna journal. A trial has the penalty in place of the clip range and trains from storage."""
     storage = "--storage study.log --study-name kl"
     train = "train --algo ppo_kl --env CartPole-v1 -n 300 --eval-freq -1 -f logs"
     search = f"-m rl_zoo3.{train} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots {storage}".split()
-    with (tmp_path / "printed").open("w") as printed:  # by both, which share the journal
+    with (tmp_path / "printed").open("w") as printed:  # both processes write here
         options = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": printed, "stderr": printed}
         searches = [subprocess.Popen([sys.executable, *search, "--seed", seed], **options) for seed in "01"]
         codes = [child.wait() for child in searches]
@@ -130,7 +147,7 @@ def test_search_and_replay_of_a_trial(tmp_path):
     assert "clip_range" not in config
 
 
-def test_hook_can_be_switched_off_and_the_launcher_does_without(tmp_path):
+def test_launcher_trains_with_the_hook_switched_off(tmp_path):
     off = {"SB3_ADAPTIVE_KL_ZOO": "0"}
     arguments = "train --algo ppo_kl --env CartPole-v1 -n 2048 --eval-freq -1 -f logs"
     assert "invalid choice: 'ppo_kl'" in zoo(tmp_path, arguments, expect=2, **off)
@@ -140,18 +157,68 @@ def test_hook_can_be_switched_off_and_the_launcher_does_without(tmp_path):
     assert "usage: python -m sb3_adaptive_kl.zoo SCRIPT" in run(tmp_path, "-m", "sb3_adaptive_kl.zoo", expect=1)
 
 
-def test_hook_costs_next_to_nothing(tmp_path):
-    """At interpreter start it is imported in under 1 ms, and nothing else is. The best of three: the machine is shared."""
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_launcher_starts_every_script(tmp_path, switch):
+    """With the hook on and off. Each script parses its arguments under `__main__`, with our algorithms among the choices."""
+    code = f"""
+import sys
+from sb3_adaptive_kl.zoo import main
+for script in {SCRIPTS}:
+    sys.argv = ["zoo", script, "--help"]
+    try:
+        main()
+    except SystemExit as error:
+        print(script, "exits with", error.code)
+"""
+    output = run(tmp_path, "-c", code, SB3_ADAPTIVE_KL_ZOO=switch)
+    assert re.findall(r"^(\S+) exits with 0$", output, flags=re.MULTILINE) == list(SCRIPTS)
+    assert output.count("ppo_kl,ppo_kl_lstm") >= 3  # train, enjoy and record_video list the algorithms
+
+
+def test_hook_lists_the_registries_of_the_package():
+    assert sorted(hook.REGISTRIES) == sorted(REGISTRIES)
+
+
+def test_hook_start_file_names_its_entry_point():
+    """For Python 3.15; the `.pth` file has the same entry point."""
+    files = Path(hook.__file__).parent
+    assert pkgutil.resolve_name((files / "sb3_adaptive_kl_zoo_hook.start").read_text().strip()) is hook.install
+    assert (files / "sb3_adaptive_kl_zoo_hook.pth").read_text().strip().endswith("; sb3_adaptive_kl_zoo_hook.install()")
+
+
+def test_hook_takes_less_than_a_millisecond_and_imports_nothing_else(tmp_path):
+    """At interpreter start. The best of three runs counts, because the machine is shared."""
     times = []
     for _ in range(3):
         lines = run(tmp_path, "-X", "importtime", "-c", "pass").splitlines()
         assert not [line for line in lines if line.rsplit("|")[-1].strip() in ("sb3_adaptive_kl", "torch", "typing")]
-        (hook,) = [line for line in lines if line.endswith("sb3_adaptive_kl_zoo_hook")]
-        times.append(int(hook.split("|")[1]))
-    assert min(times) < 1000  # microseconds, with what it imports
+        (cost,) = [line for line in lines if line.endswith("sb3_adaptive_kl_zoo_hook")]
+        times.append(int(cost.split("|")[1]))
+    assert min(times) < 1000  # microseconds, nested imports included
 
 
-def test_a_broken_installation_leaves_the_zoo_working(tmp_path):
+def test_zoo_package_imports_neither_the_zoo_nor_optuna(tmp_path):
+    """The launcher must be importable without the extra, to name it."""
+    code = "import sys, sb3_adaptive_kl.zoo; print({'rl_zoo3', 'optuna', 'imageio_ffmpeg'} & sys.modules.keys())"
+    assert run(tmp_path, "-c", code).strip() == "set()"
+    code = "import sys; sys.modules['rl_zoo3'] = None; sys.argv[1:] = ['train']; from sb3_adaptive_kl.zoo import main; main()"
+    assert "pip install 'sb3-adaptive-kl[zoo]'" in run(tmp_path, "-c", code, expect=1)
+
+
+def test_complete_registry_rejects_other_modules():
+    with pytest.raises(ValueError, match=r"module=re is not a registry of the zoo: pass one of rl_zoo3\.utils, "):
+        complete_registry(re)
+
+
+def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, monkeypatch):
+    package = tmp_path / "sb3_adaptive_kl"
+    monkeypatch.setattr(hyperparameters, "__file__", str(package / "zoo" / "hyperparameters.py"))
+    assert hyperparameter_file("ppo_kl") == tmp_path / "hyperparams" / "ppo_kl.yml"
+    (package / "hyperparams").mkdir(parents=True)
+    assert hyperparameter_file("ppo_kl") == package / "hyperparams" / "ppo_kl.yml"
+
+
+def test_broken_installation_leaves_the_zoo_working(tmp_path):
     code = "import sys; sys.modules['sb3_adaptive_kl'] = None; import rl_zoo3; print(sorted(rl_zoo3.ALGOS))"
     output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
     assert output.count("could not register with rl-zoo3") == 1
@@ -159,7 +226,21 @@ def test_a_broken_installation_leaves_the_zoo_working(tmp_path):
     assert "ppo_kl" not in output.splitlines()[-1]
 
 
-def test_a_name_of_the_zoos_own_is_left_to_it(tmp_path):
+def test_failures_in_nested_imports_leave_the_zoo_working(tmp_path):
+    """rl_zoo3.exp_manager imports rl_zoo3.hyperparams_opt; a future zoo may have changed both."""
+    code = """
+import rl_zoo3
+from sb3_adaptive_kl import zoo
+zoo.complete_registry = None
+import rl_zoo3.exp_manager
+print("imported")
+"""
+    output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
+    assert output.count("could not register with rl-zoo3") == 2
+    assert "imported" in output
+
+
+def test_names_of_the_zoo_are_not_replaced(tmp_path):
     code = """
 import rl_zoo3.utils as utils, rl_zoo3.hyperparams_opt as search
 from sb3_adaptive_kl.zoo import complete_registry
@@ -173,8 +254,8 @@ print({registry["ppo_kl"] for registry in registries})
     assert """{"the zoo's own"}""" in run(tmp_path, "-c", code)
 
 
-def test_search_space():
-    """PPO's, with the penalty in the place of the clip range. What a trial suggests is what the algorithm is given."""
+def test_search_space_replaces_the_clip_range_by_the_penalty():
+    """The search space is PPO's with the penalty in place of the clip range. The algorithm gets the suggested values."""
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     ask = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask
@@ -192,19 +273,21 @@ def test_search_space():
         assert converted.keys() == sampled.keys()
 
 
-def test_linear_targets():
+def test_linear_target_is_parsed():
     from rl_zoo3.exp_manager import ExperimentManager
 
     preprocess = ExperimentManager._preprocess_schedules
     schedule = preprocess({"target_kl": "lin_0.03"})["target_kl"]
+    assert isinstance(schedule, LinearSchedule)  # of SB3: a saved agent does not need the zoo
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.015, 0.0])
     assert preprocess({"target_kl": 0.03}) == {"target_kl": 0.03}
     for wrong in ("lin_abc", "lin_0.02_0.01", "lin_0", "lin_-1", "lin_nan"):
-        with pytest.raises(ValueError, match=f"target_kl='{wrong}': a linear schedule is written lin_0.02"):
+        with pytest.raises(ValueError, match=f"target_kl='{wrong}': write a linear schedule as lin_0.02"):
             preprocess({"target_kl": wrong})
 
 
-def test_a_missing_file_of_the_users_is_not_replaced_by_ours(tmp_path):
+def test_missing_conf_file_is_an_error(tmp_path):
+    """The packaged hyperparameters do not stand in for a file that the user named."""
     output = zoo(tmp_path, "train --algo ppo_kl --env CartPole-v1 -n 64 -f logs --conf-file missing.yml", expect=1)
     assert "missing.yml" in output.splitlines()[-1]
 
@@ -219,8 +302,8 @@ def test_a_missing_file_of_the_users_is_not_replaced_by_ours(tmp_path):
         ("Swimmer-v5", 5000, 250.0),
     ],
 )
-def test_trained_agent(env, n_timesteps, least):
-    """The agents that come along do what docs/results.md says, but for fewer episodes."""
+def test_trained_agent_reaches_its_return(env, n_timesteps, least):
+    """The shipped agents reach the returns of docs/results.md, here over fewer episodes."""
     output = zoo(REPOSITORY, f"enjoy --algo ppo_kl --env {env} -f trained_agents --no-render -n {n_timesteps}")
     mean = float(re.search(r"Mean reward: (-?[\d.]+)", output)[1])
     assert mean >= least

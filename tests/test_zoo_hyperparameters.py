@@ -1,4 +1,4 @@
-"""hyperparams/*.yml: nothing but arguments, an entry for every environment of the zoo's, each of which trains."""
+"""hyperparams/*.yml: only valid arguments, an entry for every environment of the zoo, and every entry trains."""
 
 import inspect
 import sys
@@ -16,7 +16,7 @@ ZOO_KEYS = {
 }  # fmt: skip
 ALGORITHMS = {"ppo_kl": AdaptiveKLPPO, "ppo_kl_lstm": RecurrentAdaptiveKLPPO}
 HYPERPARAMETERS = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
-# Names that the zoo's files keep: gymnasium 1 has no MuJoCo -v2 and no LunarLander-v2, and pybullet builds from source only
+# Entries of the zoo that cannot run: gymnasium 1 has no MuJoCo -v2 and no LunarLander-v2, pybullet has no binary wheels
 GONE = ("Bullet", "HumanoidStandup-v2", "Pendulum-v2", "Reacher-v2", "NoVel-v2")
 
 
@@ -37,14 +37,14 @@ def test_every_environment_of_the_zoo_has_an_entry(algo, host):
 
 
 @pytest.mark.parametrize(("algo", "n_steps"), [("ppo_kl", 2048), ("ppo_kl_lstm", 128)])
-def test_small_rollouts_have_the_hinge(algo, n_steps):
+def test_only_small_rollouts_have_the_hinge(algo, n_steps):
     for env, hyperparameters in HYPERPARAMETERS[algo].items():
         rollout = hyperparameters.get("n_envs", 1) * hyperparameters.get("n_steps", n_steps)
         assert (hyperparameters.get("kl_cutoff_coef", 0.0) > 0) == (rollout < 1024), env
-    assert HYPERPARAMETERS[algo]["Swimmer-v5"]["gamma"] == 0.9999  # with PPO's 0.99 it cannot be learned
+    assert HYPERPARAMETERS[algo]["Swimmer-v5"]["gamma"] == 0.9999  # it cannot be learned with PPO's 0.99
 
 
-@pytest.mark.filterwarnings("ignore")  # of environments, rendering libraries and the zoo: none of our making
+@pytest.mark.filterwarnings("ignore")  # raised by environments, rendering libraries and the zoo
 @pytest.mark.parametrize(
     ("algo", "env"),
     [
@@ -55,8 +55,8 @@ def test_small_rollouts_have_the_hinge(algo, n_steps):
     ],
 )
 def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
-    """On its environment, through the zoo's train script, with the rollout shortened, since only one update is wanted."""
-    from rl_zoo3.train import train  # not at import: it registers environments
+    """Runs the zoo's train script on the entry's environment, with a short rollout, since one update is enough."""
+    from rl_zoo3.train import train  # not at module level, since it registers environments
 
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its log into the current folder
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")

@@ -1,27 +1,28 @@
 """
-Registers `ppo_kl` with rl-zoo3 the moment the zoo is imported, so that the zoo's own commands know it in every process.
+Register `ppo_kl` and `ppo_kl_lstm` with rl-zoo3 as soon as the zoo is imported, so that its own commands know them in every
+process.
 
-The zoo has no plugin point, evaluates `choices=list(ALGOS)` before it imports anything of the user's, and starts child
-processes that know nothing of their parent. So this module is imported at interpreter start (by a `.pth` line, or a `.start`
-file on Python 3.15), puts a finder on `sys.meta_path`, and does nothing else until one of the zoo's registries is imported.
-Only then is `sb3_adaptive_kl` imported. `SB3_ADAPTIVE_KL_ZOO=0` in the environment switches it off.
+The zoo has no plugin point, evaluates `choices=list(ALGOS)` before it imports any user code, and starts child processes that
+inherit nothing from their parent. So the interpreter imports this module when it starts (by a `.pth` line, or a `.start` file
+on Python 3.15). The module puts a finder on `sys.meta_path` and does nothing else until one of the zoo's registries is
+imported. Only then is `sb3_adaptive_kl` imported. `SB3_ADAPTIVE_KL_ZOO=0` in the environment switches the hook off.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # typing's own would have to be imported, at every start of every interpreter
+TYPE_CHECKING = False  # importing it from typing would slow down every interpreter start
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Those of sb3_adaptive_kl.zoo, which is not to be imported for it
+# A copy of sb3_adaptive_kl.zoo.REGISTRIES, which must not be imported at interpreter start
 REGISTRIES = frozenset({"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"})
 
 
 class RegistryFinder:
-    """Finds what the other finders find, and has the zoo's registries completed after they were executed."""
+    """Find modules as the other finders do, and complete each of the zoo's registries after it was executed."""
 
     @classmethod
     def find_spec(
@@ -43,7 +44,7 @@ class RegistryFinder:
 
 
 def complete(module: "ModuleType") -> None:
-    """A broken installation of ours must leave the zoo working: it gets a warning instead of a traceback."""
+    """Add our algorithms to a registry. If this fails, warn: a broken installation of ours must leave the zoo working."""
     try:
         from sb3_adaptive_kl.zoo import complete_registry
 
@@ -52,10 +53,11 @@ def complete(module: "ModuleType") -> None:
         import warnings
 
         warnings.warn(f"sb3_adaptive_kl could not register with rl-zoo3: {error!r}", stacklevel=2)
-        sys.meta_path.remove(RegistryFinder)  # one warning is enough
+        if RegistryFinder in sys.meta_path:  # not if an import nested in this one has failed before
+            sys.meta_path.remove(RegistryFinder)  # one warning is enough
 
 
 def install() -> None:
-    """Called at interpreter start."""
+    """Put the finder on ``sys.meta_path``. Called at interpreter start."""
     if os.environ.get("SB3_ADAPTIVE_KL_ZOO") != "0" and RegistryFinder not in sys.meta_path:
         sys.meta_path.insert(0, RegistryFinder)

@@ -1,0 +1,23 @@
+"""
+AdaptiveKLPPO in RL Baselines3 Zoo (https://github.com/DLR-RM/rl-baselines3-zoo): `--algo ppo_kl` and `--algo ppo_kl_lstm`.
+
+The start-up hook (`startup/`) registers both as soon as the zoo is imported. `python -m sb3_adaptive_kl.zoo train …` runs the
+zoo's scripts without the hook. Nothing in this package imports the zoo before one of its functions is called.
+"""
+
+from sb3_adaptive_kl.zoo.hyperparameters import hyperparameter_file
+from sb3_adaptive_kl.zoo.launcher import main
+from sb3_adaptive_kl.zoo.programs import provide_programs
+from sb3_adaptive_kl.zoo.registry import ALGORITHMS, HOSTS, REGISTRIES, complete_registry
+from sb3_adaptive_kl.zoo.search_space import penalty_sampler
+
+__all__ = [
+    "ALGORITHMS",
+    "HOSTS",
+    "REGISTRIES",
+    "complete_registry",
+    "hyperparameter_file",
+    "main",
+    "penalty_sampler",
+    "provide_programs",
+]

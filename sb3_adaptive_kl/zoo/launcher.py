@@ -1,0 +1,36 @@
+"""
+The zoo's scripts without the start-up hook, for users who switched it off or cannot install it:
+
+    python -m sb3_adaptive_kl.zoo train --algo ppo_kl --env CartPole-v1
+
+Scripts that start child processes are left out, since the children would not know the algorithms.
+"""
+
+import runpy
+import sys
+from importlib import import_module
+
+from sb3_adaptive_kl.zoo.registry import REGISTRIES, complete_registry
+
+SCRIPTS = ("train", "enjoy", "record_video", "plots.plot_train", "plots.all_plots", "plots.plot_from_file")
+USAGE = f"""usage: python -m sb3_adaptive_kl.zoo SCRIPT [the script's own arguments]
+SCRIPT is one of {", ".join(SCRIPTS)}"""
+
+
+def main() -> None:
+    """
+    Run a script of the zoo with its arguments in this process.
+
+    :raises SystemExit: if the script is unknown or the zoo is not installed
+    """
+    if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
+        sys.exit(USAGE)
+    try:
+        registries = [import_module(name) for name in REGISTRIES]
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: pip install 'sb3-adaptive-kl[zoo]'")
+    if "ppo_kl" not in registries[0].ALGOS:  # the start-up hook is off
+        for module in registries:
+            complete_registry(module)
+    script = f"rl_zoo3.{sys.argv.pop(1)}"
+    runpy.run_module(script, run_name="__main__", alter_sys=True)
