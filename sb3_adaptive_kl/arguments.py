@@ -1,8 +1,8 @@
 """
-What the arguments of the KL penalty mean, and a ``ValueError`` that names the remedy where they mean nothing.
+Validate and interpret the arguments of the KL penalty. A ``ValueError`` names the argument, its value and the remedy.
 
-``load()`` of SB3 writes attributes past the constructor, so all of this is called from ``_setup_model()``, which runs after
-both. Arguments stay on the algorithm as the user gave them; these functions interpret them.
+SB3's ``load()`` writes attributes past the constructor, so arguments are checked in ``_setup_model()``, which runs after both.
+They stay on the algorithm as the user gave them; these functions interpret them.
 """
 
 import math
@@ -12,20 +12,48 @@ from numbers import Integral, Real
 from typing import Any
 
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_adaptive_kl.evaluation import DIVERGENCES
-from sb3_adaptive_kl.penalty import AdaptivePenalty, FixedPenalty, PenaltyRule, ProportionalPenalty, default_bounds
-
-KL_RULES = ("adaptive", "fixed", "proportional")
+from sb3_adaptive_kl.divergences import DIVERGENCES
+from sb3_adaptive_kl.objective import Settings
+from sb3_adaptive_kl.penalty import RULES, PenaltyRule, default_bounds
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
 
 
+def settings_at(model: Any, progress_remaining: float) -> Settings:
+    """
+    Read the settings of one update off the algorithm.
+
+    :param model: the algorithm; callbacks may have replaced a schedule by a number
+    :param progress_remaining: from 1 (beginning) to 0 (end)
+    :return: the settings
+    :raises ValueError: if the schedule of ``target_kl`` returns an invalid target
+    """
+
+    def at_progress(schedule: float | Schedule | None) -> float | None:
+        return None if schedule is None else FloatSchedule(schedule)(progress_remaining)
+
+    return Settings(
+        target_kl=target_kl_at(model.target_kl, progress_remaining),
+        kl_coef=model.kl_coef,
+        clip_range=at_progress(model.clip_range),
+        clip_range_vf=at_progress(model.clip_range_vf),
+        vf_coef=model.vf_coef,
+        ent_coef=model.ent_coef or None,
+        max_grad_norm=model.max_grad_norm,
+        normalize_advantage=bool(model.normalize_advantage),
+        kl_cutoff_coef=model.kl_cutoff_coef or None,
+        kl_cutoff_factor=model.kl_cutoff_factor,
+        kl_stop_factor=model.kl_stop_factor,
+    )
+
+
 def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> float:
     """
-    d_targ for this update.
+    Evaluate the target, d_targ, for one update.
 
     :param target_kl: a number, or a function of the remaining progress
     :param progress_remaining: from 1 (beginning) to 0 (end)
@@ -45,34 +73,32 @@ def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> floa
 
 def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: float) -> PenaltyRule:
     """
-    The rule that ``kl_rule`` names, or is.
+    Look up the rule for β.
 
-    :param kl_rule: one of ``KL_RULES``, or any ``PenaltyRule``
+    :param kl_rule: one of ``RULES``, or any ``PenaltyRule``
     :param kl_tolerance: for ``"adaptive"``: the dead band is [target / tolerance, tolerance · target], ≥ 1
-    :param kl_factor: for ``"adaptive"``: what β is multiplied or divided by, > 1
+    :param kl_factor: for ``"adaptive"``: the factor that multiplies or divides β, > 1
     :return: the rule
     :raises ValueError: if there is no such rule
     """
     if isinstance(kl_rule, str):
-        check_choice("kl_rule", kl_rule, KL_RULES, " or a PenaltyRule: f(kl_coef, kl, target_kl) -> kl_coef")
-        if kl_rule == "adaptive":
-            return AdaptivePenalty.symmetric(kl_tolerance, kl_factor)
-        return FixedPenalty() if kl_rule == "fixed" else ProportionalPenalty()
+        check_choice("kl_rule", kl_rule, tuple(RULES), " or a PenaltyRule: f(kl_coef, kl, target_kl) -> kl_coef")
+        return RULES[kl_rule](kl_tolerance, kl_factor)
     if isinstance(kl_rule, type):
         raise ValueError(f"kl_rule={kl_rule.__name__} is a class: pass an instance, {kl_rule.__name__}()")
     if not callable(kl_rule):
         raise ValueError(
-            f"kl_rule={kl_rule!r} cannot be called: pass one of {KL_RULES}, or a function (kl_coef, kl, target_kl)"
+            f"kl_rule={kl_rule!r} cannot be called: pass one of {tuple(RULES)}, or a function (kl_coef, kl, target_kl)"
         )
     return kl_rule
 
 
 def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advantage: bool) -> tuple[float, float]:
     """
-    Lowest and highest β.
+    Interpret the bounds of β.
 
     :param kl_coef_bounds: the user's, or None for ``default_bounds``
-    :param normalize_advantage: whether advantages are normalised
+    :param normalize_advantage: whether advantages are normalized
     :return: low and high, 0 < low ≤ high < inf
     :raises ValueError: if they are not two positive, finite numbers in order
     """
@@ -89,10 +115,10 @@ def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advanta
 
 def check_arguments(model: Any) -> None:
     """
-    Every argument of the KL penalty and of the minibatches, as they stand on the algorithm.
+    Check every argument of the KL penalty and of the minibatches.
 
-    :param model: the algorithm, before its model is set up
-    :raises ValueError: if one makes no sense; the message names it, its value and the remedy
+    :param model: the algorithm, before its policy and buffer are set up
+    :raises ValueError: if one is out of range
     """
     check_schedule("target_kl", model.target_kl, "try 0.01; for a linear decay pass SB3's LinearSchedule(0.02, 0.0, 1.0)")
     for name in ("clip_range", "clip_range_vf"):
@@ -122,12 +148,12 @@ def check_arguments(model: Any) -> None:
 
 def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage: bool) -> None:
     """
-    The sizes that every minibatch depends on.
+    Check the sizes that every minibatch depends on.
 
     :param batch_size: transitions per minibatch, None for the whole rollout
     :param n_epochs: passes over the rollout
-    :param normalize_advantage: whether a minibatch's advantages are normalised
-    :raises ValueError: if there is nothing to train on, or a single advantage to normalise
+    :param normalize_advantage: whether a minibatch's advantages are normalized
+    :raises ValueError: if there is nothing to train on, or a single advantage to normalize
     """
     sizes = [n_epochs] if batch_size is None else [n_epochs, batch_size]
     if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
@@ -137,17 +163,17 @@ def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage
         )
     if normalize_advantage and batch_size == 1:
         raise ValueError(
-            "batch_size=1 leaves a single advantage to normalise, which has no standard deviation: "
+            "batch_size=1 leaves a single advantage to normalize, which has no standard deviation: "
             "use a batch_size of at least 2, or normalize_advantage=False"
         )
 
 
 def check_number(name: str, value: Any, requirement: str, holds: Callable[[float], bool], remedy: str) -> None:
     """
-    A number of the user's.
+    Check a number of the user's.
 
     :param name: of the argument
-    :param value: what the user gave
+    :param value: the user's
     :param requirement: in words
     :param holds: the requirement
     :param remedy: what to do instead, in words
@@ -159,11 +185,11 @@ def check_number(name: str, value: Any, requirement: str, holds: Callable[[float
 
 def check_schedule(name: str, value: Any, remedy: str) -> None:
     """
-    A number or a schedule of the user's. What a schedule returns is not looked at here: rl-zoo3 replaces schedules by constant
+    Check a number or a schedule of the user's. A schedule's values are not checked: rl-zoo3 replaces schedules by constant
     zeros to replay an agent.
 
     :param name: of the argument
-    :param value: what the user gave
+    :param value: the user's
     :param remedy: what to do instead, in words
     :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress
     """
@@ -173,13 +199,13 @@ def check_schedule(name: str, value: Any, remedy: str) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: str = "") -> None:
     """
-    A name of the user's.
+    Check a name of the user's.
 
     :param name: of the argument
-    :param value: what the user gave
+    :param value: the user's
     :param choices: the valid names
-    :param alternative: what else is valid, in words
-    :raises ValueError: if ``value`` is none of the ``choices``, with the one that was probably meant
+    :param alternative: other valid values, in words
+    :raises ValueError: if ``value`` is not one of the ``choices``, with the closest one
     """
     if not isinstance(value, str) or value not in choices:
         nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]

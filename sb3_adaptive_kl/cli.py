@@ -1,12 +1,17 @@
-"""The command `sb3-adaptive-kl`: a name for the modules that can be run."""
+"""The command `sb3-adaptive-kl`, a shortcut for the modules of this package that can be run."""
 
 import sys
 
-USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (as python -m sb3_adaptive_kl.compare)
-       sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (as python -m sb3_adaptive_kl.zoo)"""
+USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (same as python -m sb3_adaptive_kl.compare)
+       sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (same as python -m sb3_adaptive_kl.zoo)"""
 
 
 def main() -> None:
+    """
+    Run the subcommand named on the command line.
+
+    :raises SystemExit: if the subcommand is unknown, or needs an extra that is not installed
+    """
     command = sys.argv.pop(1) if len(sys.argv) > 1 else None
     if command in ("-h", "--help"):
         print(USAGE)

@@ -6,6 +6,9 @@ one value per state, shape ``(B,)``, in nats, summed over the action dimensions.
 rounding, exactly 0 with a zero gradient where both policies agree, and finite wherever the true value is.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch as th
 
 
@@ -35,10 +38,10 @@ def categorical_kl(p_log_probs: th.Tensor, q_log_probs: th.Tensor) -> th.Tensor:
         Σ_k p_k (log p_k − log q_k)  =  Σ_k [ q_k − p_k − p_k δ_k ],    δ_k = log q_k − log p_k
 
     The added ``q_k − p_k`` sum to 0 within each distribution and make every term ≥ 0, so that rounding of the
-    normalisation (1e-6 at a logit of 16) enters squared instead of linearly. They are computed as
+    normalization (1e-6 at a logit of 16) enters squared instead of linearly. They are computed as
     ``(p + q) tanh(δ / 2)``: the same number, but without cancellation at small δ and without overflow at large δ.
 
-    :param p_log_probs: normalised log-probabilities of p, shape (B, K) with K the number of outcomes of all distributions
+    :param p_log_probs: normalized log-probabilities of p, shape (B, K) with K the number of outcomes of all distributions
         together; finite (an impossible outcome has the most negative float, see ``distributions.py``)
     :param q_log_probs: the same of q
     :return: shape (B,), ≥ 0 up to rounding
@@ -70,3 +73,40 @@ def pearson(log_ratio: th.Tensor) -> th.Tensor:
     :return: shape (B,), ≥ 0
     """
     return 0.5 * th.expm1(log_ratio).square()
+
+
+class Divergence(NamedTuple):
+    """
+    A measure of how far the policy has moved, as ``kl_divergence`` names it.
+
+    :param needs_distribution: whether it compares the parameters of action distributions, or only log-probabilities
+    :param between: function of the old policy's ``ActionDistribution`` (``None`` unless needed) and the new policy's
+        ``Evaluation`` of the same B transitions; returns the divergence at each state, shape (B,), in nats
+    """
+
+    needs_distribution: bool
+    between: Callable[[Any, Any], th.Tensor]
+
+
+def _forward(old: Any, new: Any) -> th.Tensor:
+    return old.kl(new.distribution)  # type: ignore[no-any-return]
+
+
+def _reverse(old: Any, new: Any) -> th.Tensor:
+    return new.distribution.kl(old)  # type: ignore[no-any-return]
+
+
+def _sampled_k3(old: Any, new: Any) -> th.Tensor:
+    return k3(new.log_prob - new.old_log_prob)
+
+
+def _sampled_pearson(old: Any, new: Any) -> th.Tensor:
+    return pearson(new.log_prob - new.old_log_prob)
+
+
+DIVERGENCES = {
+    "forward": Divergence(True, _forward),
+    "reverse": Divergence(True, _reverse),
+    "k3": Divergence(False, _sampled_k3),
+    "pearson": Divergence(False, _sampled_pearson),
+}

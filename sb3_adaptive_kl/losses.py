@@ -2,7 +2,7 @@
 The terms of the loss, as functions of one minibatch.
 
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), equations 6 to 9. Inputs have shape ``(B,)`` and hold valid
-transitions only (no padding); outputs are scalars to be *minimised*.
+transitions only (no padding); outputs are scalars to be *minimized*.
 """
 
 import torch as th
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 def normalize(advantages: th.Tensor) -> th.Tensor:
     """
-    Zero mean and unit standard deviation; a single advantage is left as it is (SB3's GH issue #325).
+    Scale advantages to zero mean and unit standard deviation. A single one is left as it is (SB3's GH issue #325).
 
     :param advantages: shape (B,)
     :return: shape (B,)
@@ -38,7 +38,7 @@ def surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: float | 
 
 def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor | None:
     """
-    Share of transitions whose ratio lies outside [1 − ε, 1 + ε]; for the log.
+    Count the share of transitions whose ratio lies outside [1 − ε, 1 + ε], for the log.
 
     :param ratio: r, shape (B,)
     :param clip_range: ε > 0, or None for no clipping
@@ -47,7 +47,7 @@ def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor | Non
     return None if clip_range is None else ((ratio - 1).abs() > clip_range).float().mean()
 
 
-def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float = 0.0, cutoff: float = 0.0) -> th.Tensor:
+def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float | None = None, cutoff: float = 0.0) -> th.Tensor:
     """
     β · KL (equation 8), and a hinge beyond a cutoff: β · KL + c · max(0, KL − cutoff)².
 
@@ -55,12 +55,12 @@ def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float = 0.0, cutoff
 
     :param kl: mean KL of the minibatch in nats, scalar
     :param kl_coef: β > 0
-    :param cutoff_coef: c ≥ 0; 0 leaves the hinge out
+    :param cutoff_coef: c > 0, or None for no hinge
     :param cutoff: where the hinge begins, in nats
     :return: scalar
     """
     loss = kl_coef * kl
-    if cutoff_coef > 0:
+    if cutoff_coef is not None:
         loss = loss + cutoff_coef * F.relu(kl - cutoff).square()
     return loss
 
@@ -82,7 +82,7 @@ def value_loss(values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, cli
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     """
-    Negative mean entropy; estimated from the actions taken where the distribution has no closed form.
+    Negative mean entropy, estimated from the actions taken where the distribution has no closed form.
 
     :param entropy: shape (B,), or None (squashed Gaussians)
     :param log_prob: log π_new(a|s), shape (B,)

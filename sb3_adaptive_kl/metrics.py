@@ -1,43 +1,16 @@
-"""What an update did, and the log keys under which it is found: SB3's where they mean the same, so that curves overlay."""
+"""
+What an update did, and all log keys under ``train/``: SB3's keys where they mean the same, so that curves overlay.
 
-from typing import NamedTuple
+(``train/learning_rate`` is logged by SB3 itself.)
+"""
 
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import explained_variance
 
-
-class Settings(NamedTuple):
-    """What may change from one update to the next: by a schedule, the penalty rule, or a callback that anneals it."""
-
-    target_kl: float
-    kl_coef: float
-    clip_range: float | None
-    clip_range_vf: float | None
-    vf_coef: float
-    ent_coef: float | None  # None where it is 0: a gradient of 0 need not be computed
-    max_grad_norm: float
-
-    def as_tensors(self, device: th.device) -> "Settings":
-        """The same numbers as scalar tensors, with which one can calculate alike."""
-        return Settings(*[None if number is None else th.tensor(number, device=device) for number in self])  # type: ignore[arg-type]
-
-
-class MinibatchMetrics(NamedTuple):
-    """Of one minibatch, before its step: scalars, left on their device so that nothing waits for them."""
-
-    loss: th.Tensor
-    policy_gradient_loss: th.Tensor
-    value_loss: th.Tensor
-    entropy_loss: th.Tensor
-    kl_loss: th.Tensor
-    kl: th.Tensor
-    approx_kl: th.Tensor
-    clip_fraction: th.Tensor | None = None
-
-    def stack(self) -> th.Tensor:
-        """The same numbers as one vector, without the graph, which would otherwise live until they are logged."""
-        with th.no_grad():
-            return th.stack([part for part in self if part is not None])
+from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 
 
 class UpdateMetrics:
@@ -49,15 +22,21 @@ class UpdateMetrics:
 
     def finite(self) -> bool:
         """
-        Whether every step was taken along a finite gradient. An infinite norm is clipped to a step of 0: the parameters would
-        stay finite, and the same, for ever.
+        Check that every step was taken along a finite gradient. A gradient of infinite norm is clipped to a step of length 0:
+        the parameters would stay finite, and the same, forever.
         """
         return not self.grad_norms or bool(th.stack(self.grad_norms).isfinite().all())
 
-    def record(self, logger: Logger, settings: Settings) -> None:
-        """Write the means over all minibatches; ``approx_kl`` over those of the last epoch only, and ``loss`` of the last
-        one, as SB3's PPO does."""
+    def log(self, logger: Logger, settings: Settings) -> None:
+        """
+        Log the means over all minibatches; as in SB3's PPO ``approx_kl`` is of the last epoch, ``loss`` of the last minibatch.
+
+        :param logger: SB3's
+        :param settings: of the update
+        """
         epochs = [th.stack(epoch) for epoch in self.epochs if epoch]
+        if not epochs:  # the first minibatch could not be evaluated, and the update was undone
+            return
         means = MinibatchMetrics(*th.cat(epochs).mean(dim=0))
         last_epoch = MinibatchMetrics(*epochs[-1].mean(dim=0))
         last = MinibatchMetrics(*epochs[-1][-1])
@@ -73,3 +52,45 @@ class UpdateMetrics:
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
+
+
+def log_penalty(logger: Logger, settings: Settings, mean_kl: float, max_kl: float) -> None:
+    """
+    Log how far the policy moved, against its target and under which β.
+
+    :param logger: SB3's
+    :param settings: of the update, with the β it used
+    :param mean_kl: d, mean over the rollout, in nats
+    :param max_kl: the largest divergence at a single state, in nats
+    """
+    logger.record("train/kl", mean_kl)
+    logger.record("train/kl_max", max_kl)
+    logger.record("train/kl_over_target", mean_kl / settings.target_kl)
+    logger.record("train/kl_coef", settings.kl_coef)
+
+
+def log_progress(
+    logger: Logger,
+    buffer: RolloutBuffer,
+    policy: ActorCriticPolicy,
+    n_updates: int,
+    undone_updates: int,
+    seconds_compiling: float,
+) -> None:
+    """
+    Log the state of training after an update.
+
+    :param logger: SB3's
+    :param buffer: with the values and returns of the rollout
+    :param policy: with or without a ``log_std``
+    :param n_updates: epochs so far, as SB3 counts them
+    :param undone_updates: updates undone so far
+    :param seconds_compiling: since the last update
+    """
+    logger.record("train/undone_updates", undone_updates)
+    logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+    if hasattr(policy, "log_std"):
+        logger.record("train/std", th.exp(policy.log_std).mean().item())
+    if seconds_compiling > 0:
+        logger.record("time/compilation", seconds_compiling)
+    logger.record("train/n_updates", n_updates, exclude="tensorboard")

@@ -10,6 +10,7 @@ A rule is a frozen value: plain numbers in, a plain number out. Its state, β it
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +40,8 @@ class AdaptivePenalty:
 
     :param low: lower edge of the dead band, relative to the target, in (0, 1]
     :param high: upper edge of the dead band, relative to the target, ≥ 1
-    :param decrease: what β is multiplied by below the band, in (0, 1)
-    :param increase: what β is multiplied by above the band, > 1
+    :param decrease: factor of β below the band, in (0, 1)
+    :param increase: factor of β above the band, > 1
     :raises ValueError: if a number is out of its range
     """
 
@@ -64,7 +65,7 @@ class AdaptivePenalty:
         The same band and the same step both ways, in log d and in log β.
 
         :param tolerance: the band is [target_kl / tolerance, tolerance · target_kl], ≥ 1
-        :param factor: what β is multiplied or divided by, > 1
+        :param factor: multiplies or divides β, > 1
         :raises ValueError: if a number is out of its range
         """
         return cls(low=1 / tolerance, high=tolerance, decrease=1 / factor, increase=factor)
@@ -109,21 +110,29 @@ class ProportionalPenalty:
 
 @dataclass(frozen=True)
 class FixedPenalty:
-    """β stays what it is: the "fixed KL" baseline of Schulman et al. 2017, Table 1."""
+    """β does not move: the "fixed KL" baseline of Schulman et al. 2017, Table 1."""
 
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
         return kl_coef
+
+
+# The rules that ``kl_rule`` can name, made from ``kl_tolerance`` and ``kl_factor``
+RULES: dict[str, Callable[[float, float], PenaltyRule]] = {
+    "adaptive": AdaptivePenalty.symmetric,
+    "fixed": lambda kl_tolerance, kl_factor: FixedPenalty(),
+    "proportional": lambda kl_tolerance, kl_factor: ProportionalPenalty(),
+}
 
 
 def default_bounds(normalize_advantage: bool) -> tuple[float, float]:
     """
     The bounds of β where the user gave none.
 
-    With normalised advantages the penalised optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor
+    With normalized advantages the penalized optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor
     matters as much: when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule
-    would halve β until nothing restrains the surrogate. Without normalisation β carries the unit of the rewards.
+    would halve β until nothing restrains the surrogate. Without normalization β carries the unit of the rewards.
 
-    :param normalize_advantage: whether advantages are normalised
+    :param normalize_advantage: whether advantages are normalized
     :return: lowest and highest β
     """
     return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)

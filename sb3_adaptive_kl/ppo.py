@@ -64,18 +64,18 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param init_kl_coef: β before the first update, > 0. The running value is the attribute ``kl_coef``, which ``save`` keeps.
     :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"fixed"``, ``"proportional"``, or any ``PenaltyRule``
     :param kl_tolerance: For the adaptive rule: β moves when the KL leaves [target / tolerance, tolerance · target], ≥ 1
-    :param kl_factor: For the adaptive rule: what β is multiplied or divided by, > 1
-    :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalised advantages,
+    :param kl_factor: For the adaptive rule: the factor that multiplies or divides β, > 1
+    :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalized advantages,
         (1e-6, 1e6) without.
-    :param kl_divergence: What is penalised and measured: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both exact; or
-        an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
+    :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
+        exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − kl_cutoff_factor · target_kl)², ≥ 0 (0: none)
     :param kl_cutoff_factor: Where the hinge begins, relative to the target, > 0
     :param kl_stop_factor: Stop the epochs once the KL of a minibatch exceeds this times the target, > 0 (``None``: never).
         β is still adapted to the KL measured in the end.
     :param compile: Whether to compile the policy's ``forward`` and the train step with ``torch.compile``, which takes seconds
         to a minute in the first iteration: all of it with torch's Adam and without ``kl_stop_factor``, else all but the
-        optimiser. Where that fails, training goes on uncompiled, with one warning.
+        optimizer. Where that fails, training goes on uncompiled, with one warning.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """

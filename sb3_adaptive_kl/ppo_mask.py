@@ -2,15 +2,14 @@
 
 from typing import Any, TypeVar
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.rollout.hosts import MaskableHost
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 SelfMaskableAdaptiveKLPPO = TypeVar("SelfMaskableAdaptiveKLPPO", bound="MaskableAdaptiveKLPPO")
@@ -29,6 +28,8 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
 
     :raises ValueError: if an argument is out of its range; during training, if a mask leaves no action at all
     """
+
+    _host = MaskableHost()
 
     def __init__(
         self,
@@ -123,32 +124,3 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
             use_masking=use_masking,
             progress_bar=progress_bar,
         )
-
-    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return self.policy.evaluate_actions(rollout_data.observations, actions, action_masks=rollout_data.action_masks)
-
-    def _check_rollout(self) -> None:
-        forbidden = _states_without_action(self.rollout_buffer.action_masks, self.action_space)
-        if forbidden > 0:
-            raise ValueError(
-                f"action_masks: in {forbidden} states of the rollout an action dimension has no valid choice left, so that an "
-                "invalid one was taken: let action_masks() allow at least one choice per dimension in every state"
-            )
-
-
-def _states_without_action(action_masks: np.ndarray, action_space: spaces.Space[Any]) -> int:
-    """
-    How many states have an action dimension with nothing left to choose.
-
-    :param action_masks: shape (..., number of choices of all action dimensions together), 0 where a choice is invalid
-    :param action_space: Discrete, MultiDiscrete or MultiBinary (which has two choices per dimension)
-    """
-    if isinstance(action_space, spaces.MultiDiscrete):
-        n_choices = action_space.nvec
-    elif isinstance(action_space, spaces.MultiBinary):
-        n_choices = np.full(action_masks.shape[-1] // 2, 2)
-    else:
-        n_choices = np.array([action_masks.shape[-1]])
-    first_choices = np.cumsum(n_choices) - n_choices
-    n_valid = np.add.reduceat(action_masks, first_choices, axis=-1)
-    return int((n_valid == 0).any(axis=-1).sum())

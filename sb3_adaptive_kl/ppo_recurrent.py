@@ -8,6 +8,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.rollout.hosts import RecurrentHost
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 SelfRecurrentAdaptiveKLPPO = TypeVar("SelfRecurrentAdaptiveKLPPO", bound="RecurrentAdaptiveKLPPO")
@@ -29,8 +30,7 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
 
     policy: RecurrentActorCriticPolicy
 
-    # A sequence that is cut goes on from the old policy's hidden state, which would hide a part of the divergence
-    _keep_sequences_whole = True
+    _host = RecurrentHost()
 
     def __init__(
         self,
@@ -123,12 +123,3 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
-
-    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return self.policy.evaluate_actions(
-            rollout_data.observations, actions, rollout_data.lstm_states, rollout_data.episode_starts
-        )
-
-    def _valid(self, rollout_data: Any) -> th.Tensor:
-        valid: th.Tensor = rollout_data.mask > 0.5  # 1 for a transition, 0 for padding, as a float
-        return valid

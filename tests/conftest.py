@@ -18,6 +18,11 @@ from stable_baselines3.common.envs import (
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.objective import MinibatchMetrics, objective
+from sb3_adaptive_kl.rollout.evaluation import evaluate
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
@@ -81,6 +86,20 @@ def collect(model: OnPolicyAlgorithm, callback: MaybeCallback = None) -> Any:
     model.learn(model.n_steps * model.n_envs, callback)
     del model.train
     return model
+
+
+def remember(model: Any) -> OldPolicy:
+    """The model's policy as it is now, remembered on the rollout it has collected."""
+    return OldPolicy(model.policy, model.rollout_buffer, model._host, model.kl_divergence)
+
+
+def minibatch_loss(
+    model: Any, old_policy: OldPolicy, rollout_data: Any, index: th.Tensor, **changes: Any
+) -> tuple[th.Tensor, MinibatchMetrics]:
+    """The loss of one minibatch and its parts, under the model's settings with some of them changed."""
+    new = evaluate(model.policy, model._host, rollout_data, old_policy.needs_distribution)
+    settings = settings_at(model, model._current_progress_remaining)._replace(**changes)
+    return objective(new, old_policy.divergence(index, new), settings)
 
 
 def parameters(model: OnPolicyAlgorithm) -> th.Tensor:

@@ -1,4 +1,4 @@
-"""Bad input is refused where it is given, with the argument, its value and what to do instead."""
+"""Invalid arguments raise an error that names the argument, its value and a remedy."""
 
 import inspect
 import math
@@ -57,13 +57,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[str(kwargs) for kwargs, _ in BAD])
-def test_refused_at_construction(kwargs, message):
+def test_constructor_rejects_invalid_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         CASES["discrete"].build(AdaptiveKLPPO, **kwargs)
 
 
 @pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[str(kwargs) for kwargs, _ in BAD])
-def test_refused_at_load(tmp_path, kwargs, message):
+def test_load_rejects_invalid_arguments(tmp_path, kwargs, message):
     CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         AdaptiveKLPPO.load(tmp_path / "model", env=CASES["discrete"].make_env(), **kwargs)
@@ -82,22 +82,22 @@ def test_refused_at_load(tmp_path, kwargs, message):
         {"kl_rule": lambda kl_coef, kl, target_kl: kl_coef},
     ],
 )
-def test_accepted(kwargs):
+def test_valid_arguments_are_accepted(kwargs):
     CASES["discrete"].build(AdaptiveKLPPO, **kwargs)
 
 
-def test_constructor_is_ppos_with_the_penalty_added():
-    """Every argument of PPO under its name, in its place and with its default, but for the two that change meaning."""
+def test_signature_extends_ppos():
+    """PPO's arguments keep their names, positions and defaults, except the two that change their meaning."""
     theirs = inspect.signature(PPO).parameters
     ours = inspect.signature(AdaptiveKLPPO).parameters
     assert list(ours)[: len(theirs) - 1] == list(theirs)[:-1]
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
     assert changed == {"clip_range", "target_kl"}
     required = {name for name, parameter in ours.items() if parameter.default is inspect.Parameter.empty}
-    assert required == {"policy", "env"}  # load() passes nothing else
+    assert required == {"policy", "env"}  # load() passes only these
 
 
-def test_every_argument_is_kept_and_documented():
+def test_every_argument_is_stored_and_documented():
     model = CASES["discrete"].build(AdaptiveKLPPO)
     for name, parameter in inspect.signature(AdaptiveKLPPO).parameters.items():
         if name != "_init_setup_model":
@@ -106,32 +106,32 @@ def test_every_argument_is_kept_and_documented():
             assert getattr(model, name) == parameter.default
 
 
-def test_scheduled_target_may_end_at_zero_but_not_below():
+def test_scheduled_target_stays_positive_at_zero():
     schedule = LinearSchedule(0.02, 0.0, 1.0)
     assert target_kl_at(schedule, 1.0) == pytest.approx(0.02)
     assert 0 < target_kl_at(schedule, 0.0) < 1e-9
 
 
 @pytest.mark.parametrize("value", [-0.01, math.nan, None, "0.01"])
-def test_schedule_that_returns_no_target_is_named(value):
+def test_error_names_schedule_with_invalid_target(value):
     with pytest.raises(ValueError, match=rf"target_kl: the schedule returned {value!r} at progress_remaining=0.5"):
         target_kl_at(lambda progress: value, 0.5)
 
 
-def test_running_beta_must_fit_new_bounds(tmp_path):
+def test_loaded_beta_must_be_within_new_bounds(tmp_path):
     CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"^kl_coef=1.0 must be .* within kl_coef_bounds=\(2, 4\): pass load\(\) a kl_coef"):
         AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0)
     assert AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0, kl_coef=2.0).kl_coef == 2.0
 
 
-def test_batch_size_none_is_contribs_only():
+def test_batch_size_none_is_rejected():
     with pytest.raises(ValueError, match=r"batch_size=None.*n_steps \* n_envs"):
         CASES["discrete"].build(AdaptiveKLPPO, batch_size=None)
 
 
 @pytest.mark.parametrize("result", [math.nan, None, "1.0"])
-def test_rule_that_returns_no_number_is_named(result):
+def test_error_names_rule_with_invalid_result(result):
     model = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, kl_rule=lambda kl_coef, kl, target_kl: result)
     with pytest.raises(ValueError, match=rf"kl_rule=.*returned {result!r} for kl_coef=1.0"):
         model.learn(64)

@@ -1,11 +1,12 @@
 """
-A bandit whose penalised optimum has a closed form: training must end there.
+Training on a bandit must reach the penalized optimum, which has a closed form.
 
-One state, three actions, fixed advantages A, uniform old policy p, β fixed. The maximiser of Σ π_k A_k − β D(p, π) is
+The bandit has one state, three actions, fixed advantages A, a uniform old policy p and a fixed β. The maximizer of
+Σ π_k A_k − β D(p, π) is
 
 * forward KL(p ‖ π):     π_k = β p_k / (λ − A_k), with λ such that Σ π = 1;
 * reverse KL(π ‖ p):     π_k ∝ p_k exp(A_k / β);
-* k3, whose mean over a rollout with every action p_k times is the forward KL itself: the same;
+* k3: the same, since its mean over a rollout with action frequencies p_k is the forward KL;
 * pearson ½ (r − 1)²:    π_k = p_k (1 + (A_k − Ā) / β), Ā = Σ p_k A_k.
 """
 
@@ -34,7 +35,7 @@ class Bandit(gym.Env):
 
 
 def forward_optimum(kl_coef):
-    low, high = ADVANTAGES.max() + 1e-9, ADVANTAGES.max() + kl_coef  # Σ π is ∞ at the lower end, at most 1 at the upper
+    low, high = ADVANTAGES.max() + 1e-9, ADVANTAGES.max() + kl_coef  # Σ π is ∞ at low, at most 1 at high
     for _ in range(200):
         middle = (low + high) / 2
         if (kl_coef * UNIFORM / (middle - ADVANTAGES)).sum() > 1:
@@ -58,7 +59,7 @@ def pearson_optimum(kl_coef):
     ("divergence", "optimum"),
     [("forward", forward_optimum), ("k3", forward_optimum), ("reverse", reverse_optimum), ("pearson", pearson_optimum)],
 )
-def test_training_reaches_the_penalised_optimum(divergence, optimum, kl_coef):
+def test_training_reaches_the_penalized_optimum(divergence, optimum, kl_coef):
     model = AdaptiveKLPPO(
         "MlpPolicy",
         Bandit(),
@@ -87,4 +88,4 @@ def test_training_reaches_the_penalised_optimum(divergence, optimum, kl_coef):
     with th.no_grad():
         policy = model.policy.get_distribution(th.ones(1, 1)).distribution.probs.numpy()[0]
     assert policy == pytest.approx(optimum(kl_coef), abs=2e-3)
-    assert abs(policy - UNIFORM).max() > 0.05  # it has moved, and not to the unpenalised end
+    assert abs(policy - UNIFORM).max() > 0.05  # The policy has moved, but not to the unpenalized optimum

@@ -1,6 +1,7 @@
 """What is collected is what the host would collect, eager and compiled; NaN is told before an environment sees it."""
 
 import copy
+import functools
 import pickle
 
 import gymnasium as gym
@@ -61,7 +62,7 @@ def test_nan_never_reaches_the_environment(env, compile):
     with pytest.raises(ValueError, match=r"log-probability of an action is NaN.*VecCheckNan"):
         model.learn(64)
     assert "forward" not in vars(model.policy)
-    assert not compile or not model._compilation.failed
+    assert not compile or not model._execution.compilation.failed
 
 
 @COMPILE
@@ -144,3 +145,70 @@ def test_what_a_users_policy_remembers_stays_with_it(compile):
 
     model = AdaptiveKLPPO(Remembers, gym.make("Pendulum-v1"), compile=compile, seed=0, device="cpu", **SMALL)
     assert collect(model).policy.n_seen >= 64
+
+
+def counting(function, calls):
+    """A decorator as users write it: ``functools.wraps`` copies ``__module__``, too."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@COMPILE
+@pytest.mark.parametrize("method", ["forward", "extract_features", "_get_action_dist_from_latent"])
+def test_wrapper_set_on_the_policy_is_called_and_kept(method, compile):
+    model = CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL)
+    calls = []
+    wrapper = counting(getattr(model.policy, method), calls)
+    setattr(model.policy, method, wrapper)
+    collect(model)
+    assert len(calls) >= SMALL["n_steps"]
+    assert vars(model.policy)[method] is wrapper
+
+
+def test_wrapper_of_the_class_is_called():
+    calls = []
+    policy = type("Wrapped", (ActorCriticPolicy,), {"forward": counting(ActorCriticPolicy.forward, calls)})
+    collect(AdaptiveKLPPO(policy, gym.make("Pendulum-v1"), device="cpu", **SMALL))
+    assert len(calls) == SMALL["n_steps"]
+
+
+def test_wrapper_set_during_a_rollout_is_kept():
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    calls = []
+
+    def wrap_once(*_):
+        if model.num_timesteps == 10:
+            model.policy.forward = counting(model.policy.forward, calls)
+        return True
+
+    collect(model, wrap_once)
+    assert len(calls) == SMALL["n_steps"] - 10
+    assert "forward" in vars(model.policy)
+    # It calls the policy from now on, and not the copy that acted during that rollout
+    model.policy.value_net = th.nn.Linear(64, 1)
+    th.nn.init.zeros_(model.policy.value_net.weight)
+    th.nn.init.constant_(model.policy.value_net.bias, 3.0)
+    with th.no_grad():
+        assert model.policy(th.zeros(1, 3))[1] == 3.0
+
+
+def test_wrapper_of_evaluate_actions_sees_the_observations_of_the_rollout():
+    """Compiled, SB3's own methods are given preprocessed ones; an integer image shows the difference."""
+    model = CASES["cnn"].build(AdaptiveKLPPO, compile=True, **SMALL)
+    dtypes = set()
+    evaluate_actions = model.policy.evaluate_actions
+
+    @functools.wraps(evaluate_actions)
+    def wrapper(observations, actions):
+        dtypes.add(observations.dtype)
+        return evaluate_actions(observations, actions)
+
+    model.policy.evaluate_actions = wrapper
+    with pytest.warns(UserWarning, match="torch.compile failed"):  # it preprocesses by itself, which torch cannot compile
+        model.learn(64)
+    assert dtypes == {th.uint8}

@@ -47,7 +47,7 @@ def assert_same_trajectory(case, algorithm=AdaptiveKLPPO, n_iterations=10, **kwa
     eager, compiled = (
         case.build(algorithm, compile=compile, **{**SMALL, **kwargs}).learn(n_iterations * 60) for compile in (False, True)
     )
-    assert not compiled._compilation.failed
+    assert not compiled._execution.compilation.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
     assert eager.kl_coef == compiled.kl_coef
     assert eager._n_updates == compiled._n_updates
@@ -72,7 +72,7 @@ def test_same_trajectory_for_every_family(case):
 def test_same_steps_on_images(case):
     """A rounding error soon flips an action here: so one update, whose first step alone is not compiled."""
     eager, compiled = (CASES[case].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(60) for compile in (False, True))
-    assert not compiled._compilation.failed
+    assert not compiled._execution.compilation.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
 
 
@@ -99,7 +99,7 @@ class TestBox:
     """One small network; what is compiled is kept on disk, so only the first of these tests takes long."""
 
     def test_first_update_equals_ppos(self):
-        """See test_first_update.py. The first step of all makes the optimiser's state, uncompiled: so this is the second."""
+        """See test_first_update.py. The very first step makes the optimizer's state, uncompiled: this is the second."""
         full_batch = {"n_steps": 64, "batch_size": 64, "n_epochs": 1, "learning_rate": 0.01}
         ppo = CASES["box"].build(PPO, **full_batch).learn(64)
         ours = CASES["box"].build(AdaptiveKLPPO, compile=True, init_kl_coef=30.0, **full_batch).learn(64)
@@ -109,7 +109,7 @@ class TestBox:
         start = parameters(ours)
         ppo.train()
         ours.train()
-        assert not ours._compilation.failed
+        assert not ours._execution.compilation.failed
         assert (parameters(ours) - start).abs().max() > 1e-3
         assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
 
@@ -122,6 +122,7 @@ class TestBox:
         for iteration in range(4):
             collect(model)
             model.ent_coef, model.vf_coef, model.max_grad_norm = 0.1 / (1 + iteration), 0.5 + iteration, 1.0 + iteration
+            model.kl_cutoff_coef, model.kl_cutoff_factor = 100.0 + iteration, 2.0 + iteration
             model.train()
             betas.add(model.kl_coef)
             seconds.append(model.logger.name_to_value.get("time/compilation"))
@@ -135,7 +136,7 @@ class TestBox:
         for _ in range(9):
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
             model.train()
-            assert not model._compilation.failed
+            assert not model._execution.compilation.failed
         assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
 
     def test_checkpoints_do_not_see_it(self, tmp_path):
@@ -144,7 +145,7 @@ class TestBox:
         loaded = AdaptiveKLPPO.load(tmp_path / "model", env=model.get_env())
         assert loaded.compile is True
         data, _, _ = load_from_zip_file(tmp_path / "model")
-        assert not {"_compilation", "_act_function", "_gradients_function", "_step_function"} & data.keys()
+        assert "_execution" not in data
         assert th.equal(parameters(loaded), parameters(model))
         ours, theirs = model.get_parameters(), eager.get_parameters()
         assert ours["policy"].keys() == theirs["policy"].keys()
@@ -167,7 +168,7 @@ class TestBox:
         before = parameters(model)
         with pytest.warns(UserWarning, match="was undone"):
             model.train()
-        assert not model._compilation.failed
+        assert not model._execution.compilation.failed
         assert th.equal(parameters(model), before)
 
     def test_freezing_and_thawing_the_network(self):
@@ -179,7 +180,18 @@ class TestBox:
             before = layers[0].weight.clone()
             model.learn(2 * 60)
             assert th.equal(layers[0].weight, before) == frozen
-        assert not model._compilation.failed
+        assert not model._execution.compilation.failed
+
+    def test_normalization_may_be_switched_off_and_on(self):
+        """Both ways are compiled once each: going back compiles nothing again."""
+        model = CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60).learn(60)
+        counts = []
+        for normalize in (True, False, True, False):
+            before = n_compilations()
+            model.normalize_advantage, model.kl_coef_bounds = normalize, (1 / 32, 32.0)
+            collect(model).train()
+            counts.append(n_compilations() - before)
+        assert counts == [0, 1, 0, 0]
 
 
 SCALE = 1.0
@@ -196,7 +208,7 @@ def test_globals_of_the_users_code_may_change(monkeypatch):
     assert len(np.unique(model.rollout_buffer.values)) > 10
     monkeypatch.setattr(f"{__name__}.SCALE", 0.0)
     assert len(np.unique(collect(model).rollout_buffer.values)) == 1
-    assert not model._compilation.failed
+    assert not model._execution.compilation.failed
 
 
 class AsksForTheSpace(ActorCriticPolicy):
@@ -238,7 +250,7 @@ def assert_falls_back(message, policy="MlpPolicy", algorithm=AdaptiveKLPPO, **kw
     with pytest.warns(UserWarning, match=message) as caught:
         compiled.learn(3 * 60)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
-    assert compiled._compilation.failed
+    assert compiled._execution.compilation.failed
     eager = case.build(algorithm, **SMALL).learn(3 * 60)
     assert th.equal(parameters(compiled), parameters(eager))
 
@@ -273,7 +285,7 @@ def test_what_changes_too_often_alone_falls_back():
     with pytest.warns(UserWarning, match=r"compile=True: act\(\) goes on uncompiled.*TORCH_LOGS") as caught:
         model.learn(60, callback=ask)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
-    assert not model._compilation.failed
+    assert not model._execution.compilation.failed
 
 
 def test_falls_back_for_lstms():

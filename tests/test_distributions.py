@@ -1,4 +1,4 @@
-"""Parameters of the hosts' distributions: remembered rather than referenced, for every family and action space."""
+"""Test the stored parameters of SB3's action distributions, for every family and action space."""
 
 import math
 
@@ -15,8 +15,8 @@ from stable_baselines3.common.distributions import (
 from torch.distributions import MultivariateNormal
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.distributions import Categoricals, DiagGaussian, action_distribution
-from tests.conftest import FAMILIES, collect
+from sb3_adaptive_kl.rollout.distributions import Categoricals, DiagGaussian, action_distribution
+from tests.conftest import FAMILIES, collect, remember
 
 
 def gaussian(cls=DiagGaussianDistribution, seed=0, batch=7):
@@ -61,13 +61,13 @@ MAKERS = [gaussian, squashed, categorical, multi_categorical, bernoulli, state_d
 @pytest.mark.parametrize("make", MAKERS)
 def test_kl_is_log_prob_difference_in_expectation(make):
     """
-    Against the host's own `sample` and `log_prob`, within 4 standard errors: family, order and sums are right, and squashing,
-    being a bijection, changes nothing.
+    Compare with SB3's own `sample` and `log_prob`, within 4 standard errors. This tests the family, the direction and
+    the sums. Squashing is a bijection and does not change the KL.
     """
     old, new = make(seed=0, batch=1), make(seed=1, batch=1)
     kl = action_distribution(old).kl(action_distribution(new))
     th.manual_seed(0)
-    if isinstance(old, StateDependentNoiseDistribution):  # whose sample() has one noise matrix for all
+    if isinstance(old, StateDependentNoiseDistribution):  # Its sample() uses one noise matrix for all actions
         actions = old.distribution.sample((20_000,)).squeeze(1)
         actions = actions if old.bijector is None else old.bijector.forward(actions)
     else:
@@ -77,13 +77,13 @@ def test_kl_is_log_prob_difference_in_expectation(make):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_shape_index_and_assignment(make):
+def test_shape_indexing_and_assignment(make):
     old, new = action_distribution(make(seed=0)), action_distribution(make(seed=1))
     kl = old.kl(new)
     assert kl.shape == (7,)
     index = th.tensor([6, 0, 3])
     assert th.equal(old[index].kl(new[index]), kl[index])
-    again = old.room_for(7)
+    again = old.allocate(7)
     for part in (th.arange(3, 7), th.arange(3)):
         again[part] = old[part]
     assert th.equal(again.kl(new), kl)
@@ -91,14 +91,14 @@ def test_shape_index_and_assignment(make):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_old_policy_is_remembered_when_the_network_moves(case):
-    """The trap: policy.get_distribution() twice gives one object, and a KL of 0 whatever happened in between."""
+    """Two calls of policy.get_distribution() return the same object, so their KL is 0 even if the network moved in between."""
     model = collect(FAMILIES[case].build(AdaptiveKLPPO, n_steps=16, batch_size=16))
-    old = model._old_distributions()
-    assert model._divergence_on_rollout(old).abs().max() < 1e-12
+    old_policy = remember(model)
+    assert old_policy.divergence_on_rollout().abs().max() < 1e-12
     with th.no_grad():
         for parameter in model.policy.parameters():
             parameter.add_(0.1 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
-    assert model._divergence_on_rollout(old).min() > 1e-7
+    assert old_policy.divergence_on_rollout().min() > 1e-7
 
 
 def test_gradient_flows_to_the_new_policy_only():
@@ -108,7 +108,7 @@ def test_gradient_flows_to_the_new_policy_only():
     assert th.equal(loc.grad, -th.ones(2, 3))
 
 
-def test_impossible_outcomes_are_finite():
+def test_impossible_outcomes_have_finite_log_probs():
     logits = th.tensor([[0.0, -th.inf, 1.0, 2.0]], requires_grad=True)
     parameters = action_distribution(CategoricalDistribution(4).proba_distribution(logits))
     assert isinstance(parameters, Categoricals)
@@ -118,14 +118,14 @@ def test_impossible_outcomes_are_finite():
 
 
 def test_saturated_bernoulli():
-    """Logits 18 and 20, whose probabilities float32 rounds to 1: the KL is that of the improbable outcome, not inf."""
+    """Float32 rounds the probabilities for logits 18 and 20 to 1. The KL is still that of the unlikely outcome, not inf."""
     old, new = (BernoulliDistribution(1).proba_distribution(th.tensor([[logit]])) for logit in (18.0, 20.0))
     p, q = 1 / (1 + math.exp(18)), 1 / (1 + math.exp(20))
     expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     assert action_distribution(old).kl(action_distribution(new)).item() == pytest.approx(expected, rel=0.05)
 
 
-def test_unknown_family_names_the_way_out():
+def test_error_for_unknown_family_suggests_k3():
     distribution = DiagGaussianDistribution(2)
     distribution.distribution = MultivariateNormal(th.zeros(1, 2), th.eye(2))
     with pytest.raises(ValueError, match=r"MultivariateNormal.*kl_divergence='k3'"):

@@ -1,4 +1,4 @@
-"""The divergences against independent estimates, in the limit, and at the edge of float32."""
+"""Compare the divergences with independent estimates, and test their limits and float32 edge cases."""
 
 import math
 
@@ -23,7 +23,7 @@ def log_probs(seed: int, splits: tuple[int, ...] = (4,), batch: int = 5, spread:
 
 
 class TestAgainstMonteCarlo:
-    """E_p[log p(a) − log q(a)] over sampled actions, within 4 standard errors; torch samples and torch scores."""
+    """Compare with E_p[log p(a) − log q(a)] over sampled actions, within 4 standard errors, using torch's distributions."""
 
     @staticmethod
     def check(exact: th.Tensor, log_p: th.Tensor, log_q: th.Tensor) -> None:
@@ -47,7 +47,7 @@ class TestAgainstMonteCarlo:
         self.check(categorical_kl(p, q), Categorical(logits=p).log_prob(actions), Categorical(logits=q).log_prob(actions))
 
     @pytest.mark.parametrize("seeds", [(0, 1), (1, 0)], ids=["forward", "reverse"])
-    def test_several_categoricals(self, seeds):
+    def test_multi_categorical(self, seeds):
         splits = (2, 5, 3)
         p, q = (log_probs(seed, splits) for seed in seeds)
         th.manual_seed(4)
@@ -66,8 +66,8 @@ class TestAgainstMonteCarlo:
         exact = categorical_kl(*(th.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1) for logits in (p, q)))
         self.check(exact, Bernoulli(logits=p).log_prob(actions).sum(-1), Bernoulli(logits=q).log_prob(actions).sum(-1))
 
-    def test_estimators_in_expectation(self):
-        """From samples of the old policy: k3 is unbiased for KL(old ‖ new), pearson for half the χ² divergence."""
+    def test_expectation_of_estimators(self):
+        """With samples of the old policy, k3 is unbiased for KL(old ‖ new) and pearson for half the χ² divergence."""
         old, new = log_probs(0, spread=0.3), log_probs(1, spread=0.3)
         th.manual_seed(6)
         actions = Categorical(logits=old).sample((N_SAMPLES,))
@@ -89,7 +89,7 @@ class TestIdentities:
             assert (gradient == 0).all()
 
     @pytest.mark.parametrize("splits", [(4,), (2, 3, 4)])
-    def test_positive_elsewhere_and_per_state(self, splits):
+    def test_positive_per_state_if_distributions_differ(self, splits):
         kl = categorical_kl(log_probs(0, splits), log_probs(1, splits))
         assert kl.shape == (5,)
         assert (kl > 0).all()
@@ -98,18 +98,18 @@ class TestIdentities:
         assert (kl > 0).all()
 
     def test_summed_over_action_dimensions(self):
-        """Two independent copies of the same action have twice the KL: it is a sum, not SB3's and contrib's mean."""
+        """Two independent copies of the same action have twice the KL, unlike with the mean of SB3 and sb3-contrib."""
         p, q = gaussians(0), gaussians(1)
         twice = gaussian_kl(*(th.cat([tensor, tensor], dim=1) for tensor in (*p, *q)))
         assert th.allclose(twice, 2 * gaussian_kl(*p, *q))
 
-    def test_invariant_under_change_of_scale_of_the_action(self):
+    def test_invariant_to_action_scale(self):
         p, q = gaussians(0), gaussians(1)
         scaled = gaussian_kl(*(1000 * tensor for tensor in (*p, *q)))
         assert th.allclose(scaled, gaussian_kl(*p, *q), rtol=1e-5)
 
-    def test_all_divergences_share_their_second_order_expansion(self):
-        """½ δ² Var: near equality it makes no difference which one is penalised."""
+    def test_second_order_expansions_agree(self):
+        """All are ½ δ² Var near equality, where the choice of the penalized divergence does not matter."""
         p = log_probs(0, spread=0.5).double()
         direction = th.randn(p.shape, generator=th.Generator().manual_seed(9), dtype=th.float64)
         q = F.log_softmax(p + 1e-4 * direction, dim=1)
@@ -132,8 +132,8 @@ class TestIdentities:
         assert th.autograd.gradcheck(pearson, [log_ratio])
 
 
-class TestAtTheEdge:
-    """Finite values and gradients where the true value is finite, in float32."""
+class TestNumericalEdgeCases:
+    """Values and gradients are finite in float32 if the true value is finite."""
 
     @staticmethod
     def bernoulli(logit: float, requires_grad: bool = False) -> tuple[th.Tensor, th.Tensor]:
@@ -141,7 +141,7 @@ class TestAtTheEdge:
         return logits, th.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1)
 
     def test_saturated_bernoulli(self):
-        """Logits 16 and 18: float32 probabilities round to 1, where torch's own kl_divergence gives inf."""
+        """With logits 16 and 18, float32 probabilities round to 1, and torch's kl_divergence returns inf."""
         _, p = self.bernoulli(16.0)
         logits, q = self.bernoulli(18.0, requires_grad=True)
         kl = categorical_kl(p, q)
@@ -152,8 +152,8 @@ class TestAtTheEdge:
         assert th.isfinite(gradient).all()
 
     @pytest.mark.parametrize("gap", [20.0, 100.0, 1000.0, 1e5])
-    def test_certain_and_opposite(self, gap):
-        """p all on the first outcome, q all on the second: KL = gap + o(1), in both directions."""
+    def test_nearly_deterministic_opposites(self, gap):
+        """If p always gives the first outcome and q the second, KL = gap + o(1) in both directions."""
         p = F.log_softmax(th.tensor([[gap, 0.0]]), dim=1)
         logits = th.tensor([[0.0, gap]], requires_grad=True)
         q = F.log_softmax(logits, dim=1)
@@ -168,7 +168,7 @@ class TestAtTheEdge:
             q = F.log_softmax(p + spread * th.randn(p.shape, generator=th.Generator().manual_seed(1)), dim=1)
             assert categorical_kl(p, q).min() > -1e-7
 
-    def test_impossible_outcomes_contribute_exactly_nothing(self):
+    def test_impossible_outcomes_contribute_exactly_zero(self):
         lowest = th.finfo(th.float32).min
         p, q = log_probs(0), log_probs(1)
         masked = [th.cat([log_prob, th.full((5, 2), lowest)], dim=1) for log_prob in (p, q)]
@@ -180,7 +180,7 @@ class TestAtTheEdge:
         assert (gradient[:, 4:] == 0).all()
 
     @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
-    def test_tiny_and_large_scale(self, scale):
+    def test_tiny_and_large_scales(self, scale):
         old = (th.zeros(2, 3), th.full((2, 3), scale))
         new = (th.full((2, 3), scale, requires_grad=True), th.full((2, 3), 2 * scale, requires_grad=True))
         per_dimension = math.log(2) + (1 + 1) / (2 * 4) - 0.5  # log(σ_q/σ_p) + (σ_p² + Δ²) / 2σ_q² − ½
@@ -189,8 +189,8 @@ class TestAtTheEdge:
         for gradient in th.autograd.grad(kl.sum(), new):
             assert th.isfinite(gradient).all()
 
-    def test_nearly_equal_scales_keep_their_digits(self):
-        """log σ differs by 1e-4: the KL, δ², is 1e-8, which `x − 1 − log x` in float32 would lose."""
+    def test_nearly_equal_scales_keep_precision(self):
+        """If log σ differs by δ = 1e-4, the KL is δ² = 1e-8, which `x − 1 − log x` would lose in float32."""
         scale, delta = th.ones(1, 1), 1e-4
         kl = gaussian_kl(scale, scale, scale, scale * math.exp(delta))
         assert kl.item() == pytest.approx(delta**2, rel=0.02)

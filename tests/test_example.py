@@ -1,4 +1,4 @@
-"""examples/training_curves.py: the picture of a tensorboard log."""
+"""Test examples/training_curves.py, which plots a TensorBoard log."""
 
 import runpy
 import sys
@@ -13,16 +13,16 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 SCRIPT = Path(__file__).parents[1] / "examples" / "training_curves.py"
 
 
-@pytest.mark.filterwarnings("ignore")  # tensorboard's and protobuf's own
-def test_training_curves(tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore")  # From tensorboard and protobuf
+def test_log_is_read_and_plotted(tmp_path, monkeypatch, capsys):
     env = make_vec_env("CartPole-v1", seed=0)
     model = AdaptiveKLPPO("MlpPolicy", env, n_steps=256, init_kl_coef=3.0, tensorboard_log=str(tmp_path), seed=0)
-    evaluation = EvalCallback(make_vec_env("CartPole-v1", seed=1), eval_freq=600, n_eval_episodes=1)  # which logs as well
+    evaluation = EvalCallback(make_vec_env("CartPole-v1", seed=1), eval_freq=600, n_eval_episodes=1)  # Also writes logs
     model.learn(1024, callback=evaluation)
 
     read_log = runpy.run_path(str(SCRIPT))["read_log"]
     log = read_log(tmp_path / "AdaptiveKLPPO_1", ["rollout/ep_rew_mean", "train/kl", "train/kl_coef"])
-    # After the update at 256, 512 and 768: with the next rollout, or with an evaluation before that
+    # Updates at 256, 512 and 768 are logged with the next rollout, or with an earlier evaluation
     assert log["train/kl"][0] == log["train/kl_coef"][0] == [512, 600, 1024]
     assert log["train/kl_coef"][1][0] == 3.0
     assert log["rollout/ep_rew_mean"][0] == [256, 512, 768, 1024]
@@ -31,7 +31,7 @@ def test_training_curves(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
-    for folder, message in ((tmp_path, "has no log of rollout/ep_rew_mean"), (tmp_path / "elsewhere", "is no folder")):
+    for folder, message in ((tmp_path, "has no log of rollout/ep_rew_mean"), (tmp_path / "elsewhere", "is not a folder")):
         monkeypatch.setattr(sys, "argv", ["", str(folder)])
         with pytest.raises(SystemExit, match=message):
             runpy.run_path(str(SCRIPT), run_name="__main__")

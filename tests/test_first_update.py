@@ -1,8 +1,8 @@
 """
-∇KL(π_old ‖ π_θ) = 0 at θ = θ_old: the first full-batch update equals PPO's, whatever β is.
+The first full-batch update equals PPO's for any β, because ∇KL(π_old ‖ π_θ) = 0 at θ = θ_old.
 
-At ratio 1 PPO clips nothing, and the penalty has no gradient. One comparison with SB3's own `train()` therefore covers all the
-plumbing: advantages, losses, coefficients, gradient clipping, optimiser, random numbers, and which old policy is compared.
+At ratio 1, PPO does not clip, and the gradient of the penalty is zero. A comparison with SB3's own `train()` therefore tests
+advantages, losses, coefficients, gradient clipping, optimizer, random numbers and the choice of the old policy at once.
 """
 
 import pytest
@@ -16,7 +16,7 @@ FULL_BATCH = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "learning_rate":
 
 @pytest.mark.parametrize("kl_coef", [0.1, 30.0])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_ppo(case, kl_coef):
+def test_first_update_equals_ppo(case, kl_coef):
     ppo = CASES[case].build(PPO, **FULL_BATCH).learn(128)
     ours = CASES[case].build(AdaptiveKLPPO, init_kl_coef=kl_coef, **FULL_BATCH)
     start = parameters(ours)
@@ -28,7 +28,7 @@ def test_equals_ppo(case, kl_coef):
 
 @pytest.mark.parametrize("divergence", ["reverse", "k3", "pearson"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_equals_ppo_for_every_divergence(case, divergence):
+def test_first_update_equals_ppo_for_every_divergence(case, divergence):
     ppo = FAMILIES[case].build(PPO, **FULL_BATCH).learn(128)
     ours = FAMILIES[case].build(AdaptiveKLPPO, init_kl_coef=1.0, kl_divergence=divergence, **FULL_BATCH).learn(128)
     assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-5
@@ -37,15 +37,15 @@ def test_equals_ppo_for_every_divergence(case, divergence):
 @pytest.mark.parametrize(
     "kwargs", [{"clip_range_vf": 0.1}, {"normalize_advantage": False}, {"vf_coef": 2.0, "max_grad_norm": 0.01}]
 )
-def test_equals_ppo_with_its_options(kwargs):
+def test_first_update_equals_ppo_with_options(kwargs):
     ppo = CASES["box"].build(PPO, **FULL_BATCH, **kwargs).learn(128)
     ours = CASES["box"].build(AdaptiveKLPPO, **FULL_BATCH, **kwargs).learn(128)
     assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_clipped_and_nearly_unpenalised_equals_ppo_throughout(case):
-    """With clipping on and β at 1e-8, whole training runs agree: the same surrogate, minibatches, epochs and schedules."""
+def test_run_with_clipping_and_tiny_beta_equals_ppo(case):
+    """With clipping and β = 1e-8, whole runs agree: surrogate, minibatches, epochs and schedules are the same."""
     kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 3, "clip_range": 0.1, "clip_range_vf": 0.2}
     ppo = FAMILIES[case].build(PPO, **kwargs).learn(256)
     penalty = {"init_kl_coef": 1e-8, "kl_rule": "fixed", "kl_coef_bounds": (1e-9, 1)}

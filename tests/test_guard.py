@@ -24,7 +24,7 @@ def with_nan_loss(monkeypatch):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_nan_loss_is_undone(case, monkeypatch):
-    model = FAMILIES[case].build(AdaptiveKLPPO, **SMALL).learn(64)  # so that the optimiser has a state
+    model = FAMILIES[case].build(AdaptiveKLPPO, **SMALL).learn(64)  # so that the optimizer has a state
     model = collect(model)
     model.kl_coef = 1.0
     with_nan_loss(monkeypatch)
@@ -44,7 +44,7 @@ def test_nan_loss_is_undone(case, monkeypatch):
 
 
 def test_first_update_of_all_is_undone(monkeypatch):
-    """Before the first step the optimiser has no state at all; afterwards it must have none again."""
+    """Before the first step the optimizer has no state at all; afterwards it must have none again."""
     with_nan_loss(monkeypatch)
     model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
     before = parameters(model)

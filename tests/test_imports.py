@@ -21,40 +21,82 @@ def test_import_pulls_in_no_optional_dependency():
 
 
 def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    """Modules that a module imports, at its top or in a function; not those that only types need."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0], "relative import"
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    return set(names)
+    # `from sb3_adaptive_kl import losses` imports a module of ours by its name
+    names += [
+        f"sb3_adaptive_kl.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "sb3_adaptive_kl"
+        for alias in node.names
+    ]
+    return set(names) - {"sb3_adaptive_kl"}
 
 
-# Each module, and those of this package that it may build on
-LAYERS = {
-    "penalty": set(),
-    "divergences": set(),
-    "losses": set(),
-    "guard": set(),
-    "metrics": set(),
-    "minibatches": set(),
-    "acceleration": set(),
-    "optimization": set(),
-    "lean": set(),
-    "distributions": {"divergences"},
-    "collection": {"acceleration", "lean"},
-    "evaluation": {"distributions", "divergences", "minibatches"},
-    "arguments": {"penalty", "evaluation"},
-}
+# From the bottom up: a module may import those of the layers below it, and the exceptions named below
+LAYERS = (
+    ("penalty", "divergences", "losses", "snapshot"),
+    ("objective", "control"),
+    ("rollout.hosts", "rollout.minibatches", "rollout.distributions"),
+    ("rollout.evaluation", "arguments", "metrics"),
+    ("rollout.old_policy",),
+    ("step",),
+    ("algorithm",),
+    ("training",),
+    ("ppo", "ppo_mask", "ppo_recurrent"),
+)
+# `algorithm` chooses between the plain execution and the fast one
+EXCEPTIONS = {"algorithm": {"fast.execution"}}
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_layers(module):
-    own = {name for name in imports(module) if name.startswith("sb3_adaptive_kl")}
-    assert own <= {f"sb3_adaptive_kl.{below}" for below in LAYERS[module]}
+@pytest.mark.parametrize("module", [module for layer in LAYERS for module in layer])
+def test_modules_import_only_the_layers_below(module):
+    height = next(i for i, layer in enumerate(LAYERS) if module in layer)
+    below = {f"sb3_adaptive_kl.{name}" for layer in LAYERS[:height] for name in layer}
+    below |= {f"sb3_adaptive_kl.{name}" for name in EXCEPTIONS.get(module, ())}
+    assert {name for name in imports(module) if name.startswith("sb3_adaptive_kl")} <= below
+
+
+def test_every_module_has_its_layer():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {f"rollout.{path.stem}" for path in PACKAGE.glob("rollout/*.py")}
+    assert modules - {"__init__", "cli", "rollout.__init__"} == {module for layer in LAYERS for module in layer}
 
 
 def test_the_mathematics_is_free_of_the_framework():
-    assert imports("penalty") <= {"math", "dataclasses", "typing"}
-    for module in ("divergences", "losses"):
-        assert imports(module) <= {"torch", "torch.nn"}
+    assert imports("penalty") <= {"math", "dataclasses", "typing", "collections.abc"}
+    for module in ("divergences", "losses", "objective"):
+        foreign = {name for name in imports(module) if not name.startswith("sb3_adaptive_kl.")}
+        assert foreign <= {"torch", "torch.nn", "typing", "collections.abc"}
+
+
+def test_only_fast_knows_torchs_compiler():
+    for path in PACKAGE.rglob("*.py"):
+        if "fast" not in path.parts:
+            assert "_dynamo" not in path.read_text(), path
+            assert "th.compile" not in path.read_text(), path
+
+
+def test_compare_uses_only_public_names_of_the_core():
+    """No attribute with a leading underscore is taken from one of our modules, nor from an object they return."""
+    for path in (PACKAGE / "compare").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = [
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sb3_adaptive_kl")
+            for alias in node.names
+        ]
+        assert not [name for name in imported if name.startswith("_")], path
+    ruler = ast.parse((PACKAGE / "compare" / "ruler.py").read_text())
+    private = {
+        node.attr
+        for node in ast.walk(ruler)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and getattr(node.value, "id", "") != "self"
+    }
+    assert private == {"__init__", "_current_progress_remaining"}  # SB3's
 
 
 @pytest.mark.parametrize("name", ["MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
@@ -75,8 +117,7 @@ except ImportError as error:
     assert output.strip() == f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'"
 
 
-def test_one_train_step():
-    """The three algorithms share it; none has its own."""
+def test_the_three_algorithms_share_one_train_step():
     trains = [path.stem for path in PACKAGE.glob("*.py") if "def train(" in path.read_text()]
     assert trains == ["training"]
     for name in ("AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"):

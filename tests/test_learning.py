@@ -1,4 +1,4 @@
-"""It learns: the tasks of SB3's own tests for each action space, and two of Gymnasium's."""
+"""Check that the algorithm learns SB3's test task for each action space, and two Gymnasium tasks."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def mean_return(model, env, n_episodes=20):
     ],
     ids=["discrete", "multidiscrete", "multibinary", "box"],
 )
-def test_identity(make_env, best):
-    """The action that equals the observation is rewarded; SB3's own tests ask for 90 of 100."""
+def test_learns_identity(make_env, best):
+    """The reward is 1 if the action equals the observation. SB3's own tests require a return of 90 of 100."""
     env = DummyVecEnv([make_env])
     model = AdaptiveKLPPO(
         "MlpPolicy", env, n_steps=512, batch_size=64, learning_rate=2e-3, gamma=0.4, target_kl=0.02, seed=0, device="cpu"
@@ -34,18 +34,18 @@ def test_identity(make_env, best):
     assert mean_return(model, env) > 0.9 * best
 
 
-def test_cartpole():
+def test_learns_cartpole():
     env = make_vec_env("CartPole-v1", n_envs=8, seed=0)
     model = AdaptiveKLPPO(
         "MlpPolicy", env, n_steps=256, batch_size=256, learning_rate=1e-3, target_kl=0.02, seed=0, device="cpu"
     )
     model.learn(80_000)
-    assert mean_return(model, env) > 475  # "solved", by Gymnasium's definition
+    assert mean_return(model, env) > 475  # Gymnasium's threshold for "solved"
 
 
 @pytest.mark.parametrize("use_sde", [False, True], ids=["gaussian", "gsde"])
-def test_pendulum(use_sde):
-    """An untrained policy gets about −1200, the zoo's tuned PPO −172."""
+def test_learns_pendulum(use_sde):
+    """An untrained policy reaches about −1200, the zoo's tuned PPO −172."""
     env = make_vec_env("Pendulum-v1", n_envs=4, seed=0)
     model = AdaptiveKLPPO(
         "MlpPolicy",

@@ -1,4 +1,4 @@
-"""The terms of the loss, by hand."""
+"""Compare the terms of the loss with values computed by hand."""
 
 import pytest
 import torch as th
@@ -6,8 +6,8 @@ import torch as th
 from sb3_adaptive_kl import losses
 
 
-def test_surrogate():
-    """Equation 6: −mean(r Â); equation 7 with ε = 0.2 takes the smaller of r Â and the clipped one, per transition."""
+def test_surrogate_loss():
+    """Equation 6 is −mean(r Â). Equation 7 with ε = 0.2 takes the minimum of r Â and its clipped value."""
     advantages, ratio = th.tensor([1.0, 1.0, -1.0, -1.0]), th.tensor([1.5, 0.5, 1.5, 0.5])
     assert losses.surrogate_loss(advantages, ratio).item() == -(1.5 + 0.5 - 1.5 - 0.5) / 4
     assert losses.surrogate_loss(advantages, ratio, 0.2).item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
@@ -20,12 +20,12 @@ def test_surrogate():
     ("kl", "expected"),
     [(0.01, 2 * 0.01), (0.02, 2 * 0.02), (0.05, 2 * 0.05 + 1000 * 0.03**2), (0.12, 2 * 0.12 + 1000 * 0.1**2)],
 )
-def test_penalty_with_hinge(kl, expected):
-    """β = 2, and 1000 · max(0, KL − 0.02)²."""
+def test_penalty_loss_with_hinge(kl, expected):
+    """The loss is 2 · KL + 1000 · max(0, KL − 0.02)²."""
     assert losses.penalty_loss(th.tensor(kl), 2.0, cutoff_coef=1000.0, cutoff=0.02).item() == pytest.approx(expected)
 
 
-def test_penalty_alone():
+def test_penalty_loss_without_hinge():
     assert losses.penalty_loss(th.tensor(0.5), 3.0).item() == 1.5
 
 
@@ -38,7 +38,7 @@ def test_value_loss():
 def test_entropy_loss():
     log_prob = th.tensor([-1.0, -3.0])
     assert losses.entropy_loss(th.tensor([1.0, 2.0]), log_prob).item() == -1.5
-    assert losses.entropy_loss(None, log_prob).item() == -2.0  # −E[−log π], the estimate
+    assert losses.entropy_loss(None, log_prob).item() == -2.0  # Estimated as −E[−log π]
 
 
 def test_normalize():

@@ -1,4 +1,4 @@
-"""MaskableAdaptiveKLPPO: the same train step over sb3-contrib's MaskablePPO."""
+"""Test MaskableAdaptiveKLPPO, which adds the KL penalty to sb3-contrib's MaskablePPO."""
 
 import gymnasium as gym
 import numpy as np
@@ -10,8 +10,9 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMu
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 
 from sb3_adaptive_kl import MaskableAdaptiveKLPPO
-from sb3_adaptive_kl.distributions import action_distribution
-from tests.conftest import Case, collect, logged, parameters
+from sb3_adaptive_kl.rollout.distributions import action_distribution
+from sb3_adaptive_kl.rollout.evaluation import sweep
+from tests.conftest import Case, collect, logged, parameters, remember
 
 
 class MaskedDict(gym.ObservationWrapper):
@@ -40,8 +41,8 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
 @pytest.mark.parametrize("batch_size", [128, None])
 @pytest.mark.parametrize("case", CASES)
-def test_first_update_equals_the_hosts(case, batch_size):
-    """See test_first_update.py: whatever β is."""
+def test_first_update_equals_maskable_ppo(case, batch_size):
+    """This holds for any β, see test_first_update.py."""
     kwargs = {**FULL_BATCH, "batch_size": batch_size}
     host = CASES[case].build(MaskablePPO, **kwargs).learn(128)
     ours = CASES[case].build(MaskableAdaptiveKLPPO, init_kl_coef=30.0, **kwargs)
@@ -52,27 +53,27 @@ def test_first_update_equals_the_hosts(case, batch_size):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kl_is_that_of_the_masked_distributions(case):
-    """Against probabilities renormalised over the valid choices by hand."""
+def test_kl_of_masked_distributions(case):
+    """Compare with probabilities that are normalized over the valid choices by hand."""
     model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
-    old = model._old_distributions()
+    old_policy = remember(model)
     masks = th.as_tensor(model.rollout_buffer.action_masks).bool()
-    before = old.log_probs.exp()
+    before = old_policy.distribution.log_probs.exp()
     with th.no_grad():
         for parameter in model.policy.parameters():
             parameter.add_(0.1 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
-    after = model._old_distributions().log_probs.exp()
+    after = remember(model).distribution.log_probs.exp()
     assert (before[~masks] == 0).all()
     assert (after[~masks] == 0).all()
     terms = th.where(masks, before * (before.log() - after.log()), 0.0)
-    assert th.allclose(model._divergence_on_rollout(old).mean(), terms.sum(dim=1).mean(), rtol=1e-4)
+    assert th.allclose(old_policy.divergence_on_rollout().mean(), terms.sum(dim=1).mean(), rtol=1e-4)
     assert terms.sum() > 0.1
 
 
-def test_masked_action_contributes_nothing_and_leaves_finite_gradients():
+def test_masked_actions_contribute_zero_with_finite_gradients():
     model = collect(CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL))
     with th.no_grad():
-        model.policy.action_net.bias[:] = th.tensor([1e4, -1e4, 0.0, 0.0, 1e4, 0.0])  # extreme where it is masked or not
+        model.policy.action_net.bias[:] = th.tensor([1e4, -1e4, 0.0, 0.0, 1e4, 0.0])  # Extreme for masked and valid actions
     observations = th.tensor([0, 1])
     masks = th.tensor([[False, False, True, True, False, True], [False, False, False, True, False, False]])
     model.policy.evaluate_actions(observations, th.tensor([3, 3]), action_masks=masks)
@@ -83,7 +84,7 @@ def test_masked_action_contributes_nothing_and_leaves_finite_gradients():
     model.policy.evaluate_actions(observations, th.tensor([3, 3]), action_masks=masks)
     kl = old.kl(action_distribution(model.policy.action_dist))
     assert kl[0] > 0
-    assert kl[1] == 0  # a single legal action
+    assert kl[1] == 0  # Only one valid action
     kl.sum().backward()
     gradient = model.policy.action_net.bias.grad
     assert th.isfinite(gradient).all()
@@ -91,10 +92,10 @@ def test_masked_action_contributes_nothing_and_leaves_finite_gradients():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_masks_of_the_update_are_those_of_collection(case):
-    """At unchanged parameters the update sees exactly the log-probabilities of collection."""
+def test_update_uses_the_masks_of_the_rollout(case):
+    """With unchanged parameters, the update computes the same log-probabilities as the rollout."""
     model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
-    for _, evaluation in model._sweep():
+    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._host, True):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
@@ -104,7 +105,7 @@ class Forbidding(InvalidActionEnvDiscrete):
 
 
 class ForbiddingOneDimension(InvalidActionEnvMultiDiscrete):
-    """The second dimension, of 4 choices, has none left now and then."""
+    """The second dimension, with 4 choices, sometimes has no valid choice."""
 
     def action_masks(self):
         return [True] * 3 + [self.current_step % 10 != 3] * 4
@@ -123,7 +124,7 @@ class ForbiddingOneSwitch(InvalidActionEnvMultiBinary):
         lambda: ForbiddingOneSwitch(dims=4, n_invalid_actions=1),
     ],
 )
-def test_mask_that_forbids_everything_is_named(make_env):
+def test_mask_without_valid_actions_raises_an_error(make_env):
     model = MaskableAdaptiveKLPPO("MlpPolicy", make_env(), seed=0, device="cpu", **SMALL)
     with pytest.raises(ValueError, match=r"action_masks: in \d+ states .* allow at least one choice"):
         model.learn(64)
@@ -142,7 +143,7 @@ def test_save_load_predict_and_continue(tmp_path):
     assert loaded.num_timesteps == 4 * 64
 
 
-def test_masking_may_be_switched_off():
+def test_masking_can_be_disabled():
     model = CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL).learn(64, use_masking=False)
     assert logged(model)["kl"] > 0
 
@@ -156,8 +157,8 @@ def test_masking_may_be_switched_off():
     ],
     ids=["discrete", "multidiscrete", "multibinary"],
 )
-def test_learns(make_env):
-    """The action that equals the observation is rewarded, 100 times an episode. Contrib's own tests ask for 90."""
+def test_learns_with_invalid_actions(make_env):
+    """The reward is 1 if the action equals the observation, for 100 steps. sb3-contrib's tests require a return of 90."""
     model = MaskableAdaptiveKLPPO(
         "MlpPolicy",
         make_env(),

@@ -1,13 +1,17 @@
 """Drawing several minibatches at once gives the host's minibatches, to the bit."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO
-from sb3_adaptive_kl import minibatches as module
-from sb3_adaptive_kl.minibatches import minibatches
+from sb3_adaptive_kl.fast import minibatches as fast_module
+from sb3_adaptive_kl.fast.minibatches import minibatches_in_blocks
+from sb3_adaptive_kl.rollout import minibatches as module
+from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import CASES, Case, collect
 
 MODELS = {
@@ -36,7 +40,7 @@ def test_minibatches_are_the_hosts(name, block_bytes, monkeypatch):
         theirs = list(buffer.get(batch_size))
         state = np.random.random()
         np.random.seed(3)
-        ours = list(minibatches(buffer, batch_size))
+        ours = list(minibatches_in_blocks(buffer, batch_size))
         assert np.random.random() == state
         np.random.seed(3)
         permutation = th.as_tensor(np.random.permutation(100))
@@ -48,17 +52,37 @@ def test_minibatches_are_the_hosts(name, block_bytes, monkeypatch):
             assert all(equal(*pair) for pair in zip(samples, our_samples, strict=True))
 
 
-def test_a_block_is_no_larger_than_its_bytes(monkeypatch):
+def test_block_is_not_larger_than_its_bytes(monkeypatch):
     """Images would otherwise be in memory twice."""
     model = collect(CASES["cnn"].build(AdaptiveKLPPO, n_steps=256, batch_size=8))
     drawn = []
-    get_samples = type(model.rollout_buffer)._get_samples
+
+    def recording(buffer, batch_size):
+        for samples, index in minibatches(buffer, batch_size):
+            drawn.append(len(index))
+            yield samples, index
+
     monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
-    monkeypatch.setattr(
-        type(model.rollout_buffer),
-        "_get_samples",
-        lambda self, batch_inds, env=None: drawn.append(len(batch_inds)) or get_samples(self, batch_inds, env),
-    )
-    type(model.rollout_buffer)._get_samples.__module__ = get_samples.__module__
-    assert len(list(minibatches(model.rollout_buffer, 8))) == 32
+    monkeypatch.setattr(fast_module, "minibatches", recording)
+    assert len(list(minibatches_in_blocks(model.rollout_buffer, 8))) == 32
     assert drawn == [72] * 3 + [40]  # an image has 36 · 36 = 1296 bytes, the rest of a transition a few dozen
+
+
+@pytest.mark.parametrize("on_the_instance", [False, True])
+def test_get_samples_is_restored_after_an_epoch(on_the_instance):
+    buffer = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=64)).rollout_buffer
+    calls = []
+    if on_the_instance:
+        get_samples = buffer._get_samples
+
+        @functools.wraps(get_samples)
+        def counting(*args):
+            calls.append(1)
+            return get_samples(*args)
+
+        buffer._get_samples = counting
+    before = vars(buffer).get("_get_samples")
+    for _ in range(2):
+        assert len(list(minibatches_in_blocks(buffer, 16))) == 4
+        assert vars(buffer).get("_get_samples") is before
+    assert len(calls) == (8 if on_the_instance else 0)

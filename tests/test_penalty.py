@@ -1,4 +1,4 @@
-"""The rules that move β: the paper's at its edges, and what holds for every rule whatever the numbers."""
+"""Test the rules for β: the paper's rule at its edges, and properties of all rules for any numbers."""
 
 import math
 
@@ -33,24 +33,24 @@ def test_paper_rule(kl, expected):
     assert AdaptivePenalty()(1.0, kl, 0.01) == expected
 
 
-def test_edges_belong_to_the_band():
+def test_band_includes_its_edges():
     rule = AdaptivePenalty(low=0.5, high=2.0)
     assert rule(1.0, 0.5, 1.0) == rule(1.0, 2.0, 1.0) == 1.0
     assert rule(1.0, math.nextafter(0.5, 0), 1.0) == 0.5
     assert rule(1.0, math.nextafter(2.0, 3), 1.0) == 2.0
 
 
-def test_up_and_down_cancel():
+def test_increase_and_decrease_cancel():
     rule = AdaptivePenalty()
     assert rule(rule(1.0, 1.0, 0.01), 0.0, 0.01) == 1.0
 
 
-def test_symmetric():
+def test_symmetric_penalty():
     rule = AdaptivePenalty.symmetric(tolerance=3.0, factor=4.0)
     assert [rule(1.0, kl, 1.0) for kl in (0.3, 0.4, 2.9, 3.1)] == [0.25, 1.0, 1.0, 4.0]
 
 
-def test_default_arguments_are_the_papers_rule():
+def test_default_arguments_give_the_papers_rule():
     assert penalty_rule("adaptive", kl_tolerance=1.5, kl_factor=2.0) == AdaptivePenalty()
 
 
@@ -62,8 +62,8 @@ def test_proportional_rule(kl, expected):
 
 @pytest.mark.parametrize("rule", RULES)
 @given(kl_coef=positive, kl=divergence, target_kl=positive)
-def test_direction(rule, kl_coef, kl, target_kl):
-    """β never falls when the KL is above its target, and never rises when it is below."""
+def test_beta_moves_in_the_right_direction(rule, kl_coef, kl, target_kl):
+    """β never decreases if the KL is above its target and never increases if the KL is below it."""
     after = rule(kl_coef, kl, target_kl)
     assert 0 < after < math.inf
     assert after >= kl_coef if kl >= target_kl else after <= kl_coef
@@ -78,8 +78,8 @@ def test_monotone_in_kl(rule, kl_coef, first, second, target_kl):
 
 @pytest.mark.parametrize("rule", RULES)
 @given(kl_coef=positive, kl=divergence, target_kl=positive, exponent=st.integers(-20, 20))
-def test_scale_free(rule, kl_coef, kl, target_kl, exponent):
-    """Only KL / target matters, and β's unit does not. (Powers of 2, which floats multiply exactly.)"""
+def test_scale_invariance(rule, kl_coef, kl, target_kl, exponent):
+    """A rule depends only on KL / target, and scales with β. Multiplication by powers of 2 is exact."""
     scale = 2.0**exponent
     assert rule(kl_coef, scale * kl, scale * target_kl) == rule(kl_coef, kl, target_kl)
     assert rule(scale * kl_coef, kl, target_kl) == scale * rule(kl_coef, kl, target_kl)
@@ -103,12 +103,12 @@ def test_default_bounds():
         {"low": math.nan},
     ],
 )
-def test_adaptive_penalty_refuses(numbers):
+def test_adaptive_penalty_rejects_invalid_numbers(numbers):
     with pytest.raises(ValueError, match=next(iter(numbers))):
         AdaptivePenalty(**numbers)
 
 
 @pytest.mark.parametrize("numbers", [{"gain": 0}, {"max_error": -0.1}, {"gain": 5.0}, {"gain": math.nan}])
-def test_proportional_penalty_refuses(numbers):
+def test_proportional_penalty_rejects_invalid_numbers(numbers):
     with pytest.raises(ValueError, match=next(iter(numbers))):
         ProportionalPenalty(**numbers)

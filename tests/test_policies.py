@@ -14,8 +14,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.minibatches import minibatches
-from tests.conftest import CASES, collect, logged, parameters
+from sb3_adaptive_kl.rollout.minibatches import minibatches
+from tests.conftest import CASES, collect, logged, minibatch_loss, parameters, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
@@ -30,7 +30,7 @@ def test_every_case_learns_in_several_rollouts(case):
     assert logged(model)["undone_updates"] == 0
 
 
-def test_several_environments_normalised_with_an_odd_last_minibatch():
+def test_several_normalized_environments_with_an_odd_last_minibatch():
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=3, seed=0))
     with pytest.warns(UserWarning, match="truncated mini-batch"):
         model = AdaptiveKLPPO("MlpPolicy", env, n_steps=43, batch_size=32, n_epochs=2, seed=0, device="cpu")
@@ -47,7 +47,7 @@ def test_callbacks_and_evaluation(tmp_path):
 
 
 class NoisyExtractor(BaseFeaturesExtractor):
-    """Batch normalisation and dropout: the policy in training mode is not the policy that acted."""
+    """Batch normalization and dropout: the policy in training mode is not the policy that acted."""
 
     def __init__(self, observation_space: spaces.Box) -> None:
         super().__init__(observation_space, features_dim=16)
@@ -63,8 +63,8 @@ def test_batch_norm_and_dropout():
     model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs=policy_kwargs, **SMALL).learn(3 * 64)
     assert np.isfinite(logged(model)["kl"])
     before = [buffer.clone() for buffer in model.policy.buffers()]
-    old = model._old_distributions()
-    assert (model._divergence_on_rollout(old) == 0).all()  # sweeps are in eval mode
+    old_policy = remember(model)
+    assert (old_policy.divergence_on_rollout() == 0).all()  # sweeps are in eval mode
     assert all(th.equal(*pair) for pair in zip(before, model.policy.buffers(), strict=True))  # and leave statistics alone
 
 
@@ -93,7 +93,7 @@ def test_user_supplied_rollout_buffer():
         AdaptiveKLPPO, rollout_buffer_class=RecordingBuffer, rollout_buffer_kwargs={"scale": 2.0}, **SMALL
     )
     model.learn(64)
-    assert model.rollout_buffer.sampled.count(32) == 2 * 2 + 1  # two epochs, and the look at the policy's distribution
+    assert model.rollout_buffer.sampled.count(32) == 2 * 2  # two epochs
     assert model.rollout_buffer.scale == 2.0
     assert "_get_samples" not in vars(model.rollout_buffer)
 
@@ -132,11 +132,11 @@ def test_unusual_rollout_buffers(buffer):
     model = collect(CASES["box"].build(AdaptiveKLPPO, rollout_buffer_class=buffer, n_steps=60, batch_size=20))
     with th.no_grad():
         model.policy.action_net.weight *= 100  # so that states differ
-    old = model._old_distributions()
-    assert (model._divergence_on_rollout(old) == 0).all()
+    old_policy = remember(model)
+    assert (old_policy.divergence_on_rollout() == 0).all()
     for _ in range(2):
         for rollout_data, index in minibatches(model.rollout_buffer, 20):
-            _, metrics = model._loss(rollout_data, old[index], model._settings())
+            _, metrics = minibatch_loss(model, old_policy, rollout_data, index)
             assert metrics.kl < 1e-9
     model.train()
     assert logged(model)["undone_updates"] == 0

@@ -1,4 +1,4 @@
-"""The README's Python is run word for word, with fewer time steps; what it tabulates is complete."""
+"""Run the README's Python blocks with fewer time steps, and check that its tables are complete."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert "train/" in capsys.readouterr().out
 
 
-def test_every_argument_of_ours_has_its_row():
+def test_argument_table_is_complete():
     theirs = inspect.signature(PPO).parameters
     for name, parameter in inspect.signature(AdaptiveKLPPO).parameters.items():
         if name not in theirs or parameter.default != theirs[name].default:
@@ -33,7 +33,7 @@ def test_every_argument_of_ours_has_its_row():
             assert re.search(rf"^\| `{name}` \| `\"?{re.escape(default)}\"?` \|", README, flags=re.MULTILINE), name
 
 
-def test_every_new_log_key_has_its_row():
+def test_log_key_table_is_complete():
     ours = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64).learn(64)
     theirs = CASES["discrete"].build(PPO, n_steps=64).learn(64)
     for key in logged(ours).keys() - logged(theirs).keys():

@@ -1,4 +1,4 @@
-"""RecurrentAdaptiveKLPPO: the same train step over sb3-contrib's RecurrentPPO."""
+"""Test RecurrentAdaptiveKLPPO, which adds the KL penalty to sb3-contrib's RecurrentPPO."""
 
 import gymnasium as gym
 import numpy as np
@@ -13,8 +13,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.minibatches import in_order, minibatches
-from tests.conftest import Case, collect, image, logged, multi_input, parameters, pendulum
+from sb3_adaptive_kl.rollout.evaluation import sweep
+from sb3_adaptive_kl.rollout.minibatches import in_order, minibatches
+from tests.conftest import Case, collect, image, logged, minibatch_loss, multi_input, parameters, pendulum, remember
 
 
 def lstm(**kwargs):
@@ -22,7 +23,7 @@ def lstm(**kwargs):
 
 
 class AsBox(gym.ObservationWrapper):
-    """Integers as floats: contrib's LSTM policies cannot take MultiDiscrete or MultiBinary observations."""
+    """Convert integers to floats, since sb3-contrib's LSTM policies reject MultiDiscrete and MultiBinary observations."""
 
     def __init__(self, env):
         super().__init__(env)
@@ -50,9 +51,9 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 @pytest.mark.parametrize("batch_size", [128, None])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case != "multibinary"]
-)  # where RecurrentPPO of sb3-contrib 2.9.2 fails
-def test_first_update_equals_the_hosts(case, batch_size):
-    """See test_first_update.py: whatever β is."""
+)  # RecurrentPPO of sb3-contrib 2.9.2 fails on multibinary
+def test_first_update_equals_recurrent_ppo(case, batch_size):
+    """This holds for any β, see test_first_update.py."""
     kwargs = {"n_steps": 128, "batch_size": batch_size, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
     if case == "two-environments":
         kwargs["n_steps"] = 64
@@ -65,7 +66,7 @@ def test_first_update_equals_the_hosts(case, batch_size):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_learns_in_several_rollouts(case):
+def test_several_updates_are_finite_and_change_the_policy(case):
     model = CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL)
     start = parameters(model)
     model.learn(3 * 64)
@@ -75,17 +76,17 @@ def test_every_case_learns_in_several_rollouts(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hidden_states_are_those_of_collection(case):
-    """At unchanged parameters the update sees the log-probabilities of collection, across the ends of episodes too."""
+def test_update_uses_the_hidden_states_of_the_rollout(case):
+    """With unchanged parameters, the update computes the log-probabilities of the rollout, also across episode ends."""
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
-    for _, evaluation in model._sweep():
+    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._host, True):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
-def test_measured_on_whole_sequences():
-    """A sequence that is cut goes on from the old policy's hidden state: chunks begin where episodes or environments do."""
+def test_kl_is_measured_on_whole_sequences():
+    """Chunks begin with an episode or environment, since a cut sequence would start from the old policy's hidden state."""
     model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, n_steps=300, batch_size=100))
-    chunks = [index.tolist() for index, _ in model._sweep()]
+    chunks = [index.tolist() for _, index, _ in sweep(model.policy, model.rollout_buffer, model._host, True)]
     assert [transition for chunk in chunks for transition in chunk] == list(range(600))
     assert len(chunks) > 2
     for first, *_ in chunks:
@@ -93,8 +94,8 @@ def test_measured_on_whole_sequences():
 
 
 @pytest.mark.parametrize("position", [0, 100, 600])
-def test_one_long_episode_among_short_ones_is_not_padded_quadratically(position):
-    """1000 steps, one episode of 400, all others of 3: at most 256 rows at a time, but for the long one itself."""
+def test_one_long_episode_does_not_cause_quadratic_padding(position):
+    """With one episode of 400 steps and others of 3, a chunk has at most 256 rows, except for the long episode."""
     model = collect(CASES["discrete"].build(RecurrentAdaptiveKLPPO, n_steps=1000, batch_size=100))
     starts = np.zeros(1000, dtype=np.float32)
     starts[: position + 1 : 3] = starts[position + 400 :: 3] = starts[position] = 1
@@ -106,7 +107,7 @@ def test_one_long_episode_among_short_ones_is_not_padded_quadratically(position)
 
 
 def padded_further(data, extra=3):
-    """The same minibatch with ``extra`` more padded steps of garbage at the end of every sequence."""
+    """Return the minibatch with ``extra`` additional padded steps of garbage at the end of every sequence."""
     n_sequences = data.lstm_states.pi[0].shape[1]
 
     def pad(tensor, garbage):
@@ -129,20 +130,20 @@ def padded_further(data, extra=3):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_padding_changes_nothing(case):
-    """Neither the measured KL, nor the loss and its parts, nor a gradient."""
+def test_padding_does_not_change_kl_loss_or_gradients(case):
+    """Padding does not change the measured KL, the loss, its terms or the gradients."""
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, ent_coef=0.01, **SMALL))
-    old = model._old_distributions()
+    old_policy = remember(model)
     with th.no_grad():
         for parameter in model.policy.parameters():
             parameter.add_(0.02 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
 
     def measure():
-        np.random.seed(0)  # contrib's buffers cut the rollout at a random step
-        kl = model._divergence_on_rollout(old).mean()
+        np.random.seed(0)  # sb3-contrib's buffers split the rollout at a random step
+        kl = old_policy.divergence_on_rollout().mean()
         model.policy.set_training_mode(True)
         rollout_data, index = next(minibatches(model.rollout_buffer, model.batch_size))
-        loss, metrics = model._loss(rollout_data, old[index], model._settings())
+        loss, metrics = minibatch_loss(model, old_policy, rollout_data, index)
         model.policy.optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.policy.parameters() if parameter.grad is not None]
@@ -175,13 +176,13 @@ def test_save_load_predict_and_continue(tmp_path):
     expected, _ = model.predict(observation, deterministic=True)
     assert action == expected
     second, _ = loaded.predict(observation, state=states, episode_start=np.array([False]), deterministic=True)
-    assert second != action  # it remembers
+    assert second != action  # The policy has memory
     loaded.learn(64, reset_num_timesteps=False)
     assert loaded.num_timesteps == 4 * 64
 
 
 class CartPoleWithoutVelocities(gym.ObservationWrapper):
-    """Position and angle only: what to do depends on where the pole came from. As in sb3-contrib's tests."""
+    """Observe only position and angle, so that the best action depends on the past. As in sb3-contrib's tests."""
 
     def __init__(self):
         super().__init__(gym.wrappers.TimeLimit(CartPoleEnv(), max_episode_steps=500))
@@ -192,16 +193,16 @@ class CartPoleWithoutVelocities(gym.ObservationWrapper):
         return observation[[0, 2]]
 
 
-@pytest.mark.filterwarnings("ignore:kl_coef has been at its lower bound")  # the feed-forward policy finds nothing to learn
+@pytest.mark.filterwarnings("ignore:kl_coef has been at its lower bound")  # The feed-forward policy cannot learn the task
 @pytest.mark.parametrize(
     ("algorithm", "policy", "remembers"),
     [(RecurrentAdaptiveKLPPO, "MlpLstmPolicy", True), (AdaptiveKLPPO, "MlpPolicy", False)],
     ids=["lstm", "feed-forward"],
 )
-def test_task_that_needs_memory(algorithm, policy, remembers):
+def test_only_the_lstm_learns_a_task_that_needs_memory(algorithm, policy, remembers):
     """
-    Without velocities a feed-forward policy stays below 50; contrib's own test asks RecurrentPPO for 160. With the hinge,
-    since on small rollouts the KL of single updates is heavy-tailed: without it, seeds ended between 150 and 500.
+    Without velocities, a feed-forward policy stays below 50; sb3-contrib's own test requires 160 of RecurrentPPO. The hinge is
+    used because the KL of single updates is heavy-tailed on small rollouts: without it, seeds ended between 150 and 500.
     """
     env = VecNormalize(make_vec_env(CartPoleWithoutVelocities, n_envs=8, seed=1))
     model = algorithm(

@@ -1,4 +1,4 @@
-"""Every decimal number in docs/theory.md, computed, and none there that is not; its fractions in the closed forms below."""
+"""Recompute every decimal number in docs/theory.md, and check its closed forms."""
 
 import math
 import re
@@ -29,7 +29,7 @@ def estimate(function):
 
 
 BETA = {"12.9": 0.003, "7.1": 0.01, "5.0": 0.02, "4.1": 0.03}
-# As printed on the page, and what it must be
+# The number as printed on the page, and its exact value
 NUMBERS = {
     "0.0959": exact(P, Q),
     "0.0872": exact(Q, P),
@@ -47,18 +47,18 @@ NUMBERS = {
     "0.0049": 0.0196 / 2**2,
     **{printed: 1 / math.sqrt(2 * target) for printed, target in BETA.items()},
 }
-# Settings, not results: the paper's number at arXiv, targets, the paper's tolerance, a factor to try
+# Settings, not results: the paper's arXiv number, targets, the paper's tolerance, a smaller factor
 GIVEN = {"1707.06347", "0.003", "0.01", "0.02", "0.03", "1.5", "1.4"}
 
 
 @pytest.mark.parametrize("printed", NUMBERS)
-def test_number(printed):
+def test_printed_number_is_correct(printed):
     decimals = len(printed.split(".")[1])
     assert f"{NUMBERS[printed]:.{decimals}f}" == printed
     assert printed in THEORY
 
 
-def test_no_number_without_a_test():
+def test_every_number_is_tested():
     assert set(re.findall(r"\d+\.\d+", THEORY)) == NUMBERS.keys() | GIVEN
 
 
@@ -71,8 +71,8 @@ def test_closed_forms_of_the_example():
 
 
 @pytest.mark.parametrize(("factor", "settles"), [(2.0, False), (1.4, True)])
-def test_oscillation(factor, settles):
-    """KL ∝ β^−2, 0.0196 at β = 4: the paper's factor cycles 4, 8, 4, 8; the smaller one comes to rest."""
+def test_smaller_factor_stops_oscillation(factor, settles):
+    """With KL ∝ β^−2 and 0.0196 at β = 4, the paper's factor alternates between 4 and 8; a smaller factor settles."""
     rule, kl_coef, path = AdaptivePenalty.symmetric(1.5, factor), 4.0, []
     for _ in range(20):
         kl_coef = rule(kl_coef, 0.0196 * (4.0 / kl_coef) ** 2, 0.01)

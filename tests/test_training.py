@@ -9,9 +9,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.metrics import MinibatchMetrics
-from sb3_adaptive_kl.minibatches import minibatches
-from tests.conftest import CASES, FAMILIES, collect, logged
+from sb3_adaptive_kl import step as step_module
+from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.objective import MinibatchMetrics
+from sb3_adaptive_kl.rollout.minibatches import minibatches
+from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, remember
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
 
@@ -103,23 +105,22 @@ def test_clip_ranges_follow_their_schedules():
     schedule = LinearSchedule(0.4, 0.0, 1.0)
     model = CASES["box"].build(AdaptiveKLPPO, clip_range=schedule, clip_range_vf=schedule, **SMALL).learn(2 * 128)
     assert logged(model)["clip_range"] == logged(model)["clip_range_vf"] == 0.0
-    model._current_progress_remaining = 0.5
-    settings = model._settings()
+    settings = settings_at(model, progress_remaining=0.5)
     assert (settings.clip_range, settings.clip_range_vf) == pytest.approx((0.2, 0.2))
 
 
 def test_hinge_begins_at_its_factor():
     """Of a policy that was moved by a known KL, the loss grows by c · (KL − factor · target)², and not below."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0, target_kl=0.005))
-    old = model._old_distributions()
+    old_policy = remember(model)
     with th.no_grad():
         model.policy.log_std += 0.2
-    kl = model._divergence_on_rollout(old).mean().item()
+    kl = old_policy.divergence_on_rollout().mean().item()
     rollout_data, index = next(minibatches(model.rollout_buffer, batch_size=128))
 
     def loss(coef, factor):
         model.kl_cutoff_coef, model.kl_cutoff_factor = coef, factor
-        return model._loss(rollout_data, old[index], model._settings())[0].item()
+        return minibatch_loss(model, old_policy, rollout_data, index)[0].item()
 
     assert loss(1000.0, factor=2.0) - loss(0.0, factor=2.0) == pytest.approx(1000 * (kl - 2 * 0.005) ** 2, rel=1e-3)
     assert loss(1000.0, factor=20.0) == loss(0.0, factor=20.0)
@@ -145,12 +146,12 @@ def test_early_stop_skips_epochs_but_not_the_rule(capsys):
 def test_beta_enters_the_loss():
     """Between β = 1 and β = 2 the first full-batch loss differs by the KL of a policy that was moved beforehand."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0))
-    old = model._old_distributions()
+    old_policy = remember(model)
     with th.no_grad():
         model.policy.log_std += 0.1
     rollout_data, index = next(minibatches(model.rollout_buffer, batch_size=128))
-    losses = [model._loss(rollout_data, old[index], model._settings()._replace(kl_coef=kl_coef))[0] for kl_coef in (1.0, 2.0)]
-    kl = model._divergence_on_rollout(old).mean()
+    losses = [minibatch_loss(model, old_policy, rollout_data, index, kl_coef=kl_coef)[0] for kl_coef in (1.0, 2.0)]
+    kl = old_policy.divergence_on_rollout().mean()
     assert kl > 0.005
     assert (losses[1] - losses[0]).item() == pytest.approx(kl.item(), rel=1e-3)
 
@@ -223,11 +224,11 @@ def test_logged_values_mean_what_ppos_mean():
         assert logged(ours)[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
-def test_means_over_minibatches():
+def test_means_over_minibatches(monkeypatch):
     """All minibatches count alike, but for SB3's two habits: approx_kl is of the last epoch, loss of the last minibatch."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=32, n_epochs=2, init_kl_coef=3.0))
     norms, seen = [], []
-    gradients = model._gradients
+    gradients = step_module.clipped_gradients
 
     def recorded(*args):
         result = gradients(*args)
@@ -235,7 +236,7 @@ def test_means_over_minibatches():
         seen.append(MinibatchMetrics(*result[1]))
         return result
 
-    model._gradients = recorded
+    monkeypatch.setattr(step_module, "clipped_gradients", recorded)
     model.train()
     assert len(norms) == len(seen) == 8
     assert logged(model)["grad_norm"] == pytest.approx(np.mean(norms))

@@ -6,30 +6,30 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 
-class Checkpoint:
+class Snapshot:
     """
-    The parameters, buffers and optimiser state of a policy at one moment.
+    The parameters, buffers and optimizer state of a policy at one moment.
 
     :param policy: the policy to copy from, and to restore
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.optimizer = policy.optimizer
-        # Neither copy.deepcopy(policy), since gSDE's exploration matrices and the last distribution carry a graph, nor its
-        # state_dict(), which leaves out buffers that are not persistent and may hold what is no tensor
+        # Not copy.deepcopy(policy): gSDE's exploration matrices and the last distribution carry a graph. Not state_dict():
+        # it leaves out non-persistent buffers, and may hold things that are not tensors
         self.tensors = [*policy.parameters(), *policy.buffers()]
         self.saved = [tensor.detach().clone() for tensor in self.tensors]
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 
     def restore(self) -> None:
-        """Put the policy and its optimiser back to where they were."""
+        """Put the policy and its optimizer back to where they were."""
         with th.no_grad():
             for tensor, saved in zip(self.tensors, self.saved, strict=True):
                 tensor.copy_(saved)
         self.optimizer.load_state_dict(self.optimizer_state)
 
     def still_finite(self) -> bool:
-        """Whether what was finite still is. A constant −inf, as in the mask of an attention layer, does no harm."""
+        """Check that every number that was finite still is. A constant −inf, as in an attention mask, does no harm."""
         return all(
             bool((tensor.isfinite() | ~saved.isfinite()).all()) for tensor, saved in zip(self.tensors, self.saved, strict=True)
         )

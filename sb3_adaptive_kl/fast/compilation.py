@@ -1,4 +1,4 @@
-"""Compiled functions where torch can compile them, the same functions as they are where it cannot."""
+"""Functions compiled by torch where it can, and run uncompiled, after one warning, where it cannot."""
 
 import re
 import time
@@ -13,19 +13,21 @@ from torch.distributions import Distribution
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How torch names globals of these packages: G['name'] is of the module whose function is compiled
-_OURS = re.compile(r"G\['(?!__import_|___unnamed)|G\['__import_(torch|stable_baselines3|sb3_contrib|sb3_adaptive_kl)(_dot_|')")
+# How torch names the globals of these packages; G['name'] belongs to the module whose function is compiled
+_KNOWN_GLOBALS = re.compile(
+    r"G\['(?!__import_|___unnamed)|G\['__import_(torch|stable_baselines3|sb3_contrib|sb3_adaptive_kl)(_dot_|')"
+)
 
 
 class NotCompiled(Exception):
-    """What was called could not be compiled, and has not been run."""
+    """The function that was called could not be compiled, and has not been run."""
 
 
 class Compilation:
     """
-    What torch compiles for one model. The first failure ends it for all of its functions, with one warning.
+    Keeps account of what torch compiles for one model. The first failure ends it for all functions, with one warning.
 
-    Importing torch's compiler takes a second, which only those who compile should wait for: hence the imports within.
+    torch's compiler is imported inside the methods: it takes a second, which only users of ``compile=True`` should pay.
     """
 
     def __init__(self) -> None:
@@ -33,20 +35,23 @@ class Compilation:
         self.seconds = 0.0  # spent compiling
 
     def give_up(self, error: Exception | str) -> None:
+        """Compile nothing more for this model, and warn with the reason."""
         self.failed = True
         reason = " ".join(str(error).split("\n")[:2])
         self.warn(f"torch.compile failed, training goes on uncompiled. {reason}")
 
     def warn(self, message: str) -> None:
+        """Warn, with the name of the argument in front."""
         warnings.warn(f"compile=True: {message}", stacklevel=4)
 
     def seconds_since_last_asked(self) -> float:
+        """Return the seconds spent compiling since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
     @contextmanager
-    def of_gradients(self) -> Iterator[None]:
-        """Within, ``th.autograd.grad`` can be compiled: an option of torch's compiler, set for this thread only."""
+    def tracing_gradients(self) -> Iterator[None]:
+        """Let ``th.autograd.grad`` be compiled: an option of torch's compiler, set for this thread only."""
         import torch._dynamo
 
         if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -60,12 +65,12 @@ class Compilation:
 
 class Compiled(Generic[P, T]):
     """
-    ``function`` through ``torch.compile``: the same values up to rounding. Its first call compiles, which takes seconds, and
-    so does the first one with other shapes.
+    Run a function through ``torch.compile``: the same values up to rounding. The first call compiles, which takes seconds, and
+    so does the first call with other shapes.
 
     :param function: pure in its tensors, without Python that depends on their values
-    :param compilation: that of the model
-    :raises NotCompiled: by the call at which it turns out that it cannot be compiled; from then on it is called as it is
+    :param compilation: of the model
+    :raises NotCompiled: by the call at which compiling fails; later calls run the function uncompiled
     """
 
     def __init__(self, function: Callable[P, T], compilation: Compilation) -> None:
@@ -75,12 +80,12 @@ class Compiled(Generic[P, T]):
         self.changes_too_often = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        # It may be a part of something that is being compiled as a whole
+        # It may be called from a function that is being compiled
         if self.compilation.failed or self.changes_too_often or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
         if self.fast is None:
             self.fast = _compile(self.function)
-            if th._dynamo.config.disable:  # where torch would run the function, and then say that it was not compiled
+            if th._dynamo.config.disable:  # torch would run the function first, and only then say that it was not compiled
                 self.compilation.give_up("TORCH_COMPILE_DISABLE is set")
                 raise NotCompiled
         counters = th._dynamo.utils.counters
@@ -88,13 +93,13 @@ class Compiled(Generic[P, T]):
         try:
             result = self.fast(*args, **kwargs)
         except Exception as error:
-            if not _says_compiler(error):
+            if not _is_from_compiler(error):
                 raise
-            if _says_too_often(error):
+            if _is_recompile_limit(error):
                 self.changes_too_often = True
                 self.compilation.warn(
-                    f"{self.function.__name__.strip('_')}() goes on uncompiled, since it was compiled too often for other "
-                    "shapes or attributes: TORCH_LOGS=recompiles tells which"
+                    f"{self.function.__name__.strip('_')}() goes on uncompiled: it was compiled too often for new shapes or "
+                    "attributes. TORCH_LOGS=recompiles shows which"
                 )
             else:
                 self.compilation.give_up(error)
@@ -104,47 +109,46 @@ class Compiled(Generic[P, T]):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model must not run what was compiled for the original
+        # A copy of the model must not run the code compiled for the original
         return {**vars(self), "fast": None}
 
 
 def _compile(function: Callable[P, T]) -> Callable[P, T]:
     options = {
-        "guard_filter_fn": _may_change,
-        # Nor need it ask whether its own buffers have the sizes it gave them
+        "guard_filter_fn": _guards_to_keep,
+        # torch need not check the sizes of its own buffers either
         "size_asserts": False,
-        # Random numbers are those that the function draws when it is not compiled
+        # Draw the random numbers that the uncompiled function draws
         "fallback_random": True,
     }
-    # When it first compiles something in a process, torch turns the checks of all its distributions off, for ever
+    # At the first compilation in a process torch turns the validation of all its distributions off, forever
     checks = Distribution._validate_args
     try:
-        # One set of shapes at a time: a buffer gives full minibatches and a shorter last one. Isolated, since several models
-        # would otherwise share the limit of recompilations
+        # Static shapes: a buffer gives full minibatches and a shorter last one. Isolated: several models would otherwise share
+        # one limit of recompilations
         how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
         return th.compile(function, **how)  # type: ignore[call-overload,no-any-return]
     finally:
         Distribution.set_default_validate_args(checks)
 
 
-def _may_change(guards: Sequence[Any]) -> list[bool]:
+def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     """
-    Which of its assumptions torch is to check at each call, which for small networks takes a good part of the time: not
-    whether modules of torch, SB3, sb3-contrib and of this package still hold the same functions. It does ask of every tensor,
-    of every attribute of algorithm and policy, and of the globals of the user's code.
+    Filter torch.compile's guards, which take a good part of the time of small networks: skip globals of torch, SB3,
+    sb3-contrib and this package; keep tensors, attributes, and globals of the user's code.
     """
-    return [not (guard.is_global and _OURS.match(guard.name)) for guard in guards]
+    return [not (guard.is_global and _KNOWN_GLOBALS.match(guard.name)) for guard in guards]
 
 
-def _says_compiler(error: Exception) -> bool:
-    """Whether torch's compiler raised it, or the disk it writes to, and not the function."""
+def _is_from_compiler(error: Exception) -> bool:
+    """Whether torch's compiler, or the disk it writes to, raised the error, and not the function."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return isinstance(error, TorchDynamoException | InductorError | OSError) or _says_too_often(error)
+    return isinstance(error, TorchDynamoException | InductorError | OSError) or _is_recompile_limit(error)
 
 
-def _says_too_often(error: Exception) -> bool:
+def _is_recompile_limit(error: Exception) -> bool:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     return isinstance(error, FailOnRecompileLimitHit)

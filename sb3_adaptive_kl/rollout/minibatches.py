@@ -1,10 +1,9 @@
 """
-Rollout buffer → minibatches that know which transitions they hold: shuffled for training, in order for measuring.
+Minibatches that know which transitions they hold: shuffled for training, in order for measuring.
 
-The minibatches of SB3's rollout buffers do not say which transitions were drawn, but the old policy's parameters are stored
-once per rollout and have to be looked up by index. All buffers of SB3 and sb3-contrib draw through ``_get_samples(indices,
-…)``: listening there gives the indices of any buffer, padded or masked, without a change to the buffer or to its random
-numbers. Where they draw row by row, several minibatches are drawn at once, since a draw costs the same for 64 and for 2048.
+SB3's minibatches do not say which transitions were drawn, but the old policy's parameters are stored once per rollout and
+looked up by index. All buffers of SB3 and sb3-contrib draw through ``_get_samples(indices, …)``: recording its calls gives the
+indices for any buffer, padded or masked, without changing the buffer or its random numbers.
 """
 
 from collections.abc import Generator, Iterator
@@ -16,14 +15,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-# Bytes of the rollout that are drawn at a time, where several minibatches can be: all of it but for images
+# Bytes of the rollout to draw at a time: all of it, unless it holds images
 BLOCK_BYTES = 2**21
-# Where _get_samples indexes row by row, and get() cuts one permutation: SB3's buffers and contrib's maskable ones
-ROW_BY_ROW = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
 
 
 class Draw(NamedTuple):
-    """One call of ``buffer._get_samples(batch_inds, *args, **kwargs)`` and what it gave."""
+    """One call of ``buffer._get_samples(batch_inds, *args, **kwargs)`` and its result."""
 
     samples: Any
     batch_inds: np.ndarray
@@ -33,7 +30,7 @@ class Draw(NamedTuple):
 
 def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, th.Tensor], None, None]:
     """
-    One epoch of ``buffer.get(batch_size)``, each minibatch with the indices of its transitions.
+    Draw one epoch of ``buffer.get(batch_size)``, each minibatch with the indices of its transitions.
 
     :param buffer: a full rollout buffer of SB3 or sb3-contrib, or a user's that draws through ``_get_samples``
     :param batch_size: transitions per minibatch, None for all at once
@@ -41,44 +38,25 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tupl
         padded samples hold more rows than there are indices, the valid ones in the order of the indices
     :raises ValueError: if the buffer does not draw through ``_get_samples``, or draws an empty minibatch
     """
-    at_a_time = _minibatches_at_a_time(buffer, batch_size)
-    for samples, draw in _draws(buffer, batch_size and at_a_time * batch_size):
-        index = th.as_tensor(draw.batch_inds, device=buffer.device)
-        if batch_size is None or at_a_time == 1:
-            yield samples, index
-        else:
-            yield from zip(_split(samples, batch_size), th.split(index, batch_size), strict=True)
-
-
-def _minibatches_at_a_time(buffer: RolloutBuffer, batch_size: int | None) -> int:
-    """How many minibatches make a block: as many as BLOCK_BYTES hold, or one if the buffer is no plain one."""
-    if batch_size is None or not {buffer.get.__module__, buffer._get_samples.__module__} <= set(ROW_BY_ROW):
-        return 1
-    return max(1, transitions_per_block(buffer) // batch_size)
+    for samples, draw in _draws(buffer, batch_size):
+        yield samples, th.as_tensor(draw.batch_inds, device=buffer.device)
 
 
 def transitions_per_block(buffer: RolloutBuffer) -> int:
-    """How many transitions BLOCK_BYTES hold."""
+    """
+    Count the transitions that fit into BLOCK_BYTES.
+
+    :param buffer: a full rollout buffer
+    :return: at least 1
+    """
     fields = [*vars(buffer).values(), *(buffer.observations.values() if isinstance(buffer.observations, dict) else ())]
     n_bytes = sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
     return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // n_bytes)
 
 
-def _split(samples: Any, batch_size: int) -> Iterator[Any]:
-    """The samples of a block as minibatches: views of it. Observations may be a dict of tensors."""
-
-    def split(field: Any) -> Any:
-        if not isinstance(field, dict):
-            return field.split(batch_size)
-        parts = zip(*(tensor.split(batch_size) for tensor in field.values()), strict=True)
-        return [dict(zip(field, part, strict=True)) for part in parts]
-
-    return map(type(samples)._make, zip(*map(split, samples), strict=True))
-
-
 def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = False) -> Iterator[tuple[Any, th.Tensor]]:
     """
-    Every transition of the rollout once, in the order of the flattened rollout: one environment after the other.
+    Draw every transition of the rollout once, in the order of the flattened rollout: one environment after the other.
 
     :param buffer: as for ``minibatches``
     :param chunk_size: transitions at a time, at most, padding included
@@ -87,7 +65,7 @@ def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = Fal
     :return: as for ``minibatches``
     :raises ValueError: as for ``minibatches``
     """
-    # The first minibatch of an epoch: drawing it flattens the rollout, and shows what _get_samples is called with
+    # The first minibatch of an epoch: drawing it flattens the rollout, and shows the arguments of _get_samples
     with closing(_draws(buffer, batch_size=1)) as epoch:
         _, draw = next(epoch)
     n_transitions = buffer.buffer_size * buffer.n_envs
@@ -100,8 +78,8 @@ def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = Fal
 
 def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]:
     """
-    Where chunks begin. Their sequences are padded to the longest: one long episode among many short ones would otherwise
-    take memory quadratic in the length of the rollout.
+    Choose where chunks begin. Sequences are padded to the longest of their chunk: one long episode among many short ones would
+    otherwise take memory quadratic in the length of the rollout.
     """
     begins = buffer.episode_starts.flatten() > 0
     begins[:: buffer.buffer_size] = True  # the first step of each environment
@@ -119,16 +97,18 @@ def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]
 def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, Draw], None, None]:
     pending: list[Draw] = []
     get_samples = buffer._get_samples
+    # The user may have set it on the instance: then it has to be put back, not just uncovered
+    set_on_instance = "_get_samples" in vars(buffer)
 
-    def listening(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+    def recording(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
         samples = get_samples(batch_inds, *args, **kwargs)
         pending.append(Draw(samples, batch_inds, args, kwargs))
         return samples
 
-    buffer._get_samples = listening  # type: ignore[method-assign]
+    buffer._get_samples = recording  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            # By identity, since a buffer may draw ahead or drop what it has drawn; else the only one there is
+            # By identity, since a buffer may draw ahead, or drop a minibatch; else there must be just one
             position = next((i for i, draw in enumerate(pending) if draw.samples is samples), 0)
             if not pending or (pending[position].samples is not samples and len(pending) > 1):
                 raise ValueError(
@@ -145,12 +125,15 @@ def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any
                 )
             yield samples, draw
     finally:
-        del buffer._get_samples
+        if set_on_instance:
+            buffer._get_samples = get_samples  # type: ignore[method-assign]
+        else:
+            del buffer._get_samples
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Draw from the global generators of NumPy and of torch on the CPU inside, and leave both as they were found."""
+    """Restore the global generators of NumPy and of torch on the CPU afterwards."""
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng(devices=[]):

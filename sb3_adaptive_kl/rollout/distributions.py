@@ -2,9 +2,9 @@
 The parameters of an action distribution as plain, indexable tensors.
 
 A policy of SB3 or sb3-contrib owns *one* mutable distribution object: a reference to the old policy's distribution silently
-becomes the new one as soon as the network runs again. What has to be remembered of π_old are its parameters. Two families
-cover all action spaces: Gaussians (Box, with or without gSDE), and categoricals side by side (Discrete, MultiDiscrete,
-MultiBinary, masked or not: a Bernoulli is a categorical with two outcomes).
+becomes the new one when the network runs again. So π_old is remembered by its parameters. Two families cover all action
+spaces: Gaussians (Box, with or without gSDE), and categoricals side by side (Discrete, MultiDiscrete, MultiBinary, masked or
+not: a Bernoulli is a categorical with two outcomes).
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
@@ -31,15 +32,15 @@ class ActionDistribution(ABC):
         """KL(self ‖ other) of every state, summed over the action dimensions, shape (B,), in nats."""
 
     def __getitem__(self: SelfActionDistribution, index: th.Tensor) -> SelfActionDistribution:
-        """The distributions of the states that ``index`` (integers or a boolean mask) selects."""
+        """Select the distributions of the states that ``index`` (integers or a boolean mask) names."""
         return self._map(lambda tensor: tensor[index])
 
     def __setitem__(self: SelfActionDistribution, index: th.Tensor, batch: SelfActionDistribution) -> None:
         for mine, theirs in zip(self._tensors(), batch._tensors(), strict=True):
             mine[index] = theirs
 
-    def room_for(self: SelfActionDistribution, n_states: int) -> SelfActionDistribution:
-        """A batch of the same family, to be filled."""
+    def allocate(self: SelfActionDistribution, n_states: int) -> SelfActionDistribution:
+        """Allocate a batch of the same family, to be filled."""
         return self._map(lambda tensor: tensor.new_empty((n_states, *tensor.shape[1:])))
 
     def _tensors(self) -> tuple[th.Tensor, ...]:
@@ -52,7 +53,7 @@ class ActionDistribution(ABC):
 @dataclass(frozen=True, eq=False)
 class DiagGaussian(ActionDistribution):
     """
-    Independent Gaussians; also a squashed one, before its tanh, since a bijection leaves the KL unchanged.
+    Independent Gaussians. A squashed Gaussian counts before its tanh, since a bijection leaves the KL unchanged.
 
     :param loc: means, shape (B, D)
     :param scale: standard deviations, shape (B, D), > 0
@@ -70,7 +71,7 @@ class Categoricals(ActionDistribution):
     """
     One or several independent categorical distributions, their outcomes side by side.
 
-    :param log_probs: log-probabilities, normalised within each distribution, shape (B, K), finite
+    :param log_probs: log-probabilities, normalized within each distribution, shape (B, K), finite
     """
 
     log_probs: th.Tensor
@@ -81,13 +82,13 @@ class Categoricals(ActionDistribution):
 
 def action_distribution(distribution: Distribution) -> ActionDistribution:
     """
-    The parameters of a distribution of SB3 or sb3-contrib, still attached to the graph.
+    Extract the parameters of a distribution of SB3 or sb3-contrib, still attached to the graph.
 
     :param distribution: for instance ``policy.action_dist`` after ``policy.evaluate_actions(...)``
     :return: its parameters
     :raises ValueError: if it is of a family without an exact KL here
     """
-    held = held_by(distribution)
+    held = torch_distribution(distribution)
     if isinstance(held, Normal):
         return DiagGaussian(held.loc, held.scale)
     if isinstance(held, Bernoulli):
@@ -103,17 +104,30 @@ def action_distribution(distribution: Distribution) -> ActionDistribution:
     )
 
 
-def held_by(distribution: Distribution | None) -> Any:
+def torch_distribution(distribution: Distribution | None) -> Any:
     """
-    What a distribution of SB3 or sb3-contrib wraps: one of torch's, or a list of them; a new object after each evaluation.
+    Unwrap a distribution of SB3 or sb3-contrib. Each evaluation of the policy makes a new object of torch's.
 
     :param distribution: for instance ``policy.action_dist``
-    :return: None if nothing was evaluated yet
+    :return: a distribution of torch, a list of them, or ``None`` before the first evaluation
     """
     # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
     return getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
 
 
+def forget_distribution(policy: ActorCriticPolicy) -> None:
+    """
+    Drop the distribution that a policy has evaluated: it holds the whole graph.
+
+    :param policy: its ``action_dist`` is changed
+    """
+    action_dist: Any = getattr(policy, "action_dist", None)
+    if action_dist is not None:
+        action_dist.distribution = None
+    if hasattr(action_dist, "distributions"):  # sb3-contrib's masked MultiDiscrete and MultiBinary
+        action_dist.distributions = None
+
+
 def _finite(log_probs: th.Tensor) -> th.Tensor:
-    """Impossible outcomes (−inf) as the most negative float: p log p is then 0 instead of NaN, in the gradient as well."""
+    """Replace −inf (impossible outcomes) by the most negative float, so that p log p and its gradient are 0 and not NaN."""
     return log_probs.clamp(min=th.finfo(log_probs.dtype).min)

@@ -1,4 +1,4 @@
-"""The faster step is the same step: of the optimiser, and of the clipping."""
+"""A step along given gradients is the optimizer's own step, fast and plain; clipping is torch's."""
 
 import copy
 
@@ -7,7 +7,8 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.optimization import AdamStep, OptimizerStep, clip_gradients
+from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep, FusedAdam
+from sb3_adaptive_kl.step import OptimizerStep, clip_gradients
 from tests.conftest import CASES, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -57,18 +58,20 @@ def test_clipping_leaves_gradients_that_share_memory_alone():
         (lambda p: th.optim.Adam([{"params": [parameter]} for parameter in p], 0.01), False),
     ],
 )
-def test_step_is_the_optimisers(optimizer, fast):
+@pytest.mark.parametrize("kind", [OptimizerStep, FastOptimizerStep])
+def test_step_equals_the_optimizers(optimizer, fast, kind):
     """The same parameters and the same state, whichever way is taken; a parameter without a gradient stays."""
     theirs, ours = network(), network()
     frozen = th.nn.Parameter(th.ones(1))
     their_optimizer, our_optimizer = (optimizer([*net.parameters(), frozen]) for net in (theirs, ours))
-    step = OptimizerStep(our_optimizer, [*ours.parameters(), frozen])
+    step = kind(our_optimizer, [*ours.parameters(), frozen])
     for i in range(5):
         for parameter, gradient in zip(theirs.parameters(), gradients_of(theirs, i), strict=True):
             parameter.grad = gradient
         their_optimizer.step()
         step.take([*gradients_of(ours, i), None])
-    assert (step.adam is not None) == fast
+    if kind is FastOptimizerStep:
+        assert (FusedAdam.of(our_optimizer) is not None) == fast
     assert frozen == 1
     for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert th.allclose(parameter, other, rtol=1e-5, atol=1e-7)
@@ -83,7 +86,7 @@ def test_gradients_that_come_and_go():
     """Adam moves what has a gradient now, and only that: the fast step must not move yesterday's parameters."""
     nets = network(), network()
     optimizers = [th.optim.Adam(net.parameters(), 0.01) for net in nets]
-    step = OptimizerStep(optimizers[1], list(nets[1].parameters()))
+    step = FastOptimizerStep(optimizers[1], list(nets[1].parameters()))
     for i, present in enumerate([(0, 1), (0, 1, 2, 3), (0, 1, 2, 3), (2, 3), (0, 1, 2, 3)]):
         gradients = [gradient if j in present else None for j, gradient in enumerate(gradients_of(nets[0], i))]
         for parameter, gradient in zip(nets[0].parameters(), gradients, strict=True):
@@ -94,20 +97,20 @@ def test_gradients_that_come_and_go():
         assert th.allclose(theirs, ours, rtol=1e-5, atol=1e-7)
 
 
-def test_whoever_listens_to_the_optimiser_is_told():
+def test_optimizer_step_hooks_are_called():
     net = network()
     optimizer = th.optim.Adam(net.parameters())
-    told = []
-    optimizer.register_step_post_hook(lambda *_: told.append(1))
-    step = OptimizerStep(optimizer, list(net.parameters()))
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    step = FastOptimizerStep(optimizer, list(net.parameters()))
     for i in range(3):
         step.take(gradients_of(net, i))
-    assert len(told) == 3
-    assert AdamStep.of(optimizer) is None
+    assert len(calls) == 3
+    assert FusedAdam.of(optimizer) is None
 
 
 def test_checkpoints_are_exchanged_with_ppo(tmp_path):
-    """The optimiser's state is that of stock Adam, and goes on in either algorithm."""
+    """The optimizer's state is stock Adam's, and continues in either algorithm."""
     for first, second in ((PPO, AdaptiveKLPPO), (AdaptiveKLPPO, PPO)):
         model = CASES["box"].build(first, **SMALL).learn(2 * 64)
         assert model.policy.optimizer.param_groups[0]["fused"] is None
@@ -120,8 +123,8 @@ def test_checkpoints_are_exchanged_with_ppo(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.SGD])
-def test_what_is_frozen_during_a_run_rests(optimizer):
-    """And not along an old gradient, as it would if one were left behind."""
+def test_parameters_frozen_during_a_run_do_not_move(optimizer):
+    """Nor along an old gradient, as they would if one were left behind."""
     model = (
         CASES["box"].build(AdaptiveKLPPO, n_steps=64, batch_size=32, policy_kwargs={"optimizer_class": optimizer}).learn(64)
     )

@@ -1,0 +1,117 @@
+"""
+The base of the three algorithms: the penalty's arguments, its state, and SB3's hooks around training.
+"""
+
+import math
+from typing import Any
+
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_adaptive_kl.arguments import check_arguments, check_minibatches
+from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.rollout.hosts import Host
+from sb3_adaptive_kl.step import Execution
+
+
+class KLPenaltyAlgorithm(OnPolicyAlgorithm):
+    """
+    Holds the arguments and the state of the penalty.
+
+    Arguments are kept as the user gave them, under their own names: ``load()`` writes them past the constructor and then calls
+    ``_setup_model()``, which interprets them. They are documented in :class:`~sb3_adaptive_kl.AdaptiveKLPPO`; all others go to
+    the host.
+    """
+
+    # The host's arguments that the train step needs
+    batch_size: int | None
+    n_epochs: int
+    normalize_advantage: bool
+    clip_range_vf: float | Schedule | None
+
+    # The state: plain numbers, which save() writes and load() restores
+    kl_coef: float
+    _undone_updates: int = 0
+    _undone_in_a_row: int = 0
+    _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
+
+    _host: Host = Host()
+    _execution: Execution
+
+    def __init__(
+        self,
+        *args: Any,
+        clip_range: float | Schedule | None,
+        target_kl: float | Schedule,
+        init_kl_coef: float,
+        kl_rule: str | PenaltyRule,
+        kl_tolerance: float,
+        kl_factor: float,
+        kl_coef_bounds: tuple[float, float] | None,
+        kl_divergence: str,
+        kl_cutoff_coef: float,
+        kl_cutoff_factor: float,
+        kl_stop_factor: float | None,
+        compile: bool,
+        _init_setup_model: bool,
+        **kwargs: Any,
+    ) -> None:
+        # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
+        check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
+        super().__init__(*args, **kwargs, _init_setup_model=False)  # type: ignore[misc]  # mypy lets *args fill every parameter
+        self.clip_range = clip_range
+        self.target_kl = target_kl
+        self.init_kl_coef = init_kl_coef
+        self.kl_rule = kl_rule
+        self.kl_tolerance = kl_tolerance
+        self.kl_factor = kl_factor
+        self.kl_coef_bounds = kl_coef_bounds
+        self.kl_divergence = kl_divergence
+        self.kl_cutoff_coef = kl_cutoff_coef
+        self.kl_cutoff_factor = kl_cutoff_factor
+        self.kl_stop_factor = kl_stop_factor
+        self.compile = compile
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        check_arguments(self)
+        # The hosts turn clip_range into a schedule here, and do not accept None
+        clipping = self.clip_range is not None
+        self.clip_range = self.clip_range if clipping else math.inf
+        super()._setup_model()
+        self.clip_range = self.clip_range if clipping else None
+        # Not after load(): the running β is part of the checkpoint
+        self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
+        self._execution = choose_execution(self.compile)
+
+    def _excluded_save_params(self) -> list[str]:
+        # Compiled code cannot be saved, and _setup_model makes it anew
+        return [*super()._excluded_save_params(), "_execution"]
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """Collect a rollout as the host does, in less time."""
+        with self._execution.collecting(self.policy):
+            return super().collect_rollouts(*args, **kwargs)
+
+
+def choose_execution(compile: bool) -> Execution:
+    """
+    Choose how a model collects and trains.
+
+    :param compile: whether to compile, too
+    :return: the fast way; the plain one if the folder ``fast`` was left out and nothing is to be compiled
+    :raises ModuleNotFoundError: if something is to be compiled without that folder
+    """
+    try:
+        from sb3_adaptive_kl.fast.execution import FastExecution
+    except ModuleNotFoundError as error:
+        if compile or error.name not in ("sb3_adaptive_kl.fast", "sb3_adaptive_kl.fast.execution"):
+            raise
+        return Execution()
+    return FastExecution(compile)

@@ -1,0 +1,93 @@
+"""π_old, remembered for one rollout: what the policy is compared with while it moves and after it has moved."""
+
+from contextlib import closing
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_adaptive_kl.divergences import DIVERGENCES
+from sb3_adaptive_kl.objective import Evaluation
+from sb3_adaptive_kl.rollout.distributions import ActionDistribution, torch_distribution
+from sb3_adaptive_kl.rollout.evaluation import hidden_distribution, sweep, taken_actions
+from sb3_adaptive_kl.rollout.hosts import Host
+
+
+class OldPolicy:
+    """
+    Remembers the policy's action distributions on a rollout, and measures how far the policy has moved since.
+
+    One forward pass over the rollout stores the *parameters* of the distributions, in the order of the flattened rollout.
+    Estimators from sampled actions need none: the rollout holds the old log-probabilities.
+
+    :param policy: the policy, before the update; it may move afterwards
+    :param buffer: the full rollout buffer; it is read, and flattened as an epoch of SB3 flattens it
+    :param host: knows how the policy is called, and what is padding
+    :param kl_divergence: a name in ``DIVERGENCES``
+    :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, buffer: RolloutBuffer, host: Host, kl_divergence: str = "forward") -> None:
+        self.policy = policy
+        self.buffer = buffer
+        self.host = host
+        self.measure = DIVERGENCES[kl_divergence]
+        self.distribution: ActionDistribution | None = None
+        self._remember()
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the divergence compares distributions, and not only log-probabilities of the actions taken."""
+        return self.measure.needs_distribution
+
+    def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
+        """
+        Compare the policy's evaluation of some transitions with the old policy's.
+
+        :param index: of the B transitions in the flattened rollout
+        :param new: the policy's evaluation of these transitions, in this order
+        :return: the divergence at each state, in nats, shape ``(B,)``
+        """
+        return self.measure.between(None if self.distribution is None else self.distribution[index], new)
+
+    def divergence_on_rollout(self) -> th.Tensor:
+        """
+        Measure the policy, as it is now, on the whole rollout.
+
+        :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
+        """
+        divergence = th.empty(self._n_transitions, device=self.buffer.device)
+        with closing(sweep(self.policy, self.buffer, self.host, self.needs_distribution)) as evaluations:
+            for _, index, new in evaluations:
+                divergence[index] = self.divergence(index, new)
+        return divergence
+
+    @property
+    def _n_transitions(self) -> int:
+        return self.buffer.buffer_size * self.buffer.n_envs
+
+    def _remember(self) -> None:
+        before = torch_distribution(getattr(self.policy, "action_dist", None))
+        with closing(sweep(self.policy, self.buffer, self.host, self.needs_distribution)) as evaluations:
+            for rollout_data, index, new in evaluations:
+                if not self.needs_distribution:
+                    continue
+                if self.distribution is None:
+                    self._check_distribution(rollout_data, new, before)
+                    # Filled in place: small tensors between the large ones of a network would leave holes in memory
+                    self.distribution = new.distribution.allocate(self._n_transitions)
+                self.distribution[index] = new.distribution
+
+    def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
+        """
+        Check that ``policy.action_dist`` is what the policy's ``evaluate_actions`` has just used.
+
+        :raises ValueError: if the policy left another distribution there, or none
+        """
+        if torch_distribution(self.policy.action_dist) is not before:
+            log_prob = self.policy.action_dist.log_prob(taken_actions(self.policy, rollout_data))
+            valid = self.host.valid(rollout_data)
+            if th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all():
+                return
+        raise hidden_distribution(self.policy)

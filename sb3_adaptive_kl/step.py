@@ -1,0 +1,220 @@
+"""
+One step on one minibatch: evaluate → loss → gradients → clip → stop? → take.
+
+``Execution`` says how rollouts are collected and steps are taken: here as they read. ``fast/`` does the same in less time, and
+can be left out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_adaptive_kl.objective import MinibatchMetrics, Settings, objective
+from sb3_adaptive_kl.rollout.distributions import forget_distribution
+from sb3_adaptive_kl.rollout.evaluation import evaluate
+from sb3_adaptive_kl.rollout.hosts import Host
+from sb3_adaptive_kl.rollout.minibatches import minibatches
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+
+Gradients = Sequence[th.Tensor | None]  # None for a parameter that the loss does not depend on
+
+
+class OptimizerStep:
+    """
+    ``optimizer.step()`` along given gradients.
+
+    :param optimizer: any optimizer that steps without a closure
+    :param parameters: the parameters that gradients will be given for, in this order
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+
+    def take(self, gradients: Gradients) -> None:
+        """
+        Move the parameters, and leave no gradient behind.
+
+        :param gradients: one for each of ``parameters``
+        """
+        self._clear_gradients()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        """Clear every ``.grad``: an old one would keep moving a parameter that was frozen since. ``zero_grad()`` is slower."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+class Update(NamedTuple):
+    """What all minibatch steps of one update share."""
+
+    policy: ActorCriticPolicy
+    host: Host
+    old_policy: OldPolicy
+    optimizer: OptimizerStep
+
+
+class StepResult(NamedTuple):
+    """The metrics of a minibatch before its step, stacked, and the gradient norm before clipping: ``None`` without a step."""
+
+    metrics: th.Tensor
+    grad_norm: th.Tensor | None
+
+
+def eager_step(update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
+    """
+    Take one step on one minibatch, or none if its KL is too large already.
+
+    :param update: the policy, the old policy and the optimizer
+    :param rollout_data: a minibatch of the host's rollout buffer
+    :param index: of its B valid transitions in the flattened rollout
+    :param settings: the numbers of this step
+    :return: metrics and gradient norm
+    """
+    policy, host, old_policy, optimizer = update
+    gradients, metrics, grad_norm = clipped_gradients(
+        policy, host, old_policy, optimizer.parameters, rollout_data, index, settings
+    )
+    if exceeds_stop(metrics, settings):
+        return StepResult(metrics, None)
+    optimizer.take(gradients)
+    return StepResult(metrics, grad_norm)
+
+
+def clipped_gradients(
+    policy: ActorCriticPolicy,
+    host: Host,
+    old_policy: OldPolicy,
+    parameters: Sequence[th.Tensor],
+    rollout_data: Any,
+    index: th.Tensor,
+    settings: Settings,
+) -> tuple[Gradients, th.Tensor, th.Tensor]:
+    """
+    Compute the gradients of the objective on one minibatch.
+
+    :param parameters: the parameters to differentiate with respect to; the others as for ``eager_step``
+    :return: the gradients, clipped; the metrics, stacked; the norm before clipping
+    """
+    new = evaluate(policy, host, rollout_data, old_policy.needs_distribution)
+    kl = old_policy.divergence(index, new)
+    loss, metrics = objective(new, kl, settings)
+    gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+    clipped, grad_norm = clip_gradients(gradients, settings.max_grad_norm)
+    forget_distribution(policy)  # it would keep the graph alive, and a policy with a graph cannot be copied
+    return clipped, metrics.stack(), grad_norm
+
+
+def clip_gradients(gradients: Gradients, max_norm: float) -> tuple[Gradients, th.Tensor]:
+    """
+    Scale gradients such that their norm, taken as one vector, is at most ``max_norm``.
+
+    It computes what ``th.nn.utils.clip_grad_norm_`` computes, but as a function, and in few operations instead of two per
+    gradient.
+
+    :param gradients: of any shapes
+    :param max_norm: > 0
+    :return: the scaled gradients, and the norm before
+    """
+    present = [gradient for gradient in gradients if gradient is not None]
+    norm = th.linalg.vector_norm(th.cat([gradient.flatten() for gradient in present]))
+    scaled = iter(th._foreach_mul(present, (max_norm / (norm + 1e-6)).clamp(max=1.0)))
+    return [None if gradient is None else next(scaled) for gradient in gradients], norm
+
+
+def exceeds_stop(metrics: th.Tensor, settings: Settings) -> bool:
+    """
+    Decide whether the KL of a minibatch ends the update.
+
+    :param metrics: of the minibatch, stacked
+    :param settings: with ``kl_stop_factor``, ``None`` for never
+    :return: whether KL > kl_stop_factor · target_kl
+    """
+    if settings.kl_stop_factor is None:
+        return False
+    return bool(MinibatchMetrics(*metrics).kl > settings.kl_stop_factor * settings.target_kl)
+
+
+def trainable_parameters(policy: ActorCriticPolicy) -> list[th.Tensor]:
+    """
+    List the parameters that an update moves.
+
+    :param policy: some of its parameters may be frozen
+    :return: those that are not
+    """
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+class Execution:
+    """How a model collects and trains. This base class adds nothing: policy and optimizer are used as SB3 uses them."""
+
+    def collecting(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
+        """
+        Prepare for collecting a rollout.
+
+        :param policy: acts
+        :return: a context in which the host collects
+        """
+        return nullcontext()
+
+    def evaluating(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
+        """
+        Prepare for an update: steps, and sweeps over the rollout.
+
+        :param policy: is evaluated
+        :return: a context for the whole update
+        """
+        return nullcontext()
+
+    def stepping(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
+        """
+        Prepare for the minibatch steps of an update.
+
+        :param policy: is trained
+        :return: a context in which steps are taken, and nothing else
+        """
+        return nullcontext()
+
+    def optimizer_step(self, policy: ActorCriticPolicy) -> OptimizerStep:
+        """
+        Prepare the policy's optimizer for one update.
+
+        :param policy: with its optimizer
+        :return: the optimizer's step, for the parameters that are not frozen
+        """
+        return OptimizerStep(policy.optimizer, trainable_parameters(policy))
+
+    def minibatches(self, buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
+        """
+        Draw one epoch of minibatches.
+
+        :param buffer: a full rollout buffer
+        :param batch_size: transitions per minibatch, None for all at once
+        :return: pairs of the buffer's samples and their indices into the flattened rollout
+        """
+        return minibatches(buffer, batch_size)
+
+    def take_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
+        """
+        Take one step on one minibatch: ``eager_step``, or a function with its signature that does the same faster.
+
+        :param update: the policy, the old policy and the optimizer
+        :param rollout_data: a minibatch of the host's rollout buffer
+        :param index: of its B valid transitions in the flattened rollout
+        :param settings: the numbers of this step
+        :return: metrics and gradient norm
+        """
+        return eager_step(update, rollout_data, index, settings)
+
+    def seconds_compiling(self) -> float:
+        """Return the seconds spent compiling since the last call."""
+        return 0.0

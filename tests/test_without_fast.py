@@ -1,0 +1,92 @@
+"""The folder ``fast`` only saves time: without it the same policies are trained."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.algorithm import choose_execution
+from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.step import Execution
+from tests.conftest import collect, logged, parameters
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+def train_all():
+    """Parameters and KL after two updates of each algorithm."""
+    models = {
+        "ppo": AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL),
+        "maskable": MaskableAdaptiveKLPPO("MlpPolicy", InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3), **SMALL),
+        "recurrent": RecurrentAdaptiveKLPPO("MlpLstmPolicy", gym.make("CartPole-v1"), **SMALL),
+    }
+    results = {}
+    for name, model in models.items():
+        model.learn(2 * 64)
+        results[name] = np.append(parameters(model).numpy(), logged(model)["kl"])
+    return results
+
+
+WITHOUT_FAST = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("sb3_adaptive_kl.fast"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import numpy as np, torch as th
+th.set_num_threads(1)
+from tests.test_without_fast import train_all
+np.savez(sys.argv[1], **train_all())
+assert not [name for name in sys.modules if name.startswith("sb3_adaptive_kl.fast")]
+"""
+
+
+def test_training_without_fast_gives_the_same_numbers(tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT_FAST, tmp_path / "results.npz"], check=True)
+    without, with_fast = np.load(tmp_path / "results.npz"), train_all()
+    assert set(without) == set(with_fast) == {"ppo", "maskable", "recurrent"}
+    for name, expected in with_fast.items():
+        np.testing.assert_allclose(without[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("missing", "compile"), [("sb3_adaptive_kl.fast.execution", True), ("sb3_adaptive_kl.fast.optimizer", False)]
+)
+def test_compiling_without_fast_and_half_of_fast_are_errors(missing, compile, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("sb3_adaptive_kl.fast")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=missing):
+        choose_execution(compile)
+
+
+def test_nan_at_the_first_minibatch_is_undone():
+    """Here torch's distributions validate their arguments: the first evaluation raises, and there is nothing to log."""
+    model = collect(AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL))
+    model._execution = Execution()
+    model.rollout_buffer.observations[:] = np.nan
+    before = parameters(model)
+    with pytest.raises(ValueError, match="Expected parameter loc"):  # the old policy cannot be evaluated either
+        model.train()
+    model.rollout_buffer.observations[:] = 0.0
+    model.rollout_buffer.advantages[:] = np.nan
+    with pytest.warns(UserWarning, match="was undone"):
+        model.train()
+    assert (parameters(model) == before).all()
+
+
+def test_update_without_a_minibatch_logs_nothing():
+    model = collect(AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL))
+    metrics = UpdateMetrics()
+    metrics.epochs.append([])
+    metrics.log(model.logger, settings_at(model, 1.0))
+    assert metrics.finite()
+    assert not logged(model)
