@@ -1,5 +1,5 @@
-# `make demo` and `make test` are all one needs: they create the virtual environment on first use.
-# For another torch, interpreter or place: make clean, then make test TORCH=torch PYTHON=python3.12 VENV=/tmp/venv
+# Start with `make demo` or `make test`: both create the virtual environment on first use.
+# For another torch, interpreter or folder: make clean, then make test TORCH=torch PYTHON=python3.12 VENV=/tmp/venv
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,8 +14,8 @@ SHELL = bash
 
 .PHONY: demo test lint type format benchmark clean
 
-# RL Baselines3 Zoo's own commands: train, evaluate over 100 episodes, record a video; then a picture of the
-# training run, and a small head-to-head with PPO
+# Train, evaluate over 100 episodes and record a video with RL Baselines3 Zoo's own commands, then plot the
+# training run and compare with PPO on a few seeds
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/python -m rl_zoo3.train $(AGENT) --seed 1 --num-threads 1 --eval-freq -1 --verbose 0 -P -tb $(DEMO)/tensorboard
@@ -44,10 +44,11 @@ benchmark: $(STAMP)
 clean:
 	rm -rf $(VENV) runs
 
-# torch first and by itself: its build (CPU, CUDA) is the user's choice, and the newest may bring gigabytes of CUDA packages.
-# Again when the start-up hook changes, which an editable installation copies
+# Install torch first and by itself: the user chooses the build (CPU, CUDA), and the newest may bring gigabytes of CUDA packages.
+# Reinstall when the start-up hook changes, because an editable installation copies it.
+# Without --no-compile, pip compiles all modules of all packages; most are never imported
 $(STAMP): pyproject.toml $(wildcard sb3_adaptive_kl/startup/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@

@@ -1,11 +1,11 @@
 """
-AdaptiveKLPPO against SB3's PPO, and sbx's where it is installed: the whole table of docs/performance.md, in one process.
+Compare the speed and memory of AdaptiveKLPPO with SB3's PPO, and with sbx's PPO if it is installed.
 
     python -m benchmarks.throughput
 
-One torch thread. The algorithms take turns, so that all see the same load of the machine; medians over the rounds, of which
-the first warms up. "Relative" is to SB3's PPO in the same rounds. Where nothing is collected, rollouts are random numbers: the
-time of an update does not depend on what is in them.
+This prints the comparison in docs/performance.md, from one process with one torch thread. The algorithms take turns, so that
+all run under the same load. The times are medians over the rounds after a warm-up round; "relative" compares them with SB3's
+PPO in the same rounds. Benchmarks of `train()` use random rollouts, since their contents do not change the time of an update.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import configure
 
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
 RMSPROP = {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}}
 VARIANTS: dict[str, tuple[type[PPO], dict[str, Any]]] = {
@@ -44,7 +45,7 @@ def images() -> gym.Env:
 
 
 def with_random_rollout(model: PPO) -> PPO:
-    """A full rollout of what the policy would do where it is indifferent."""
+    """Fill the rollout buffer with random numbers and uniformly distributed actions."""
     buffer, rng = model.rollout_buffer, np.random.default_rng(0)
     shape = buffer.rewards.shape
     if buffer.observations.dtype == np.uint8:
@@ -66,7 +67,7 @@ def build(name: str, policy: str, env: Any, **kwargs: Any) -> PPO:
 
 
 def seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, in turns."""
+    """Median time of each run in seconds; the runs take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
@@ -111,7 +112,7 @@ def learn_speeds(n_envs: int, rounds: int) -> None:
 
 
 def update_times(title: str, policy: str, env: Callable[[], Any], names: tuple[str, ...], rounds: int, **kwargs: Any) -> None:
-    """An update, in µs per transition and epoch."""
+    """Print the time of an update in µs per transition and epoch."""
     models = {name: with_random_rollout(build(name, policy, env(), **kwargs)) for name in names}
     times = seconds({name: model.train for name, model in models.items()}, rounds)
     n_drawn = kwargs["n_steps"] * kwargs["n_epochs"]
@@ -120,7 +121,7 @@ def update_times(title: str, policy: str, env: Callable[[], Any], names: tuple[s
 
 
 def peak_memory(name: str, policy: str, n_steps: int) -> float:
-    """MiB at most, in a process of its own that trains once on a random rollout."""
+    """Peak memory in MiB of a new process that trains once on a random rollout."""
     command = [sys.executable, "-m", "benchmarks.throughput", "--peak-memory-of", name, policy, str(n_steps)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -128,13 +129,13 @@ def peak_memory(name: str, policy: str, n_steps: int) -> float:
 def print_peak_memory(name: str, policy: str, n_steps: int) -> None:
     env = images() if policy == "CnnPolicy" else gym.make("CartPole-v1")
     with_random_rollout(build(name, policy, env, n_steps=n_steps, n_epochs=1)).train()
-    # Not getrusage, whose maximum a process inherits from the one that starts it
+    # Not getrusage: a process inherits its maximum from the parent process
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(peak.split()[1]) / 1024)
 
 
 def print_profile() -> None:
-    """Where the time of a compiled iteration goes, with one environment: the median over nine of them."""
+    """Print the time of each part of a compiled iteration with one environment, as a median over nine iterations."""
     model = build("compiled", "MlpPolicy", make_vec_env("CartPole-v1", 1, seed=0)).learn(2 * 2048)
     parts: list[dict[str, float]] = []
 
@@ -150,13 +151,13 @@ def print_profile() -> None:
 
         setattr(owner, name, timer)
 
-    timed("collecting: the policy", type(model.policy), "__call__")
-    timed("collecting: the environment", model.env, "step")
-    timed("collecting: the buffer", model.rollout_buffer, "add")
+    timed("collecting: policy", type(model.policy), "__call__")
+    timed("collecting: environment", model.env, "step")
+    timed("collecting: buffer", model.rollout_buffer, "add")
     timed("collecting: returns and advantages", model.rollout_buffer, "compute_returns_and_advantage")
-    timed("updating: the two sweeps", model, "_old_distributions")
-    timed("updating: the two sweeps", model, "_divergence_on_rollout")
-    timed("updating: steps", model, "_step_function")
+    timed("updating: old policy and KL", OldPolicy, "__init__")
+    timed("updating: old policy and KL", OldPolicy, "divergence_on_rollout")
+    timed("updating: steps", model._execution.compiled_steps, "_compiled_step")
     timed("updating", model, "train")
     timed("all", model, "learn")
     for _ in range(10):
@@ -164,17 +165,17 @@ def print_profile() -> None:
         model.learn(2048)
     ms = {title: 1e3 * statistics.median(part[title] for part in parts[1:]) for title in parts[-1]}
     everything, updating = ms.pop("all"), ms.pop("updating")
-    ms["updating: the rest"] = updating - sum(ms[title] for title in ms if title.startswith("updating"))
-    ms["collecting: the rest"] = everything - updating - sum(ms[title] for title in ms if title.startswith("collecting"))
-    print(f"{'a compiled iteration':40}{everything:8.1f} ms")
+    ms["updating: other"] = updating - sum(ms[title] for title in ms if title.startswith("updating"))
+    ms["collecting: other"] = everything - updating - sum(ms[title] for title in ms if title.startswith("collecting"))
+    print(f"{'compiled iteration':40}{everything:8.1f} ms")
     for title in sorted(ms):
         print(f"{title:40}{ms[title]:8.1f} ms{ms[title] / everything:8.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the short runs (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="print instead where the time of one compiled iteration goes")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the short benchmarks (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="only print the time of each part of a compiled iteration")
     parser.add_argument("--peak-memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     th.set_num_threads(1)
@@ -201,7 +202,7 @@ def main() -> None:
         title = f"minibatch {batch_size} of 8192 transitions, 10 epochs"
         kwargs = {"n_steps": 8192, "batch_size": batch_size, "n_epochs": 10}
         update_times(title, "MlpPolicy", lambda: gym.make("CartPole-v1"), everything, 2, **kwargs)
-    # One epoch, which takes long enough; what is done once per update then weighs ten times as much
+    # A single epoch is long enough here; the work done once per update then weighs ten times as much
     for n_steps in (2048, 20480, 204800):
         kwargs = {"n_steps": n_steps, "batch_size": 64, "n_epochs": 1}
         title = f"minibatch 64 of {n_steps} transitions, 1 epoch"

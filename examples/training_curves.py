@@ -1,10 +1,10 @@
 """
-Draw a training run of AdaptiveKLPPO, return, KL and β, from the tensorboard log that SB3 (or the zoo's `-tb`) wrote.
+Plot return, KL and β of a training run of AdaptiveKLPPO from the TensorBoard log of SB3 (or of the zoo's `-tb`).
 
     python -m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -f logs -tb logs/tensorboard
     python examples/training_curves.py logs/tensorboard/CartPole-v1/AdaptiveKLPPO_1 --target-kl 0.01 -o training.png
 
-Needs the extra `zoo`, for tensorboard and matplotlib; `make demo` installs it.
+This needs the extra `zoo` for tensorboard and matplotlib; `make demo` installs it.
 """
 
 import argparse
@@ -13,20 +13,20 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's palette: told apart by colour-blind readers
+BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's palette, safe for color-blind readers
 Curve = tuple[list[int], list[float]]
 
 
 def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
-    """Each quantity as time steps and values. SB3 logs an update after the rollout that follows it, so that is where it is."""
+    """Read the time steps and values of each key. SB3 logs an update at the time step of the following rollout."""
     if not folder.is_dir():
-        raise SystemExit(f"{folder} is no folder: the log of a run is in TENSORBOARD_LOG/ENV/AdaptiveKLPPO_1, or _2, …")
+        raise SystemExit(f"{folder} is not a folder: the log of a run is in TENSORBOARD_LOG/ENV/AdaptiveKLPPO_1, or _2, …")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     try:
         scalars = {key: events.Scalars(key) for key in keys}
     except KeyError as error:
         raise SystemExit(
-            f"{folder} has no log of {error.args[0].split()[1]}: is it the folder of one run of AdaptiveKLPPO?"
+            f"{folder} has no log of {error.args[0].split()[1]}: pass the folder of a single run of AdaptiveKLPPO"
         ) from None
     return {key: ([event.step for event in found], [event.value for event in found]) for key, found in scalars.items()}
 
@@ -54,14 +54,14 @@ def draw(log: dict[str, Curve], target_kl: float, tolerance: float) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of one run, with its events.out.tfevents file")
-    parser.add_argument("--target-kl", type=float, default=0.01, help="the target of the run")
-    parser.add_argument("--kl-tolerance", type=float, default=1.5, help="the tolerance of the run")
-    parser.add_argument("-o", "--output", type=Path, default=Path("training.png"), help="the picture, .png or .svg")
+    parser.add_argument("folder", type=Path, help="folder of a run, which contains an events.out.tfevents file")
+    parser.add_argument("--target-kl", type=float, default=0.01, help="target_kl of the run")
+    parser.add_argument("--kl-tolerance", type=float, default=1.5, help="kl_tolerance of the run")
+    parser.add_argument("-o", "--output", type=Path, default=Path("training.png"), help="picture to write, .png or .svg")
     arguments = parser.parse_args()
     log = read_log(arguments.folder, ["rollout/ep_rew_mean", "train/kl", "train/kl_coef"])
     draw(log, arguments.target_kl, arguments.kl_tolerance).savefig(arguments.output, dpi=120)
-    print(f"Return, KL and β: {arguments.output}")
+    print(f"Saved the plot to {arguments.output}")
 
 
 if __name__ == "__main__":
