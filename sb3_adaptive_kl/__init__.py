@@ -3,8 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sb3_adaptive_kl.penalty import AdaptivePenalty, FixedPenalty, PenaltyRule, ProportionalPenalty
+from sb3_adaptive_kl.learning_rate import AdaptiveLearningRate, LearningRateRule
+from sb3_adaptive_kl.penalty import (
+    AdaptivePenalty,
+    FixedPenalty,
+    PenaltyRule,
+    PredictivePenalty,
+    PredictiveRule,
+    ProportionalPenalty,
+)
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
+from sb3_adaptive_kl.trust_region import clip_equivalent_target
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
@@ -15,11 +24,16 @@ __version__ = "0.1.0"
 # Without the variants: `from sb3_adaptive_kl import *` has to work where sb3-contrib is not installed
 __all__ = [
     "AdaptiveKLPPO",
+    "AdaptiveLearningRate",
     "AdaptivePenalty",
     "FixedPenalty",
+    "LearningRateRule",
     "PenaltyRule",
+    "PredictivePenalty",
+    "PredictiveRule",
     "ProportionalPenalty",
     "__version__",
+    "clip_equivalent_target",
 ]
 
 _VARIANTS = {"MaskableAdaptiveKLPPO": "ppo_mask", "RecurrentAdaptiveKLPPO": "ppo_recurrent"}

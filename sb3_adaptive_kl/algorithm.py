@@ -5,10 +5,12 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 import math
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_adaptive_kl.arguments import check_arguments, check_minibatches
+from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
+from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.hosts import Host
 from sb3_adaptive_kl.step import Execution
@@ -31,6 +33,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     # The state: plain numbers, which save() writes and load() restores
     kl_coef: float
+    learning_rate_scale: float = 1.0
+    step_scale: float = 1.0  # of the last update: the share of the actor's step that was kept
     _undone_updates: int = 0
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
@@ -41,13 +45,15 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     def __init__(
         self,
         *args: Any,
-        clip_range: float | Schedule | None,
+        clip_range: float | str | Schedule | None,
         target_kl: float | Schedule,
         init_kl_coef: float,
         kl_rule: str | PenaltyRule,
         kl_tolerance: float,
         kl_factor: float,
         kl_coef_bounds: tuple[float, float] | None,
+        kl_ceiling: float | None,
+        learning_rate_rule: str | LearningRateRule | None,
         kl_divergence: str,
         kl_cutoff_coef: float,
         kl_cutoff_factor: float,
@@ -66,6 +72,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         self.kl_tolerance = kl_tolerance
         self.kl_factor = kl_factor
         self.kl_coef_bounds = kl_coef_bounds
+        self.kl_ceiling = kl_ceiling
+        self.learning_rate_rule = learning_rate_rule
         self.kl_divergence = kl_divergence
         self.kl_cutoff_coef = kl_cutoff_coef
         self.kl_cutoff_factor = kl_cutoff_factor
@@ -76,11 +84,13 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(self)
-        # The hosts turn clip_range into a schedule here, and do not accept None
-        clipping = self.clip_range is not None
-        self.clip_range = self.clip_range if clipping else math.inf
+        # The hosts turn clip_range into a schedule here, and accept numbers and functions only
+        clip_range = self.clip_range
+        if clip_range is None or clip_range == OUTLIERS:
+            self.clip_range = math.inf
         super()._setup_model()
-        self.clip_range = self.clip_range if clipping else None
+        if clip_range is None or clip_range == OUTLIERS:
+            self.clip_range = clip_range
         # Not after load(): the running β is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
         self._execution = choose_execution(self.compile)
@@ -93,6 +103,13 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.learning_rate_rule is not None:
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                for group in optimizer.param_groups:
+                    group["lr"] *= self.learning_rate_scale
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout as the host does, in less time."""

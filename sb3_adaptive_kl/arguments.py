@@ -15,12 +15,16 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
+from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import RULES, PenaltyRule, default_bounds
+from sb3_adaptive_kl.trust_region import outlier_clip_range
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
+# The clip range that follows the target
+OUTLIERS = "outliers"
 
 
 def settings_at(model: Any, progress_remaining: float) -> Settings:
@@ -36,10 +40,11 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
     def at_progress(schedule: float | Schedule | None) -> float | None:
         return None if schedule is None else FloatSchedule(schedule)(progress_remaining)
 
+    target_kl = target_kl_at(model.target_kl, progress_remaining)
     return Settings(
-        target_kl=target_kl_at(model.target_kl, progress_remaining),
+        target_kl=target_kl,
         kl_coef=model.kl_coef,
-        clip_range=at_progress(model.clip_range),
+        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress(model.clip_range),
         clip_range_vf=at_progress(model.clip_range_vf),
         vf_coef=model.vf_coef,
         ent_coef=model.ent_coef or None,
@@ -93,6 +98,26 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
     return kl_rule
 
 
+def learning_rate_rule(rule: str | LearningRateRule | None) -> LearningRateRule | None:
+    """
+    Look up the rule for the learning rate.
+
+    :param rule: one of ``LEARNING_RATE_RULES``, any ``LearningRateRule``, or None for none
+    :return: the rule
+    :raises ValueError: if there is no such rule
+    """
+    if isinstance(rule, str):
+        alternative = " or a LearningRateRule: f(scale, kl, target_kl) -> scale"
+        check_choice("learning_rate_rule", rule, tuple(LEARNING_RATE_RULES), alternative)
+        return LEARNING_RATE_RULES[rule]()
+    if isinstance(rule, type) or not (rule is None or callable(rule)):
+        raise ValueError(
+            f"learning_rate_rule={rule!r} must be None, one of {tuple(LEARNING_RATE_RULES)}, or a function "
+            "(scale, kl, target_kl): pass an instance and not a class, AdaptiveLearningRate()"
+        )
+    return rule
+
+
 def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advantage: bool) -> tuple[float, float]:
     """
     Interpret the bounds of β.
@@ -121,9 +146,12 @@ def check_arguments(model: Any) -> None:
     :raises ValueError: if one is out of range
     """
     check_schedule("target_kl", model.target_kl, "try 0.01; for a linear decay pass SB3's LinearSchedule(0.02, 0.0, 1.0)")
-    for name in ("clip_range", "clip_range_vf"):
-        if getattr(model, name) is not None:
-            check_schedule(name, getattr(model, name), "None deactivates clipping")
+    if isinstance(model.clip_range, str):
+        check_choice("clip_range", model.clip_range, (OUTLIERS,), ", a positive number, a schedule, or None for no clipping")
+    elif model.clip_range is not None:
+        check_schedule("clip_range", model.clip_range, "None deactivates clipping")
+    if model.clip_range_vf is not None:
+        check_schedule("clip_range_vf", model.clip_range_vf, "None deactivates clipping")
     check_number("kl_tolerance", model.kl_tolerance, ">= 1", lambda x: x >= 1, "the paper has 1.5")
     check_number("kl_factor", model.kl_factor, "> 1", lambda x: x > 1, "the paper has 2; kl_rule='fixed' keeps β constant")
     check_number(
@@ -132,6 +160,9 @@ def check_arguments(model: Any) -> None:
     check_number("kl_cutoff_factor", model.kl_cutoff_factor, "> 0", lambda x: x > 0, "TF-Agents uses 2")
     if model.kl_stop_factor is not None:
         check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "DPPO uses 4; None never stops early")
+    if model.kl_ceiling is not None:
+        check_number("kl_ceiling", model.kl_ceiling, ">= 1", lambda x: x >= 1, "1.5 is natural; None never shortens a step")
+    learning_rate_rule(model.learning_rate_rule)  # raises if there is no such rule
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
     if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
         raise ValueError(f"compile={model.compile!r} must be True or False")

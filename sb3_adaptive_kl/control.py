@@ -1,14 +1,16 @@
 """
-Applies the rule for β after an update: within bounds, with a warning where a bound has stopped it for long.
+Applies the rule for β, after an update or within it: within bounds, with a warning where a bound has stopped it for long.
 
 The rules themselves are in ``penalty.py``.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from numbers import Real
+from statistics import fmean
 
-from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.penalty import PenaltyRule, PredictiveRule
 
 # Warn after this many rollouts in a row at which the rule pushed β against the same bound
 PATIENCE_AT_BOUND = 10
@@ -28,14 +30,7 @@ def next_kl_coef(
     :return: β for the next update, and the bound that stopped the rule: 1 the upper, −1 the lower, 0 neither
     :raises ValueError: if the rule returned NaN, or something that is not a number
     """
-    low, high = bounds
-    wanted = rule(kl_coef, kl, target_kl)
-    if not isinstance(wanted, Real) or math.isnan(wanted):
-        raise ValueError(
-            f"kl_rule={rule!r} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
-            "it must return a number"
-        )
-    return float(min(max(wanted, low), high)), (wanted > high) - (wanted < low)
+    return _kept_within(bounds, rule(kl_coef, kl, target_kl), f"{rule!r}", kl_coef, kl, target_kl)
 
 
 def rollouts_at_bound(count: int, side: int) -> int:
@@ -72,3 +67,67 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
         f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}",
         stacklevel=2,
     )
+
+
+class SegmentedControl:
+    """
+    Applies a rule while an update runs, after each of its segments but the last.
+
+    :param rule: any; only a ``PredictiveRule`` acts within an update
+    :param n_steps: minibatch steps that the update will take, ≥ 1
+    :param bounds: lowest and highest β
+    """
+
+    def __init__(self, rule: PenaltyRule, n_steps: int, bounds: tuple[float, float]) -> None:
+        self._rule = rule
+        self._bounds = bounds
+        self._previous_kl = 0.0
+        n_segments = min(rule.segments, n_steps) if isinstance(rule, PredictiveRule) else 1
+        # How many steps have been taken when each segment ends
+        self._ends = [round(n_steps * segment / n_segments) for segment in range(1, n_segments + 1)]
+        self._segment = 0
+
+    def measured_steps(self, n_taken: int) -> slice | None:
+        """
+        Tell whether a segment has just ended, and which of the update's steps its KL is to be read from.
+
+        :param n_taken: steps taken so far in this update
+        :return: the later half of the segment, or ``None`` if it has not ended or was the last
+        """
+        if self._segment == len(self._ends) - 1 or n_taken < self._ends[self._segment]:
+            return None
+        start = self._ends[self._segment - 1] if self._segment else 0
+        self._segment += 1
+        return slice((start + n_taken) // 2, n_taken)
+
+    def next_kl_coef(self, kl_coef: float, kls: Sequence[float], target_kl: float) -> float:
+        """
+        Apply the rule at the end of a segment.
+
+        :param kl_coef: β in that segment
+        :param kls: of the minibatches that ``measured_steps`` named, in nats, each before its step
+        :param target_kl: d_targ in nats, > 0
+        :return: β from here on
+        :raises ValueError: if the rule returned NaN, or something that is not a number
+        """
+        assert isinstance(self._rule, PredictiveRule)  # only such a rule has segments that end before the update
+        kl = fmean(kls)
+        if kl == 0:  # the first minibatch is measured before any step: this says nothing yet
+            return kl_coef
+        kl = math.inf if math.isnan(kl) else kl
+        segments_left = len(self._ends) - self._segment
+        wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
+        self._previous_kl = kl
+        return _kept_within(self._bounds, wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl)[0]
+
+
+def _kept_within(
+    bounds: tuple[float, float], wanted: float, source: str, kl_coef: float, kl: float, target_kl: float
+) -> tuple[float, int]:
+    low, high = bounds
+    if not isinstance(wanted, Real) or math.isnan(wanted):
+        raise ValueError(
+            f"kl_rule={source} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
+            "it must return a number"
+        )
+    return float(min(max(wanted, low), high)), (wanted > high) - (wanted < low)

@@ -1,7 +1,7 @@
 """
 What an update did, and all log keys under ``train/``: SB3's keys where they mean the same, so that curves overlay.
 
-(``train/learning_rate`` is logged by SB3 itself.)
+(``train/learning_rate`` is logged by SB3 itself, unless a rule moves it.)
 """
 
 import torch as th
@@ -26,6 +26,16 @@ class UpdateMetrics:
         the parameters would stay finite, and the same, forever.
         """
         return not self.grad_norms or bool(th.stack(self.grad_norms).isfinite().all())
+
+    def kls(self, steps: slice) -> list[float]:
+        """
+        Read the KL of some of the minibatches, in nats, each before its step. This waits for the device once.
+
+        :param steps: which, counted over all epochs
+        :return: one for each
+        """
+        minibatches = [minibatch for epoch in self.epochs for minibatch in epoch][steps]
+        return th.stack(minibatches)[:, MinibatchMetrics._fields.index("kl")].tolist()
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """
@@ -54,19 +64,44 @@ class UpdateMetrics:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
 
 
-def log_penalty(logger: Logger, settings: Settings, mean_kl: float, max_kl: float) -> None:
+def log_penalty(logger: Logger, kl_coef: float, target_kl: float, mean_kl: float, max_kl: float) -> None:
     """
     Log how far the policy moved, against its target and under which β.
 
     :param logger: SB3's
-    :param settings: of the update, with the β it used
+    :param kl_coef: the last β that the update used
+    :param target_kl: d_targ in nats
     :param mean_kl: d, mean over the rollout, in nats
     :param max_kl: the largest divergence at a single state, in nats
     """
     logger.record("train/kl", mean_kl)
     logger.record("train/kl_max", max_kl)
-    logger.record("train/kl_over_target", mean_kl / settings.target_kl)
-    logger.record("train/kl_coef", settings.kl_coef)
+    logger.record("train/kl_over_target", mean_kl / target_kl)
+    logger.record("train/kl_coef", kl_coef)
+
+
+def log_step_back(logger: Logger, raw_kl: float, scale: float) -> None:
+    """
+    Log how far the policy would have moved without its ceiling.
+
+    :param logger: SB3's
+    :param raw_kl: d after the last minibatch step, before any step back, in nats
+    :param scale: the share of the actor's step that was kept, 1 for all of it
+    """
+    logger.record("train/kl_raw", raw_kl)
+    logger.record("train/step_scale", scale)
+
+
+def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> None:
+    """
+    Log the learning rate where a rule moves it; SB3 has logged the schedule's value.
+
+    :param logger: SB3's
+    :param learning_rate: of the update
+    :param scale: its factor
+    """
+    logger.record("train/learning_rate", learning_rate)
+    logger.record("train/learning_rate_scale", scale)
 
 
 def log_progress(

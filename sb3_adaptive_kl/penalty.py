@@ -1,5 +1,5 @@
 """
-How the KL coefficient β moves from one rollout to the next.
+How the KL coefficient β moves from one rollout to the next, or within an update.
 
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4, with d the KL divergence measured after the update::
 
@@ -12,7 +12,7 @@ A rule is a frozen value: plain numbers in, a plain number out. Its state, β it
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class PenaltyRule(Protocol):
@@ -27,6 +27,27 @@ class PenaltyRule(Protocol):
             ``inf`` when the update diverged and was undone. Never NaN.
         :param target_kl: d_targ in nats, > 0
         :return: β for the next update
+        """
+        ...
+
+
+@runtime_checkable
+class PredictiveRule(PenaltyRule, Protocol):
+    """A ``PenaltyRule`` that moves β within the update, too: after each of ``segments`` equal parts of it but the last."""
+
+    segments: int
+
+    def within_update(self, kl_coef: float, kl: float, previous_kl: float, segments_left: int, target_kl: float) -> float:
+        """
+        The KL coefficient for the rest of the update, or until this is asked again; the algorithm clips it to
+        ``kl_coef_bounds``.
+
+        :param kl_coef: β in the segment that has just ended, > 0
+        :param kl: mean KL in nats of the minibatches in the later half of that segment, > 0, or ``inf``. Never NaN.
+        :param previous_kl: the same of the segment before, 0 at the beginning of the update
+        :param segments_left: how many of the segments are still to come, ≥ 1
+        :param target_kl: d_targ in nats, > 0
+        :return: β from here on
         """
         ...
 
@@ -109,6 +130,56 @@ class ProportionalPenalty:
 
 
 @dataclass(frozen=True)
+class PredictivePenalty:
+    """
+    Moves β several times within an update, towards the KL predicted for its end.
+
+    The update's minibatch steps are cut into ``segments`` equal parts. With k the mean minibatch KL in the later half of a
+    segment, the KL at the end of the update is extrapolated, and β moves by a bounded factor::
+
+        d̂ = max(k + (k − k_before) · segments left,  floor · k)
+        β ← β · clip(d̂ / d_targ, 1 / max_ratio, max_ratio) ^ gain
+
+    After the last segment d̂ = d, the KL measured on the whole rollout. The minibatch KLs are those that the loss contains:
+    nothing is evaluated for this, and one number per segment is waited for. ``docs/theory.md`` explains why a rule that acts
+    between updates alone cannot hold the target.
+
+    :param segments: parts of an update, ≥ 1; fewer where an update has fewer steps. 1 acts between updates only.
+    :param gain: share of the error, in log KL, that one move corrects in log β, > 0
+    :param max_ratio: largest d̂ / d_targ, or inverse of it, that counts, > 1
+    :param floor: smallest d̂ / k, in (0, 1]: a KL that falls is not expected to go on falling
+    :raises ValueError: if a number is out of its range
+    """
+
+    segments: int = 10
+    gain: float = 0.5
+    max_ratio: float = math.e
+    floor: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.segments, int) and self.segments >= 1):
+            raise ValueError(f"segments={self.segments!r} must be a whole number of at least 1")
+        if not (0 < self.gain < math.inf and 1 < self.max_ratio < math.inf):
+            raise ValueError(
+                f"gain={self.gain} must be positive and max_ratio={self.max_ratio} above 1, otherwise β does not move"
+            )
+        if not 0 < self.floor <= 1:
+            raise ValueError(
+                f"floor={self.floor} must be in (0, 1]: it is the smallest predicted KL, relative to the current one"
+            )
+
+    def within_update(self, kl_coef: float, kl: float, previous_kl: float, segments_left: int, target_kl: float) -> float:
+        predicted = math.inf
+        if math.isfinite(kl):
+            predicted = max(kl + (kl - previous_kl) * segments_left, self.floor * kl)
+        return self(kl_coef, predicted, target_kl)
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        ratio = min(max(kl / target_kl, 1 / self.max_ratio), self.max_ratio)
+        return kl_coef * ratio**self.gain  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
 class FixedPenalty:
     """β does not move: the "fixed KL" baseline of Schulman et al. 2017, Table 1."""
 
@@ -120,6 +191,7 @@ class FixedPenalty:
 RULES: dict[str, Callable[[float, float], PenaltyRule]] = {
     "adaptive": AdaptivePenalty.symmetric,
     "fixed": lambda kl_tolerance, kl_factor: FixedPenalty(),
+    "predictive": lambda kl_tolerance, kl_factor: PredictivePenalty(),
     "proportional": lambda kl_tolerance, kl_factor: ProportionalPenalty(),
 }
 

@@ -8,6 +8,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
@@ -36,7 +37,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
     :param clip_range: If given, the surrogate is clipped as well (and the penalty stays), as in RLlib: a positive number, or
-        a function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
+        a function of the current progress remaining (from 1 to 0). ``"outliers"`` clips at two standard deviations of the
+        log-ratio at the target, 2·√(2·target_kl), which restrains only runaway actions. ``None`` (default): no clipping.
     :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
         function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
     :param normalize_advantage: Whether to normalize or not the advantage. Without it, β carries the unit of the rewards.
@@ -62,11 +64,18 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param init_kl_coef: β before the first update, > 0. The running value is the attribute ``kl_coef``, which ``save`` keeps.
-    :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"fixed"``, ``"proportional"``, or any ``PenaltyRule``
+    :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"predictive"`` (several times within an update, towards
+        the KL predicted for its end), ``"fixed"``, ``"proportional"``, or any ``PenaltyRule`` or ``PredictiveRule``
     :param kl_tolerance: For the adaptive rule: β moves when the KL leaves [target / tolerance, tolerance · target], ≥ 1
     :param kl_factor: For the adaptive rule: the factor that multiplies or divides β, > 1
     :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalized advantages,
         (1e-6, 1e6) without.
+    :param kl_ceiling: Where an update ends above this times ``target_kl``, shorten the actor's step until it does not: ≥ 1,
+        1.5 is natural (``None``: never). The critic keeps its step; see :func:`~sb3_adaptive_kl.step_back.shorten_step`. The
+        rules for β and the learning rate are given the KL of the whole step.
+    :param learning_rate_rule: How a factor of ``learning_rate`` follows the KL, once per update: ``None`` (default: not at
+        all), ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, as in robotics), or any
+        ``LearningRateRule``. The running factor is the attribute ``learning_rate_scale``, which ``save`` keeps.
     :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
         exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − kl_cutoff_factor · target_kl)², ≥ 0 (0: none)
@@ -90,7 +99,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | Schedule | None = None,
+        clip_range: float | str | Schedule | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
@@ -112,6 +121,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         kl_tolerance: float = 1.5,
         kl_factor: float = 2.0,
         kl_coef_bounds: tuple[float, float] | None = None,
+        kl_ceiling: float | None = None,
+        learning_rate_rule: str | LearningRateRule | None = None,
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_cutoff_factor: float = 2.0,
@@ -152,6 +163,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
             kl_tolerance=kl_tolerance,
             kl_factor=kl_factor,
             kl_coef_bounds=kl_coef_bounds,
+            kl_ceiling=kl_ceiling,
+            learning_rate_rule=learning_rate_rule,
             kl_divergence=kl_divergence,
             kl_cutoff_coef=kl_cutoff_coef,
             kl_cutoff_factor=kl_cutoff_factor,

@@ -8,6 +8,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.hosts import MaskableHost
 from sb3_adaptive_kl.training import KLPenaltyTraining
@@ -41,7 +42,7 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | Schedule | None = None,
+        clip_range: float | str | Schedule | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
@@ -61,6 +62,8 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         kl_tolerance: float = 1.5,
         kl_factor: float = 2.0,
         kl_coef_bounds: tuple[float, float] | None = None,
+        kl_ceiling: float | None = None,
+        learning_rate_rule: str | LearningRateRule | None = None,
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_cutoff_factor: float = 2.0,
@@ -97,6 +100,8 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
             kl_tolerance=kl_tolerance,
             kl_factor=kl_factor,
             kl_coef_bounds=kl_coef_bounds,
+            kl_ceiling=kl_ceiling,
+            learning_rate_rule=learning_rate_rule,
             kl_divergence=kl_divergence,
             kl_cutoff_coef=kl_cutoff_coef,
             kl_cutoff_factor=kl_cutoff_factor,

@@ -7,6 +7,7 @@ from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.hosts import RecurrentHost
 from sb3_adaptive_kl.training import KLPenaltyTraining
@@ -42,7 +43,7 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | Schedule | None = None,
+        clip_range: float | str | Schedule | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
@@ -62,6 +63,8 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
         kl_tolerance: float = 1.5,
         kl_factor: float = 2.0,
         kl_coef_bounds: tuple[float, float] | None = None,
+        kl_ceiling: float | None = None,
+        learning_rate_rule: str | LearningRateRule | None = None,
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_cutoff_factor: float = 2.0,
@@ -98,6 +101,8 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
             kl_tolerance=kl_tolerance,
             kl_factor=kl_factor,
             kl_coef_bounds=kl_coef_bounds,
+            kl_ceiling=kl_ceiling,
+            learning_rate_rule=learning_rate_rule,
             kl_divergence=kl_divergence,
             kl_cutoff_coef=kl_cutoff_coef,
             kl_cutoff_factor=kl_cutoff_factor,

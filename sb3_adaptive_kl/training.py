@@ -6,22 +6,27 @@ take minibatch steps on
 
     −E[r Â] + β · KL(π_old ‖ π) + c_1 · (V − R)² − c_2 · entropy;
 
-measure d = KL(π_old ‖ π) once, on the whole rollout, after the last step; undo the update if it diverged; move β for the next.
+measure d = KL(π_old ‖ π) on the whole rollout, after the last step; step back if it exceeds the ceiling; undo the update if it
+diverged; move β, and the learning rate, for the next.
 """
 
 import math
 import warnings
+from functools import partial
+from numbers import Real
 
 import torch as th
 
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
-from sb3_adaptive_kl.arguments import kl_coef_limits, penalty_rule, settings_at
-from sb3_adaptive_kl.control import next_kl_coef, rollouts_at_bound, warn_at_bound
-from sb3_adaptive_kl.metrics import UpdateMetrics, log_penalty, log_progress
+from sb3_adaptive_kl.arguments import kl_coef_limits, learning_rate_rule, penalty_rule, settings_at
+from sb3_adaptive_kl.control import SegmentedControl, next_kl_coef, rollouts_at_bound, warn_at_bound
+from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.snapshot import Snapshot
 from sb3_adaptive_kl.step import Update
+from sb3_adaptive_kl.step_back import shorten_step
 
 # After this many undone updates in a row the run is hopeless and ends
 MAX_UNDONE_IN_A_ROW = 5
@@ -36,7 +41,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
     def train(self) -> None:
         """
-        Update the policy with the rollout just collected, then β with the KL divergence this caused.
+        Update the policy with the rollout just collected, then β and the learning rate with the KL divergence this caused.
 
         :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that diverged; if the rollout, the policy or the
             buffer cannot be used; if a user's schedule or rule returns an invalid target or coefficient
@@ -50,15 +55,23 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot = Snapshot(self.policy)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._host, self.kl_divergence)
             kl = self._optimize_and_measure(old_policy, settings, metrics)
-
-        mean_kl = kl.mean().item()
-        sound = math.isfinite(mean_kl) and metrics.finite() and snapshot.still_finite()
+            raw_kl = kl.mean().item()
+            sound = math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()
+            self.step_scale = 1.0
+            limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
+            if sound and raw_kl > limit:
+                measure = partial(self._measure, old_policy)
+                self.step_scale, kl = shorten_step(old_policy, snapshot, measure, raw_kl, limit)
+                sound = kl.mean().item() <= limit  # not so if the actor depends on something that is not scaled
         if not sound:
             snapshot.restore()
+            self.step_scale = 0.0
             self._undone_updates += 1
 
-        self._log_update(settings, metrics, mean_kl, kl.max().item())
-        self._adapt_penalty(mean_kl if sound else math.inf, settings.target_kl)
+        self._log_update(settings, metrics, raw_kl, kl)
+        # The rules see the KL of the whole step: after a step back, an overshoot would look to them like a hit
+        self._adapt_penalty(raw_kl if sound else math.inf, settings.target_kl)
+        self._adapt_learning_rate(raw_kl if sound else math.inf, settings.target_kl)
         self._warn_or_give_up(sound)
 
     def _optimize_and_measure(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> th.Tensor:
@@ -78,9 +91,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         return self._measure(old_policy)
 
     def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
-        """Take minibatch steps for ``n_epochs`` passes over the rollout, or fewer if ``kl_stop_factor`` says so."""
+        """
+        Take minibatch steps for ``n_epochs`` passes over the rollout, or fewer if ``kl_stop_factor`` says so. Meanwhile a
+        predictive rule moves β.
+        """
         self.policy.set_training_mode(True)
         update = Update(self.policy, self._host, old_policy, self._execution.optimizer_step(self.policy))
+        control = SegmentedControl(self._rule, self._steps_per_update, self._kl_coef_limits)
         with self._execution.stepping(self.policy):
             for epoch in range(self.n_epochs):
                 metrics.epochs.append([])
@@ -92,6 +109,24 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         self._print_early_stop(epoch, MinibatchMetrics(*minibatch).kl)
                         return
                     metrics.grad_norms.append(grad_norm)
+                    measured_steps = control.measured_steps(len(metrics.grad_norms))
+                    if measured_steps is not None:
+                        kls = metrics.kls(measured_steps)
+                        self.kl_coef = control.next_kl_coef(self.kl_coef, kls, settings.target_kl)
+                        settings = settings._replace(kl_coef=self.kl_coef)
+
+    @property
+    def _rule(self) -> PenaltyRule:
+        return penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
+
+    @property
+    def _kl_coef_limits(self) -> tuple[float, float]:
+        return kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
+
+    @property
+    def _steps_per_update(self) -> int:
+        n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
 
     def _measure(self, old_policy: OldPolicy) -> th.Tensor:
         try:
@@ -106,9 +141,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
     # ---------------------------------------------------------------- after the update
 
-    def _log_update(self, settings: Settings, metrics: UpdateMetrics, mean_kl: float, max_kl: float) -> None:
+    def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: th.Tensor) -> None:
         metrics.log(self.logger, settings)
-        log_penalty(self.logger, settings, mean_kl, max_kl)
+        log_penalty(self.logger, self.kl_coef, settings.target_kl, kl.mean().item(), kl.max().item())
+        if self.kl_ceiling is not None:
+            log_step_back(self.logger, raw_kl, self.step_scale)
+        if self.learning_rate_rule is not None:
+            log_learning_rate(self.logger, self.policy.optimizer.param_groups[0]["lr"], self.learning_rate_scale)
         seconds = self._execution.seconds_compiling()
         log_progress(self.logger, self.rollout_buffer, self.policy, self._n_updates, self._undone_updates, seconds)
 
@@ -120,11 +159,26 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         :param target_kl: d_targ in nats
         :raises ValueError: if a user's rule returns NaN
         """
-        rule = penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
-        bounds = kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
-        self.kl_coef, side = next_kl_coef(rule, self.kl_coef, kl, target_kl, bounds)
+        self.kl_coef, side = next_kl_coef(self._rule, self.kl_coef, kl, target_kl, self._kl_coef_limits)
         self._rollouts_at_bound = rollouts_at_bound(self._rollouts_at_bound, side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
+
+    def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
+        """
+        Move the factor of the learning rate for the next update, if there is a rule for it.
+
+        :param kl: d in nats, ``inf`` after an update that was undone
+        :param target_kl: d_targ in nats
+        :raises ValueError: if a user's rule does not return a positive number
+        """
+        rule = learning_rate_rule(self.learning_rate_rule)
+        if rule is not None:
+            scale = rule(self.learning_rate_scale, kl, target_kl)
+            if not isinstance(scale, Real) or not 0 < scale < math.inf:
+                raise ValueError(
+                    f"learning_rate_rule={rule!r} returned {scale!r} for kl={kl}: it must return a positive number"
+                )
+            self.learning_rate_scale = float(scale)
 
     def _warn_or_give_up(self, sound: bool) -> None:
         """

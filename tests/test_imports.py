@@ -38,12 +38,12 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it, and the exceptions named below
 LAYERS = (
-    ("penalty", "divergences", "losses", "snapshot"),
+    ("penalty", "learning_rate", "trust_region", "divergences", "losses", "snapshot"),
     ("objective", "control"),
     ("rollout.hosts", "rollout.minibatches", "rollout.distributions"),
     ("rollout.evaluation", "arguments", "metrics"),
     ("rollout.old_policy",),
-    ("step",),
+    ("step", "step_back"),
     ("algorithm",),
     ("training",),
     ("ppo", "ppo_mask", "ppo_recurrent"),

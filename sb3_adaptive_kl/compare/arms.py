@@ -27,6 +27,8 @@ Hyperparameters = dict[str, Any]
 
 # Limits on how far an update moves the policy: never shared, even if two algorithms use the same name for them
 TRUST_REGION = frozenset({"clip_range", "target_kl"})
+# PPO's, where its entry has none
+CLIP_RANGE = 0.2
 # Keys that the zoo's ExperimentManager removes from an entry before it builds the algorithm
 ZOO_KEYS = frozenset(
     {
@@ -68,7 +70,8 @@ class Arm:
         """
         Parse an arm as written on the command line or in a plan.
 
-        :param text: ``algo`` or ``algo:name=value,name=value``; values are yml
+        :param text: ``algo`` or ``algo:name=value,name=value``; values are yml. ``target_kl=clip`` is the target that
+            corresponds to the clip range of PPO's entry for each environment.
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
         algo, _, assignments = text.partition(":")
@@ -120,6 +123,8 @@ def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, 
     for arm in arms:
         entry = _entry(arm.algo, env) if own or not arm.on_policy else _shared(arm, base, env)
         resolved[arm.name] = {**entry, **budget, **arm.overrides}
+        if arm.overrides.get("target_kl") == "clip":
+            resolved[arm.name]["target_kl"] = f"clip_{_entry(base, env).get('clip_range', CLIP_RANGE)}"
     return resolved
 
 

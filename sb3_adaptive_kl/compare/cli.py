@@ -28,7 +28,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 # Arguments that describe the plan; not allowed together with --plan
-PLAN_ARGUMENTS = ("env", "algo", "seeds", "n_timesteps", "n_eval_episodes", "own_hyperparameters", "gym_packages")
+PLAN_ARGUMENTS = (
+    "env",
+    "algo",
+    "seeds",
+    "first_seed",
+    "n_timesteps",
+    "n_eval_episodes",
+    "own_hyperparameters",
+    "gym_packages",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
+    parser.add_argument("--first-seed", type=int, metavar="N", help="where seeds are counted from (default: 0)")
     parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="time steps per run (default: the zoo's for PPO)")
     parser.add_argument("--n-eval-episodes", type=int, metavar="N", help="episodes that score a final policy (default: 20)")
     parser.add_argument(

@@ -55,10 +55,11 @@ class Plan:
 
     :param environments: gymnasium ids
     :param arms: arms as the user wrote them
-    :param seeds: number of seeds, counted from 0
+    :param seeds: number of seeds
     :param n_eval_episodes: number of episodes that score a final policy
     :param gym_packages: packages to import because they register environments
     :param hyperparameters: environment → arm → hyperparameters of its runs
+    :param first_seed: where seeds are counted from: choose arms on some seeds, and judge them on others
     """
 
     environments: list[str]
@@ -67,6 +68,7 @@ class Plan:
     n_eval_episodes: int
     gym_packages: list[str]
     hyperparameters: dict[str, dict[str, Hyperparameters]]
+    first_seed: int = 0
 
     @classmethod
     def create(
@@ -78,6 +80,7 @@ class Plan:
         n_eval_episodes: int = 20,
         own_hyperparameters: bool = False,
         gym_packages: list[str] | None = None,
+        first_seed: int = 0,
     ) -> "Plan":
         """
         Check the arguments and resolve the hyperparameters.
@@ -89,6 +92,7 @@ class Plan:
         :param n_eval_episodes: number of episodes that score a final policy
         :param own_hyperparameters: give each algorithm the zoo's entry tuned for it, instead of sharing PPO's
         :param gym_packages: packages to import because they register environments
+        :param first_seed: where seeds are counted from
         :raises PlanError: if an argument is invalid
         """
         gym_packages = gym_packages or []
@@ -96,7 +100,8 @@ class Plan:
             environments, arms, gym_packages, seeds=seeds, n_eval_episodes=n_eval_episodes, n_timesteps=n_timesteps
         )
         hyperparameters = {env: resolve_hyperparameters(parsed, env, n_timesteps, own_hyperparameters) for env in environments}
-        return cls(environments, arms, seeds, n_eval_episodes, gym_packages, hyperparameters)
+        _check_first_seed(first_seed)
+        return cls(environments, arms, seeds, n_eval_episodes, gym_packages, hyperparameters, first_seed)
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
@@ -118,6 +123,7 @@ class Plan:
         for name in [*missing, *(name for name in content if name not in known)]:
             raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + suggestion(name, known)}")
         plan = make(**content)
+        _check_first_seed(plan.first_seed)
         counts = {"seeds": plan.seeds, "n_eval_episodes": plan.n_eval_episodes}
         for arm in _check(plan.environments, plan.arms, plan.gym_packages, **counts):
             for env in plan.environments:
@@ -133,9 +139,13 @@ class Plan:
         """Serialize to yml; ``load`` restores an equal plan."""
         return str(yaml.safe_dump(asdict(self), sort_keys=False))
 
+    @property
+    def seed_numbers(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
     def runs(self) -> Iterator[Run]:
         """Yield all runs, seed by seed, so that an early stop leaves a balanced comparison."""
-        for seed in range(self.seeds):
+        for seed in self.seed_numbers:
             for env in self.environments:
                 for arm in map(Arm.parse, self.arms):
                     yield Run(
@@ -218,6 +228,11 @@ def _check_counts(**counts: Any) -> None:
             is_integer = count.is_integer()
         if count is not None and not (is_integer and count >= 1):
             raise PlanError(f"{name} must be an integer of at least 1, not {count!r}")
+
+
+def _check_first_seed(first_seed: Any) -> None:
+    if not isinstance(first_seed, int) or isinstance(first_seed, bool) or first_seed < 0:
+        raise PlanError(f"first_seed must be an integer of at least 0, not {first_seed!r}")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -52,11 +52,11 @@ def remember(model: OnPolicyAlgorithm) -> OldPolicy:
 class Ruler(BaseCallback):
     """Measures every update. ``updates`` holds a row for each, and ``seconds`` the time spent measuring."""
 
-    COLUMNS = ("timesteps", "kl", "kl_max", "kl_coef", "target_kl")
+    COLUMNS = ("timesteps", "kl", "kl_max", "kl_coef", "target_kl", "step_scale")
 
     def __init__(self) -> None:
         super().__init__()
-        self.updates: list[tuple[int, float, float, float | None, float | None]] = []
+        self.updates: list[tuple[int, float, float, float | None, float | None, float | None]] = []
         self.seconds = 0.0
         self._before: tuple[OldPolicy, float | None] | None = None
 
@@ -81,7 +81,9 @@ class Ruler(BaseCallback):
         old_policy, kl_coef = self._before
         self._before = None
         kl = old_policy.divergence_on_rollout()
-        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl()))
+        # Only an arm with a ceiling can shorten its steps
+        step_scale = self.model.step_scale if getattr(self.model, "kl_ceiling", None) is not None else None  # type: ignore[attr-defined]
+        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl(), step_scale))
         self.seconds += time.perf_counter() - start
 
     def _target_kl(self) -> float | None:

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 from rliable import library as rly
 from rliable import metrics
@@ -33,8 +34,10 @@ BOOTSTRAP_SAMPLES = 5000
 CONFIDENCE = 0.95
 # Threshold for environments where gymnasium does not specify one: this share of the way from random to the best arm
 THRESHOLD_SHARE = 0.9
+# Two sweeps over the same rollout may differ by this much, relative to the KL
+ROUNDING = 1e-4
 # Entries of `_kl` that go into runs.csv
-KL_COLUMNS = ("median", "largest", "in_band", "worst_overshoot", "spread")
+KL_COLUMNS = ("median", "largest", "in_band", "above_band", "worst_overshoot", "spread", "shortened", "shortened_to")
 RUNS_COLUMNS = (
     "env", "arm", "algo", "seed",
     "timesteps", "final_return", "final_return_std", "area", "steps_to_threshold",
@@ -139,8 +142,22 @@ def _kl(runs: list[Result]) -> dict[str, Any] | None:
             # Standard deviation of log₂(KL / target); of log₂ KL without a target, which is the same for a constant target
             "spread": _finite(np.log2(changed).std()) if len(changed) else None,
             "in_band": float(np.mean((relative >= 1 / tolerance) & (relative <= tolerance))) if has_target else None,
+            "above_band": float(np.mean(relative > tolerance * (1 + ROUNDING))) if has_target else None,
             "worst_overshoot": _finite(relative.max()) if has_target else None,
+            **_step_back(updates),
         }
+
+
+def _step_back(updates: pd.DataFrame) -> dict[str, float | None]:
+    """Say how often a ceiling shortened the step, and the median share that was left of it. A study of 0.1.0 does not know."""
+    if "step_scale" not in updates or updates["step_scale"].isna().any():
+        return {"shortened": None, "shortened_to": None}
+    scale = updates["step_scale"].to_numpy()
+    shortened = scale[scale < 1]
+    return {
+        "shortened": len(shortened) / len(scale),
+        "shortened_to": float(np.median(shortened)) if len(shortened) else None,
+    }
 
 
 def _finite(value: float | np.floating[Any]) -> float | None:
@@ -204,7 +221,7 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
     counted = [env for env in results if env in environments and environments[env]["best"] > environments[env]["random"]]
     scores = {}
     for arm in plan.arms:
-        seeds = [seed for seed in range(plan.seeds) if all(seed in results[env][arm] for env in counted)]
+        seeds = [seed for seed in plan.seed_numbers if all(seed in results[env][arm] for env in counted)]
         if counted and seeds:
             scores[arm] = np.array(
                 [[_normalized(results[env][arm][seed], environments[env]) for env in counted] for seed in seeds]
@@ -218,15 +235,34 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
             arm: {"seeds": len(matrix), **dict(zip(names, intervals(_aggregates, matrix), strict=True))}
             for arm, matrix in scores.items()
         },
-        "probability_of_improvement": [
-            {"arms": [a, b], "probability": intervals(_probability_of_improvement, scores[a], scores[b])[0]}
-            for a, b in combinations(scores, 2)
-        ],
+        "probability_of_improvement": _improvements(scores),
+        "probability_of_improvement_while_learning": _improvements(_areas(plan, results, counted)),
         "profile": {
             "at": PROFILE_AT.tolist(),
             "arms": {arm: _transposed(intervals(_profile, matrix)) for arm, matrix in scores.items()},
         },
     }
+
+
+def _areas(plan: Plan, results: Results, environments: list[str]) -> dict[str, np.ndarray]:
+    """Arm → mean returns while learning, shape (seeds, environments), over the seeds that have one on all environments."""
+    areas = {}
+    for arm in plan.arms:
+        rows = [
+            [results[env][arm][seed].area for env in environments if seed in results[env][arm]] for seed in plan.seed_numbers
+        ]
+        complete = [row for row in rows if len(row) == len(environments) and None not in row]
+        if complete:
+            areas[arm] = np.array(complete, dtype=float)
+    return areas
+
+
+def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Probability that a run of one arm beats a run of another, averaged over the environments, for every pair of arms."""
+    return [
+        {"arms": [a, b], "probability": intervals(_probability_of_improvement, scores[a], scores[b])[0]}
+        for a, b in combinations(scores, 2)
+    ]
 
 
 def _normalized(run: Result, environment: dict[str, Any]) -> float:

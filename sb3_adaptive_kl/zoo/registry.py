@@ -12,7 +12,7 @@ from types import ModuleType
 from sb3_adaptive_kl.zoo.hyperparameters import use_packaged_hyperparameters
 from sb3_adaptive_kl.zoo.programs import provide_programs, record_training_is_running
 from sb3_adaptive_kl.zoo.search_space import penalty_sampler
-from sb3_adaptive_kl.zoo.target_kl_strings import accept_target_kl_strings
+from sb3_adaptive_kl.zoo.trust_region_strings import accept_trust_region_strings
 
 # Lower case, since the zoo's plot scripts lower-case folder names
 ALGORITHMS = {"ppo_kl": "AdaptiveKLPPO", "ppo_kl_lstm": "RecurrentAdaptiveKLPPO"}
@@ -41,6 +41,6 @@ def complete_registry(module: ModuleType) -> None:
             module.HYPERPARAMS_CONVERTER.setdefault(algo, module.HYPERPARAMS_CONVERTER[host])
     elif module.__name__ == "rl_zoo3.exp_manager":
         use_packaged_hyperparameters(module.ExperimentManager)
-        accept_target_kl_strings(module.ExperimentManager)
+        accept_trust_region_strings(module.ExperimentManager)
     else:
         raise ValueError(f"module={module.__name__} is not a registry of the zoo: pass one of {', '.join(REGISTRIES)}")

@@ -1,0 +1,115 @@
+"""
+The step back: an update that went too far is shortened, so that its KL divergence keeps within a ceiling.
+
+With θ(α) = θ_old + α · (θ_new − θ_old), the divergence d(α) is close to α² · d(1) for small steps, and √d close to a line
+through 0 (``docs/theory.md``). TRPO (Schulman et al. 2015, https://arxiv.org/abs/1502.05477, appendix C) shortens its step by
+a fixed factor until it is allowed; a line through the last measurements on both sides takes fewer tries.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_adaptive_kl.rollout.distributions import forget_distribution
+from sb3_adaptive_kl.rollout.evaluation import evaluate
+from sb3_adaptive_kl.rollout.minibatches import in_order, random_state_kept
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from sb3_adaptive_kl.snapshot import Snapshot
+
+# The search aims at this share of the ceiling, and ends where d is between the next one and the ceiling
+AIM, CLOSE_ENOUGH = 0.9, 0.8
+# Each takes a sweep over the rollout. One or two are usual; after these many the shortest step known to be allowed is taken
+MAX_TRIES = 12
+
+
+class ShortenedStep(NamedTuple):
+    """What is left of an update's step: α, and the divergence at each state of the rollout, in nats, shape ``(N,)``."""
+
+    scale: float
+    kl: th.Tensor
+
+
+def shorten_step(
+    old_policy: OldPolicy, snapshot: Snapshot, measure: Callable[[], th.Tensor], kl: float, limit: float
+) -> ShortenedStep:
+    """
+    Shorten the actor's part of an update until the divergence keeps within a limit.
+
+    Scaled are the parameters that the probability of an action depends on (the action network, ``log_std``, and with them a
+    feature extractor or an LSTM that the critic shares) and all floating-point buffers, such as the statistics of a batch
+    normalization. Parameters of the critic alone keep their step, as do counters and the optimizer's state.
+
+    :param old_policy: remembers the policy before the update
+    :param snapshot: of the policy before the update
+    :param measure: sweeps over the rollout with the policy as it is
+    :param kl: d after the whole step in nats, > limit
+    :param limit: largest d allowed, in nats, > 0
+    :return: the largest α that was found to be allowed, and what was measured there. If there is none, the policy is left at
+        α = 0, and the measured divergence is larger than the limit only if the actor depends on more than is scaled.
+    """
+    acting = {id(tensor) for tensor in [*_actor_parameters(old_policy), *old_policy.policy.buffers()]}
+    moved = [
+        (tensor, old, tensor.detach().clone())
+        for tensor, old in zip(snapshot.tensors, snapshot.saved, strict=True)
+        if id(tensor) in acting and tensor.is_floating_point() and not th.equal(tensor, old)
+    ]
+
+    measured: dict[float, th.Tensor] = {}
+
+    def set_length(scale: float) -> None:
+        with th.no_grad():
+            for tensor, old, new in moved:
+                # A constant −inf, as in an attention mask, has no difference
+                tensor.copy_(th.where(old == new, old, old + scale * (new - old)))
+
+    def divergence_at(scale: float) -> float:
+        set_length(scale)
+        measured[scale] = measure()
+        return measured[scale].mean().item()
+
+    scale = longest_allowed(divergence_at, kl, limit)
+    set_length(scale)
+    return ShortenedStep(scale, measured[scale] if scale in measured else measure())
+
+
+def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: float) -> float:
+    """
+    Search for the largest α with d(α) ≤ limit, by false position on √d, with bisection where that does not converge.
+
+    :param divergence_at: d as a function of α in (0, 1), in nats; NaN and ``inf`` count as too far
+    :param kl: d(1), > limit
+    :param limit: > 0
+    :return: an α in (0, 1) at which d was found to keep within the limit, or 0
+    """
+    low, root_low, high, root_high = 0.0, 0.0, 1.0, math.sqrt(kl)
+    aim = math.sqrt(AIM * limit)
+    for attempt in range(MAX_TRIES):
+        # Every third try halves the bracket, whatever the shape of d
+        share = 0.5 if attempt % 3 == 2 or math.isinf(root_high) else (aim - root_low) / (root_high - root_low)
+        scale = low + share * (high - low)
+        kl = divergence_at(scale)
+        if kl <= limit:
+            low, root_low = scale, math.sqrt(max(kl, 0.0))
+            if kl >= CLOSE_ENOUGH * limit:
+                break
+        else:
+            high, root_high = scale, math.inf if math.isnan(kl) else math.sqrt(kl)
+    return low
+
+
+def _actor_parameters(old_policy: OldPolicy) -> list[th.Tensor]:
+    """List the parameters that the log-probability of an action depends on, whatever the policy's classes and names."""
+    policy, host = old_policy.policy, old_policy.host
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    was_training = policy.training
+    policy.set_training_mode(False)
+    # cuDNN's recurrent layers have no gradient in evaluation mode
+    with random_state_kept(), th.backends.cudnn.flags(enabled=False):
+        rollout_data, _ = next(in_order(old_policy.buffer, 1, host.keep_sequences_whole))
+        log_prob = evaluate(policy, host, rollout_data, needs_distribution=False).log_prob
+        gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
+    policy.set_training_mode(was_training)
+    forget_distribution(policy)  # it would keep the graph alive, and a policy with a graph cannot be copied
+    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

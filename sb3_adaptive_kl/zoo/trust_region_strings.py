@@ -1,0 +1,56 @@
+"""
+The string forms of `target_kl` and `clip_range` in a yml file, or after `-params`.
+
+    target_kl: lin_0.02         decays linearly from 0.02 to 0
+    target_kl: clip_0.2         the target that corresponds to a clip range of 0.2
+    target_kl: clip_lin_0.2     the same for a clip range that decays linearly from 0.2 to 0
+    clip_range: outliers        the clip range that follows the target
+
+The zoo itself turns strings into schedules for `learning_rate`, `clip_range`, `clip_range_vf` and `delta_std` only, and knows
+only `lin_x`. Other strings for `target_kl` are left to the algorithm, which rejects them.
+"""
+
+import re
+from typing import Any
+
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_adaptive_kl.arguments import OUTLIERS
+from sb3_adaptive_kl.trust_region import clip_equivalent_target
+
+
+def parse_target(text: str) -> float | Schedule:
+    """
+    Parse a target.
+
+    :param text: ``lin_x`` with the initial target x > 0 in nats, ``clip_x`` or ``clip_lin_x`` with a clip range x > 0
+    :return: the target, or a schedule of it
+    :raises ValueError: if x is not a number above 0
+    """
+    match = re.fullmatch(r"(clip_)?(lin_)?(\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
+    if match is None or float(match[3]) == 0:
+        raise ValueError(f"target_kl={text!r}: write lin_0.02, clip_0.2 or clip_lin_0.2, with a number above 0")
+    number = float(match[3])
+    schedule = LinearSchedule(number, 0.0, 1.0) if match[2] else number
+    return clip_equivalent_target(schedule) if match[1] else schedule
+
+
+def accept_trust_region_strings(manager: Any) -> None:
+    """
+    Let the zoo parse the string forms of ``target_kl``, and pass those of ``clip_range`` that are the algorithm's.
+
+    :param manager: the zoo's ``ExperimentManager``, modified in place
+    """
+    preprocess = manager._preprocess_schedules
+
+    def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        target_kl = hyperparams.get("target_kl")
+        if isinstance(target_kl, str) and target_kl.startswith(("lin_", "clip_")):
+            hyperparams = {**hyperparams, "target_kl": parse_target(target_kl)}
+        if hyperparams.get("clip_range") != OUTLIERS:
+            return preprocess(hyperparams)  # type: ignore[no-any-return]
+        others = {name: value for name, value in hyperparams.items() if name != "clip_range"}
+        return {**preprocess(others), "clip_range": OUTLIERS}
+
+    manager._preprocess_schedules = staticmethod(preprocess_schedules)
