@@ -76,26 +76,31 @@ def shorten_step(
 
 def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: float) -> float:
     """
-    Search for the largest α with d(α) ≤ limit, by false position on √d, with bisection where that does not converge.
+    Search for the largest α with d(α) ≤ limit, by false position on √d (the Illinois algorithm, which halves the error of an
+    end that stays twice).
 
     :param divergence_at: d as a function of α in (0, 1), in nats; NaN and ``inf`` count as too far
     :param kl: d(1), > limit
     :param limit: > 0
     :return: an α in (0, 1) at which d was found to keep within the limit, or 0
     """
-    low, root_low, high, root_high = 0.0, 0.0, 1.0, math.sqrt(kl)
     aim = math.sqrt(AIM * limit)
-    for attempt in range(MAX_TRIES):
-        # Every third try halves the bracket, whatever the shape of d
-        share = 0.5 if attempt % 3 == 2 or math.isinf(root_high) else (aim - root_low) / (root_high - root_low)
+    low, high = 0.0, 1.0
+    error_low, error_high = -aim, math.sqrt(kl) - aim
+    last_error = 0.0
+    for _ in range(MAX_TRIES):
+        share = 0.5 if math.isinf(error_high) else error_low / (error_low - error_high)
         scale = low + share * (high - low)
         kl = divergence_at(scale)
-        if kl <= limit:
-            low, root_low = scale, math.sqrt(max(kl, 0.0))
-            if kl >= CLOSE_ENOUGH * limit:
-                break
+        if CLOSE_ENOUGH * limit <= kl <= limit:
+            return scale
+        error = math.inf if math.isnan(kl) else math.sqrt(max(kl, 0.0)) - aim
+        weight = 0.5 if error * last_error > 0 else 1.0  # on the same side again, so the other end stays again
+        if error > 0:
+            high, error_high, error_low = scale, error, error_low * weight
         else:
-            high, root_high = scale, math.inf if math.isnan(kl) else math.sqrt(kl)
+            low, error_low, error_high = scale, error, error_high * weight
+        last_error = error
     return low
 
 

@@ -44,7 +44,7 @@ def test_the_arm_learns_the_same_with_it_and_without(name):
     for without, measured in zip(*learned, strict=True):
         np.testing.assert_array_equal(np.asarray(without), np.asarray(measured))
     assert len(callback.updates) == 3
-    timesteps, kl, kl_max, _, _ = zip(*callback.updates, strict=True)
+    timesteps, kl, kl_max, *_ = zip(*callback.updates, strict=True)
     assert timesteps == tuple(64 * model.n_envs * i for i in (1, 2, 3))
     assert all(0 < d <= largest < math.inf for d, largest in zip(kl, kl_max, strict=True))
 
@@ -78,7 +78,7 @@ def test_it_agrees_with_what_ours_log(name):
 def test_arms_without_a_penalty_have_neither_target_nor_coefficient():
     ruler = Ruler()
     cartpole(PPO, target_kl=0.5).learn(128, callback=ruler)
-    assert ruler.updates[0][3:] == (None, None)
+    assert ruler.updates[0][3:] == (None, None, None)
 
 
 def test_an_update_that_changes_nothing_measures_zero():

@@ -273,7 +273,7 @@ def test_search_space_replaces_the_clip_range_by_the_penalty():
         assert converted.keys() == sampled.keys()
 
 
-def test_linear_target_is_parsed():
+def test_strings_of_the_trust_region_are_parsed():
     from rl_zoo3.exp_manager import ExperimentManager
 
     preprocess = ExperimentManager._preprocess_schedules
@@ -281,8 +281,14 @@ def test_linear_target_is_parsed():
     assert isinstance(schedule, LinearSchedule)  # of SB3: a saved agent does not need the zoo
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.015, 0.0])
     assert preprocess({"target_kl": 0.03}) == {"target_kl": 0.03}
-    for wrong in ("lin_abc", "lin_0.02_0.01", "lin_0", "lin_-1", "lin_nan"):
-        with pytest.raises(ValueError, match=f"target_kl='{wrong}': write a linear schedule as lin_0.02"):
+    assert preprocess({"target_kl": "clip_0.2"})["target_kl"] == pytest.approx(0.02)
+    schedule = preprocess({"target_kl": "clip_lin_0.2"})["target_kl"]
+    assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.02, 0.005, 0.0])
+    passed = preprocess({"clip_range": "outliers", "learning_rate": "lin_0.1"})
+    assert passed["clip_range"] == "outliers"
+    assert passed["learning_rate"](0.5) == pytest.approx(0.05)
+    for wrong in ("lin_abc", "lin_0.02_0.01", "lin_0", "lin_-1", "lin_nan", "clip_", "clip_0", "clip_lin_", "lin_clip_0.2"):
+        with pytest.raises(ValueError, match=f"target_kl='{wrong}': write lin_0.02, clip_0.2 or clip_lin_0.2"):
             preprocess({"target_kl": wrong})
 
 

@@ -1,0 +1,230 @@
+"""The ceiling: where an update goes too far, the actor's step is shortened, or else the update is undone."""
+
+import copy
+import math
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.step_back import AIM, CLOSE_ENOUGH, MAX_TRIES, longest_allowed
+from tests.conftest import CASES, Case, collect, logged, parameters, pendulum, remember
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
+TOO_FAR = {"target_kl": 1e-3, "kl_ceiling": 1.5, "learning_rate": 0.03, **SMALL}
+ROUNDING = 1 + 1e-4  # of two sweeps over the same rollout
+
+SET_UPS = {
+    **{name: (AdaptiveKLPPO, case) for name, case in CASES.items()},
+    "masked": (MaskableAdaptiveKLPPO, Case("MlpPolicy", lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3))),
+    "lstm": (RecurrentAdaptiveKLPPO, Case("MlpLstmPolicy", pendulum)),
+    "shared lstm": (
+        RecurrentAdaptiveKLPPO,
+        Case("MlpLstmPolicy", pendulum, {"policy_kwargs": {"shared_lstm": True, "enable_critic_lstm": False}}),
+    ),
+}
+
+
+def shortened(case, algorithm=AdaptiveKLPPO, **kwargs):
+    """A model whose update was shortened, its parameters before, and those that the whole step would have led to."""
+    model = collect(case.build(algorithm, **{**TOO_FAR, **kwargs}))
+    before = copy.deepcopy(dict(model.policy.named_parameters()))
+    ceiling, model.kl_ceiling = model.kl_ceiling, None
+    state, rollout = copy.deepcopy(model.policy.state_dict()), copy.deepcopy(model.rollout_buffer)
+    th.manual_seed(0), np.random.seed(0)
+    model.train()
+    whole = copy.deepcopy(dict(model.policy.named_parameters()))
+    model.policy.load_state_dict(state)
+    model.policy.optimizer.state.clear()
+    model.rollout_buffer, model.kl_ceiling, model.kl_coef = rollout, ceiling, model.init_kl_coef
+    th.manual_seed(0), np.random.seed(0)
+    model.train()
+    assert 0 < model.step_scale < 1
+    return model, before, whole
+
+
+@pytest.mark.parametrize("name", SET_UPS)
+def test_the_actor_is_scaled_and_the_critic_keeps_its_step(name):
+    algorithm, case = SET_UPS[name]
+    model, before, whole = shortened(case, algorithm)
+    assert logged(model)["kl"] <= 1.5e-3 < logged(model)["kl_raw"]
+    assert logged(model)["step_scale"] == model.step_scale
+    scaled, kept = set(), set()
+    for key, parameter in model.policy.named_parameters():
+        step = whole[key] - before[key]
+        if step.abs().max() == 0:
+            continue
+        if th.equal(parameter, whole[key]):
+            kept.add(key)
+        else:
+            assert th.allclose(parameter, before[key] + model.step_scale * step, atol=1e-6), key
+            scaled.add(key)
+    critic = {key for key in kept | scaled if "value_net" in key or "vf_features" in key or "critic" in key}
+    assert kept == critic
+    assert any("action_net" in key for key in scaled)
+
+
+def test_a_shared_features_extractor_goes_with_the_actor():
+    model, before, _ = shortened(CASES["cnn"])
+    assert model.policy.share_features_extractor
+    extractor = [key for key in before if key.startswith("features_extractor")]
+    assert extractor
+    assert logged(model)["kl"] <= 1.5e-3
+
+
+class Normalized(BaseFeaturesExtractor):
+    """Batch normalization, whose statistics move with every minibatch, and a mask with −inf."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=8)
+        self.net = th.nn.Sequential(th.nn.Linear(observation_space.shape[0], 8), th.nn.BatchNorm1d(8))
+        self.register_buffer("mask", th.full((8,), -th.inf))
+
+    def forward(self, observations):
+        return th.maximum(self.net(observations), self.mask)
+
+
+def test_statistics_of_a_batch_normalization_are_scaled_too():
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Normalized}})
+    model, _, _ = shortened(case, target_kl=0.01)
+    assert logged(model)["kl"] <= 0.015
+    assert th.isinf(model.policy.features_extractor.mask).all()
+    # At a scale of 0 the policy in evaluation mode is the old one, or no scale could be found in general
+    assert logged(model)["undone_updates"] == 0
+
+
+def test_nothing_happens_below_the_ceiling():
+    kwargs = {"learning_rate": 1e-5, "target_kl": 0.01, **SMALL}
+    with_ceiling, without = (
+        CASES["box"].build(AdaptiveKLPPO, kl_ceiling=ceiling, **kwargs).learn(128) for ceiling in (1.5, None)
+    )
+    assert th.equal(parameters(with_ceiling), parameters(without))
+    assert logged(with_ceiling)["step_scale"] == 1.0
+    assert logged(with_ceiling)["kl_raw"] == logged(with_ceiling)["kl"]
+    assert logged(with_ceiling).keys() - logged(without).keys() == {"kl_raw", "step_scale"}
+
+
+def test_the_rule_sees_the_whole_step():
+    """After the step back d is within the band, and β would never rise."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
+    model.train()
+    assert logged(model)["kl"] < 1.5e-3 < logged(model)["kl_raw"]
+    assert model.kl_coef == 2.0
+
+
+def test_the_policy_is_left_as_training_leaves_it():
+    """No graph, which could not be copied, and no other random numbers."""
+    random = []
+    for ceiling in (None, 1.5):
+        model = collect(CASES["box"].build(AdaptiveKLPPO, **{**TOO_FAR, "kl_ceiling": ceiling}))
+        model.train()
+        random.append((np.random.random(), th.rand(1).item()))
+        copy.deepcopy(model.policy)
+        assert model.policy.training
+    assert random[0] == random[1]
+    assert model.step_scale < 1
+
+
+class Detour(th.nn.Module):
+    """Depends on a parameter in a way that its gradient does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = th.nn.Parameter(th.ones(1))
+
+    def forward(self, x):
+        return x + self.weight.detach() + 0 * x.mean()
+
+
+def test_an_update_that_cannot_be_shortened_is_undone():
+    model = CASES["box"].build(AdaptiveKLPPO, **TOO_FAR)
+    detour = Detour()
+    model.policy.mlp_extractor.policy_net.append(detour)
+    model.policy.optimizer.add_param_group({"params": [detour.weight]})
+    model = collect(model)
+    step = model.policy.optimizer.step
+
+    def step_and_shift():
+        step()
+        with th.no_grad():
+            detour.weight += 10.0
+
+    model.policy.optimizer.step = step_and_shift
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert th.equal(parameters(model), before)
+    assert model.step_scale == 0.0
+    assert model.kl_coef == 2.0
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(sorted(SET_UPS)),
+    kl_divergence=st.sampled_from(["forward", "reverse", "k3", "pearson"]),
+    learning_rate=st.sampled_from([1e-3, 1e-2, 0.1, 1.0]),
+    target_kl=st.sampled_from([1e-4, 1e-2, 0.1]),
+    kl_ceiling=st.sampled_from([1.0, 1.5, 4.0]),
+    kl_rule=st.sampled_from(["adaptive", "predictive", "fixed"]),
+    seed=st.integers(0, 100),
+)
+def test_the_ceiling_holds_or_the_update_is_undone(name, seed, kl_divergence, target_kl, kl_ceiling, **kwargs):
+    algorithm, case = SET_UPS[name]
+    kwargs |= {"kl_divergence": kl_divergence, "target_kl": target_kl, "kl_ceiling": kl_ceiling, "seed": seed}
+    model = case.build(algorithm, **{**SMALL, "n_epochs": 2}, **kwargs)
+    for _ in range(2):
+        collect(model)
+        old_policy, before = remember(model), parameters(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model.train()
+        assert th.isfinite(parameters(model)).all()
+        assert old_policy.divergence_on_rollout().mean().item() <= kl_ceiling * target_kl * ROUNDING
+        if model.step_scale == 0.0 and model._undone_in_a_row:
+            assert th.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("kl", [1.6, 3.0, 1e2, 1e8])
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 6.0])
+def test_the_search_ends_close_to_the_limit(kl, power):
+    tries = []
+
+    def divergence_at(scale):
+        tries.append(scale)
+        return kl * scale**power
+
+    scale = longest_allowed(divergence_at, kl, 1.5)
+    assert CLOSE_ENOUGH * 1.5 <= kl * scale**power <= 1.5
+    assert scale == tries[-1]
+    assert len(tries) <= (1 if power == 2 else MAX_TRIES)
+    if power == 2:
+        assert kl * scale**power == pytest.approx(AIM * 1.5)
+
+
+def test_the_search_survives_what_cannot_be_measured():
+    """NaN and infinity are too far; a function that jumps at 0 has no allowed scale."""
+    assert 0 < longest_allowed(lambda scale: math.nan if scale > 0.01 else scale, math.inf, 1.0) <= 0.01
+    assert 0 < longest_allowed(lambda scale: math.inf if scale > 0.5 else scale, 1e30, 1.0) <= 0.5
+    assert longest_allowed(lambda scale: 2.0, 3.0, 1.0) == 0.0
+
+
+def test_a_schedule_that_ends_at_zero():
+    """The target is 0 there, and so is the step."""
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **{**TOO_FAR, "target_kl": lambda progress: 0.0}))
+    model.train()
+    assert logged(model)["kl"] <= 1.5e-12
+
+
+@pytest.mark.slow
+def test_every_environment_of_gymnasium_with_a_high_learning_rate():
+    for env in ("CartPole-v1", "Acrobot-v1", "MountainCarContinuous-v0", "Pendulum-v1"):
+        model = AdaptiveKLPPO("MlpPolicy", gym.make(env), learning_rate=0.1, kl_ceiling=1.5, n_steps=256, seed=0, device="cpu")
+        model.learn(2048)
+        assert logged(model)["kl_over_target"] <= 1.5 * ROUNDING
