@@ -27,6 +27,24 @@ def test_only_the_trust_region_differs():
     assert shared(plan.hyperparameters["Swimmer-v5"])["normalize"] is True
 
 
+def test_target_that_corresponds_to_the_clip_range_of_each_environment():
+    plan = create(["CartPole-v1", "Pendulum-v1", "LunarLander-v3"], ["ppo_kl:target_kl=clip", "ppo"])
+    targets = {env: arms["ppo_kl:target_kl=clip"]["target_kl"] for env, arms in plan.hyperparameters.items()}
+    assert targets == {"CartPole-v1": "clip_lin_0.2", "Pendulum-v1": "clip_0.2", "LunarLander-v3": "clip_0.2"}
+
+
+def test_seeds_can_be_counted_from_another_one(tmp_path):
+    plan = create(first_seed=100)
+    assert [run.seed for run in plan.runs() if run.arm == "ppo"] == [100, 101]
+    (tmp_path / "plan.yml").write_text(plan.dump())
+    assert Plan.load(tmp_path / "plan.yml") == plan
+    (tmp_path / "plan.yml").write_text(create().dump().replace("first_seed: 0\n", ""))
+    assert Plan.load(tmp_path / "plan.yml") == create()  # a plan of 0.1.0
+    for wrong in (-1, 1.5, True, "1"):
+        with pytest.raises(PlanError, match="first_seed must be an integer of at least 0"):
+            create(first_seed=wrong)
+
+
 def test_target_kl_is_not_shared_between_algorithms():
     arms = create(arms=["ppo_kl:target_kl=0.05", "ppo", "trpo"]).hyperparameters["CartPole-v1"]
     assert arms["ppo_kl:target_kl=0.05"]["target_kl"] == 0.05

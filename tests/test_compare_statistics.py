@@ -18,16 +18,18 @@ def _fewer_samples(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target)."""
+    """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target[, step scale])."""
 
     def make(final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,)):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "episodes.csv").write_text("timesteps,return,length\n" + "".join(f"{t},{r},1\n" for t, r in episodes))
         rows = "".join(
-            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''}\n" for i, (kl, target) in enumerate(updates)
+            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''}{''.join(f',{scale}' for scale in scales)}\n"
+            for i, (kl, target, *scales) in enumerate(updates)
         )
-        (folder / "updates.csv").write_text("timesteps,kl,kl_max,kl_coef,target_kl\n" + rows)
+        columns = "timesteps,kl,kl_max,kl_coef,target_kl" + (",step_scale" if updates and len(updates[0]) == 3 else "")
+        (folder / "updates.csv").write_text(f"{columns}\n{rows}")
         summary = {
             "algo": "ppo_kl",
             "hyperparameters": {"n_timesteps": budget},
@@ -211,11 +213,34 @@ def test_kl_statistics_relative_to_the_target(make):
     kl = compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
     assert kl["updates"] == 4
     assert kl["in_band"] == 0.5
+    assert kl["above_band"] == 0.5
+    assert kl["shortened"] is None  # not recorded, as in studies of 0.1.0
     assert kl["worst_overshoot"] == pytest.approx(4.0)
     assert kl["spread"] == pytest.approx(np.log2([1, 1.5, 1.6, 4]).std())
     without = compute(make, {"a": [1.0]}, updates=[(d, None) for d, _ in updates])["environments"]["E"]["arms"]["a"]["kl"]
     assert without["in_band"] is None
     assert without["spread"] == pytest.approx(kl["spread"])
+
+
+def test_how_often_and_how_far_steps_were_shortened(make):
+    updates = [(0.01, 0.01, 1.0), (0.0150001, 0.01, 0.2), (0.014, 0.01, 0.5), (0.014, 0.01, 0.4)]
+    kl = compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
+    assert (kl["shortened"], kl["shortened_to"]) == (0.75, pytest.approx(0.4))
+    assert kl["above_band"] == 0.0  # to float rounding
+    untouched = [(0.01, 0.01, 1.0)]
+    kl = compute(make, {"a": [1.0]}, updates=untouched)["environments"]["E"]["arms"]["a"]["kl"]
+    assert (kl["shortened"], kl["shortened_to"]) == (0.0, None)
+
+
+def test_probability_of_improvement_while_learning(make):
+    """Arm a learns faster on every seed, and ends worse."""
+    plan = Plan(["E"], ["a", "b"], 2, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in "ab"}}, first_seed=7)
+    final, learning = {"a": 1.0, "b": 2.0}, {"a": 5.0, "b": 4.0}
+    results = {"E": {arm: {seed: make([final[arm]], [(100, learning[arm])]) for seed in (7, 8)} for arm in "ab"}}
+    across = statistics.compute(plan, results)["across"]
+    assert across["probability_of_improvement"][0]["probability"][0] == 0.0
+    assert across["probability_of_improvement_while_learning"][0]["probability"][0] == 1.0
+    assert across["arms"]["a"]["seeds"] == 2
 
 
 def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):

@@ -165,10 +165,10 @@ def test_padded_sequences_and_a_single_minibatch():
 
 def test_compiled_it_takes_the_same_steps_and_compiles_nothing_again():
     kwargs = {"kl_rule": "predictive", "kl_ceiling": 1.5, "clip_range": "outliers", "target_kl": 1e-3, **SMALL}
-    eager, compiled = (CASES["box"].build(AdaptiveKLPPO, compile=compile, **kwargs).learn(64) for compile in (False, True))
+    eager = CASES["box"].build(AdaptiveKLPPO, **kwargs).learn(5 * 64)
+    compiled = CASES["box"].build(AdaptiveKLPPO, compile=True, **kwargs).learn(2 * 64)
     before = th._dynamo.utils.counters["stats"]["unique_graphs"]
-    for model in (eager, compiled):
-        model.learn(4 * 64, reset_num_timesteps=False)
+    compiled.learn(3 * 64, reset_num_timesteps=False)
     assert th._dynamo.utils.counters["stats"]["unique_graphs"] == before
     assert not compiled._execution.compilation.failed
     assert compiled.kl_coef == pytest.approx(eager.kl_coef, rel=1e-3)

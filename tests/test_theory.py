@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import AdaptivePenalty
+from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl, k3, pearson
+from sb3_adaptive_kl.trust_region import outlier_clip_range
 
 THEORY = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
 P, Q = np.array([1 / 3, 1 / 3, 1 / 3]), np.array([1 / 3, 1 / 6, 1 / 2])
@@ -45,10 +46,12 @@ NUMBERS = {
     "1.96": 1.4**2,
     "0.0196": 0.01 * 1.4**2,
     "0.0049": 0.0196 / 2**2,
+    "0.405": math.log(1.5),
+    "1.65": math.sqrt(math.e),
     **{printed: 1 / math.sqrt(2 * target) for printed, target in BETA.items()},
 }
 # Settings, not results: the paper's arXiv number, targets, the paper's tolerance, a smaller factor
-GIVEN = {"1707.06347", "0.003", "0.01", "0.02", "0.03", "1.5", "1.4"}
+GIVEN = {"1707.06347", "0.003", "0.01", "0.02", "0.03", "1.5", "1.4", "0.5", "1.6", "0.3", "0.2", "0.4"}
 
 
 @pytest.mark.parametrize("printed", NUMBERS)
@@ -68,6 +71,40 @@ def test_closed_forms_of_the_example():
     assert P @ estimate(k3) == pytest.approx(exact(P, Q))
     assert gaussian_kl(*normal(0, 1), *normal(1, 2)).item() == pytest.approx(math.log(2) + (1 + 1) / 8 - 1 / 2)
     assert gaussian_kl(*normal(1, 2), *normal(0, 1)).item() == pytest.approx(-math.log(2) + (4 + 1) / 2 - 1 / 2)
+
+
+def share_in_band(sigma, rule):
+    """Simulate 100,000 updates with ln(d / target) = −2 · ln(β / β*) + σ · noise."""
+    noise = sigma * np.random.default_rng(0).standard_normal((100, 1000))
+    inside = 0
+    for start, row in zip(np.linspace(-0.5, 0.5, 100), noise, strict=True):
+        # A rule that multiplies by 2 only reaches some values of β; β* can lie anywhere between them
+        kl_coef = 1.0 if isinstance(rule, FixedPenalty) else 2.0**start
+        for n in row:
+            kl = math.exp(-2 * math.log(kl_coef) + n)
+            inside += 1 / 1.5 <= kl <= 1.5
+            kl_coef = rule(kl_coef, kl, 1.0)
+    return inside / noise.size
+
+
+@pytest.mark.parametrize(("row", "rule"), [("the best constant β", FixedPenalty()), ("the paper's rule", AdaptivePenalty())])
+def test_shares_of_updates_inside_the_band(row, rule):
+    printed = [int(share) for share in re.findall(r"(\d+) %", re.search(rf"^\| {row} \|(.*)$", THEORY, flags=re.MULTILINE)[1])]
+    sigmas = (0.5, 1.0, 1.6)
+    assert printed == [round(100 * share_in_band(sigma, rule)) for sigma in sigmas]
+    if isinstance(rule, FixedPenalty):  # the closed form of the text
+        assert printed == [round(100 * math.erf(math.log(1.5) / sigma / math.sqrt(2))) for sigma in sigmas]
+
+
+def test_divergence_is_quadratic_in_the_scale_of_the_step():
+    old, step = normal(0, 1), normal(0.1, 0.1)
+    kls = [gaussian_kl(*old, old[0] + scale * step[0], old[1] + scale * step[1]).item() for scale in (0.02, 0.01)]
+    assert kls[0] / kls[1] == pytest.approx(4, rel=0.01)
+
+
+def test_five_percent_are_outliers():
+    assert round(100 * math.erfc(2 / math.sqrt(2))) == 5
+    assert outlier_clip_range(0.02) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("factor", "settles"), [(2.0, False), (1.4, True)])

@@ -130,8 +130,7 @@ def _curves(style: Style, env: str, environment: dict[str, Any], results: Any) -
     if updates:
         panels[1].set(ylabel="KL per update [nats]", yscale="log")
         if _traces(style, panels[1], updates, "kl"):
-            for arm, frame in penalized.items():
-                panels[1].axhline(frame["target_kl"].iloc[0], color=style.colors[arm], lw=0.8, ls="--")
+            _targets(style, panels[1], penalized)
         else:  # without targets: matplotlib cannot scale a logarithmic axis to a horizontal line alone
             _note(panels[1], "no update changed the policy")
     if penalized:
@@ -157,6 +156,16 @@ def _traces(style: Style, axes: Axes, updates: dict[str, pd.DataFrame], column: 
         middle, low, high = (bins[column].quantile(q).to_numpy() for q in (0.5, 0.1, 0.9))
         _band(style, axes, arm, bins["timesteps"].mean().to_numpy(), middle, low, high)
     return bool(shown)
+
+
+def _targets(style: Style, axes: Axes, updates: dict[str, pd.DataFrame]) -> None:
+    """Plot the target over time, without stretching the axis to a schedule's end at zero."""
+    low, high = axes.get_ylim()
+    for arm, frame in updates.items():
+        target = frame.groupby("timesteps")["target_kl"].first()
+        axes.plot(target.index, target, color=style.colors[arm], lw=0.8, ls="--")
+        low, high = min(low, target.median() / 2), max(high, target.max() * 2)
+    axes.set_ylim(low, high)
 
 
 def _band(style: Style, axes: Axes, arm: str, x: Any, middle: Any, low: Any, high: Any) -> None:
@@ -213,14 +222,18 @@ def _aggregates(style: Style, across: dict[str, Any]) -> Figure:
 
 
 def _improvement(style: Style, across: dict[str, Any]) -> Figure:
-    pairs = across["probability_of_improvement"]
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.45 * len(pairs)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0.5, color=style.theme.foreground, lw=0.8, ls=":")
-    for row, pair in enumerate(pairs):
-        _interval(axes, row, pair["probability"], style.colors[pair["arms"][0]], style.theme.foreground)
-    _rows(axes, [" > ".join(pair["arms"]) for pair in pairs])
-    axes.set(xlim=(-0.02, 1.02), xlabel="probability that a run of the first is better")
+    measures = {"probability_of_improvement_while_learning": "while learning", "probability_of_improvement": "final policy"}
+    drawn = {title: across[name] for name, title in measures.items() if across[name]}
+    n_rows = sum(len(pairs) for pairs in drawn.values())
+    figure = Figure(figsize=(WIDTH, 0.6 + 0.5 * len(drawn) + 0.45 * n_rows), layout="constrained")
+    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=[len(pairs) for pairs in drawn.values()])
+    for axes, (title, pairs) in zip(panels[:, 0], drawn.items(), strict=True):
+        axes.axvline(0.5, color=style.theme.foreground, lw=0.8, ls=":")
+        for row, pair in enumerate(pairs):
+            _interval(axes, row, pair["probability"], style.colors[pair["arms"][0]], style.theme.foreground)
+        axes.set_title(title, fontsize="medium")
+        _rows(axes, [" > ".join(pair["arms"]) for pair in pairs])
+    panels[-1, 0].set(xlim=(-0.02, 1.02), xlabel="probability that a run of the first is better")
     return figure
 
 
