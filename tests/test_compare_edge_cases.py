@@ -85,7 +85,7 @@ def summarize(tmp_path, capsys, monkeypatch):
 def test_one_update_that_changes_the_policy_is_drawn(summarize):
     summary = summarize(finished)
     assert summary.exit_code == 0
-    assert "| ppo_kl | 1 | 0.02 | 0.02 | 0.02 | 0.00 | 0 % | 2.00 |" in summary.report
+    assert "| ppo_kl | 1 | 0.02 | 0.02 | 0.02 | 0.00 | 0 % | 100 % | 2.00 | – | – |" in summary.report
     assert [line.get_marker() for line in summary.curves.axes[1].lines[:2]] == [".", "."]
     assert summary.notes == []
 
@@ -94,7 +94,7 @@ def test_one_update_that_changes_nothing_is_reported(summarize):
     """A linear schedule that ends at zero makes the only update one with learning rate 0."""
     summary = summarize(lambda run: finished(run, updates=[(256, 0.0)]))
     assert summary.exit_code == 0
-    assert "| ppo_kl | 1 | 0.00 | 0.00 | 0.00 | – | 0 % | 0.00 |" in summary.report
+    assert "| ppo_kl | 1 | 0.00 | 0.00 | 0.00 | – | 0 % | 0 % | 0.00 | – | – |" in summary.report
     assert summary.notes == ["no update changed the policy"]
 
 
@@ -126,7 +126,7 @@ def test_infinite_kl_is_left_out(summarize):
     """JSON does not have infinity."""
     summary = summarize(lambda run: finished(run, updates=[(128, 0.02), (192, 0.02), (256, float("inf"))]))
     assert summary.exit_code == 0
-    assert "| ppo_kl | 3 | 0.02 | – | – | – | 0 % | – |" in summary.report
+    assert "| ppo_kl | 3 | 0.02 | – | – | – | 0 % | 100 % | – | – | – |" in summary.report
     assert "inf" not in summary.runs_csv
     assert summary.notes == []
 

@@ -163,7 +163,10 @@ def _targets(style: Style, axes: Axes, updates: dict[str, pd.DataFrame]) -> None
     low, high = axes.get_ylim()
     for arm, frame in updates.items():
         target = frame.groupby("timesteps")["target_kl"].first()
-        axes.plot(target.index, target, color=style.colors[arm], lw=0.8, ls="--")
+        if target.nunique() == 1:
+            axes.axhline(target.iloc[0], color=style.colors[arm], lw=0.8, ls="--")
+        else:
+            axes.plot(target.index, target, color=style.colors[arm], lw=0.8, ls="--")
         low, high = min(low, target.median() / 2), max(high, target.max() * 2)
     axes.set_ylim(low, high)
 
