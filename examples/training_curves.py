@@ -2,7 +2,7 @@
 Plot return, KL and β of a training run of AdaptiveKLPPO from the TensorBoard log of SB3 (or of the zoo's `-tb`).
 
     python -m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -f logs -tb logs/tensorboard
-    python examples/training_curves.py logs/tensorboard/CartPole-v1/AdaptiveKLPPO_1 --target-kl 0.01 -o training.png
+    python examples/training_curves.py logs/tensorboard/CartPole-v1/AdaptiveKLPPO_1 -o training.png
 
 This needs the extra `zoo` for tensorboard and matplotlib; `make demo` installs it.
 """
@@ -31,15 +31,20 @@ def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
     return {key: ([event.step for event in found], [event.value for event in found]) for key, found in scalars.items()}
 
 
-def draw(log: dict[str, Curve], target_kl: float, tolerance: float) -> Figure:
+def draw(log: dict[str, Curve], tolerance: float) -> Figure:
     figure = Figure(figsize=(8, 8), layout="constrained")
     returns, kl, kl_coef = figure.subplots(3, 1, sharex=True)
     returns.plot(*log["rollout/ep_rew_mean"], color=BLUE)
     returns.set(title="AdaptiveKLPPO", ylabel="mean episode return")
 
-    kl.plot(*log["train/kl"], color=BLUE, marker=".")
-    kl.axhspan(target_kl / tolerance, target_kl * tolerance, color=VERMILION, alpha=0.25, lw=0, label="β stays")
-    kl.axhline(target_kl, color=VERMILION, lw=1, label=f"target_kl = {target_kl}")
+    timesteps, kls = log["train/kl"]
+    kl.plot(timesteps, kls, color=BLUE, marker=".", ls="")
+    # The target may be a schedule; an update that changed nothing does not tell it
+    told = [(t, d / r) for t, d, r in zip(timesteps, kls, log["train/kl_over_target"][1], strict=True) if r > 0]
+    at, target = [t for t, _ in told], [value for _, value in told]
+    kl.plot(at, target, color=VERMILION, lw=1, label="target")
+    low, high = [value / tolerance for value in target], [value * tolerance for value in target]
+    kl.fill_between(at, low, high, color=VERMILION, alpha=0.25, lw=0, label=f"within a factor of {tolerance:g}")
     kl.set(ylabel="KL after the update [nats]", yscale="log")
     kl.legend()
 
@@ -55,12 +60,11 @@ def draw(log: dict[str, Curve], target_kl: float, tolerance: float) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a run, which contains an events.out.tfevents file")
-    parser.add_argument("--target-kl", type=float, default=0.01, help="target_kl of the run")
     parser.add_argument("--kl-tolerance", type=float, default=1.5, help="kl_tolerance of the run")
     parser.add_argument("-o", "--output", type=Path, default=Path("training.png"), help="picture to write, .png or .svg")
     arguments = parser.parse_args()
-    log = read_log(arguments.folder, ["rollout/ep_rew_mean", "train/kl", "train/kl_coef"])
-    draw(log, arguments.target_kl, arguments.kl_tolerance).savefig(arguments.output, dpi=120)
+    log = read_log(arguments.folder, ["rollout/ep_rew_mean", "train/kl", "train/kl_over_target", "train/kl_coef"])
+    draw(log, arguments.kl_tolerance).savefig(arguments.output, dpi=120)
     print(f"Saved the plot to {arguments.output}")
 
 

@@ -40,7 +40,7 @@ def penalty_sampler(sample_ppo_params: Sampler) -> Sampler:
         hyperparams["target_kl"] = trial.suggest_float("target_kl", 0.003, 0.1, log=True)
         hyperparams["init_kl_coef"] = trial.suggest_float("init_kl_coef", 0.1, 10.0, log=True)
         hyperparams["kl_factor"] = trial.suggest_float("kl_factor", 1.2, 2.0)
-        hyperparams["kl_rule"] = trial.suggest_categorical("kl_rule", ["adaptive", "proportional", "fixed"])
+        hyperparams["kl_rule"] = trial.suggest_categorical("kl_rule", ["adaptive", "predictive", "proportional", "fixed"])
         return hyperparams
 
     return sample_ppo_kl_params
