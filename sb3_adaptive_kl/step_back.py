@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch as th
 
-from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import in_order, random_state_kept
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -116,5 +115,4 @@ def _actor_parameters(old_policy: OldPolicy) -> list[th.Tensor]:
         log_prob = evaluate(policy, host, rollout_data, needs_distribution=False).log_prob
         gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     policy.set_training_mode(was_training)
-    forget_distribution(policy)  # it would keep the graph alive, and a policy with a graph cannot be copied
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

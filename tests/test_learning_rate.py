@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, losses
 from tests.conftest import CASES, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -69,6 +70,14 @@ def test_without_a_rule_nothing_is_logged_or_changed():
     model = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(2 * 64)
     assert "learning_rate_scale" not in logged(model)
     assert model.policy.optimizer.param_groups[0]["lr"] == 3e-4
+
+
+def test_an_update_that_was_undone_lowers_it(monkeypatch):
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert model.learning_rate_scale == pytest.approx(1 / 1.5)
 
 
 def test_instead_of_the_penalty():

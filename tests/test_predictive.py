@@ -21,7 +21,7 @@ BOUNDS = (1 / 32, 32.0)
     [
         (0.004, 0.002, 3, 0.010),  # on its way to the target exactly
         (0.004, 0.000, 9, 0.040),
-        (0.008, 0.010, 4, 0.0024),  # 0.008 − 4 · 0.002 = 0, but not below 0.3 · 0.008
+        (0.020, 0.030, 4, 0.006),  # 0.02 − 4 · 0.01 < 0, but not below 0.3 · 0.02
         (0.010, 0.010, 5, 0.010),
     ],
 )
@@ -78,6 +78,22 @@ def test_the_first_minibatch_says_nothing():
     control = SegmentedControl(PredictivePenalty(), 3, BOUNDS)
     assert control.measured_steps(1) == slice(0, 1)
     assert control.next_kl_coef(1.0, [0.0], 0.01) == 1.0
+
+
+def test_the_rule_is_told_what_is_left_and_what_was_before():
+    told = []
+
+    class Told(PredictivePenalty):
+        def within_update(self, *args):
+            told.append(args)
+            return 2 * args[0]
+
+    control, kl_coef = SegmentedControl(Told(segments=3), 12, BOUNDS), 1.0
+    for n_taken in range(1, 13):
+        steps = control.measured_steps(n_taken)
+        if steps is not None:
+            kl_coef = control.next_kl_coef(kl_coef, [0.001 * n_taken, 0.003 * n_taken], 0.01)
+    assert told == [(1.0, pytest.approx(0.008), 0.0, 2, 0.01), (2.0, pytest.approx(0.016), pytest.approx(0.008), 1, 0.01)]
 
 
 def test_it_stays_within_the_bounds_and_survives_nan():

@@ -80,24 +80,29 @@ def test_a_shared_features_extractor_goes_with_the_actor():
 
 
 class Normalized(BaseFeaturesExtractor):
-    """Batch normalization, whose statistics move with every minibatch, and a mask with −inf."""
+    """Batch normalization, whose statistics move with every minibatch, and a buffer of which one entry moves."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, features_dim=8)
         self.net = th.nn.Sequential(th.nn.Linear(observation_space.shape[0], 8), th.nn.BatchNorm1d(8))
-        self.register_buffer("mask", th.full((8,), -th.inf))
+        self.register_buffer("lowest", th.full((8,), -th.inf))
+        self.lowest[0] = -100.0
 
     def forward(self, observations):
-        return th.maximum(self.net(observations), self.mask)
+        if self.training:
+            self.lowest[0] += 1.0
+        return th.maximum(self.net(observations), self.lowest)
 
 
 def test_statistics_of_a_batch_normalization_are_scaled_too():
     case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Normalized}})
     model, _, _ = shortened(case, target_kl=0.01)
     assert logged(model)["kl"] <= 0.015
-    assert th.isinf(model.policy.features_extractor.mask).all()
-    # At a scale of 0 the policy in evaluation mode is the old one, or no scale could be found in general
     assert logged(model)["undone_updates"] == 0
+    extractor = model.policy.features_extractor
+    assert extractor.lowest[0] == pytest.approx(-100 + 8 * model.step_scale)  # 8 minibatches
+    assert th.isinf(extractor.lowest[1:]).all()
+    assert extractor.net[1].num_batches_tracked == 8  # a counter keeps its step
 
 
 def test_nothing_happens_below_the_ceiling():
@@ -130,6 +135,21 @@ def test_the_policy_is_left_as_training_leaves_it():
         assert model.policy.training
     assert random[0] == random[1]
     assert model.step_scale < 1
+
+
+def test_the_scale_is_of_the_last_update():
+    """Shortened, then untouched, then undone."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
+    scales = []
+    for learning_rate in (0.03, 1e-6, math.nan):
+        model.lr_schedule = lambda progress, learning_rate=learning_rate: learning_rate
+        collect(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model.train()
+        scales.append(model.step_scale)
+    assert 0 < scales[0] < 1
+    assert scales[1:] == [1.0, 0.0]
 
 
 class Detour(th.nn.Module):
