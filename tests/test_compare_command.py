@@ -145,7 +145,7 @@ def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(completed, tmp_
     until(lambda: len(processes_of(child.pid)) >= 3)
     time.sleep(8)  # until the runs train
     os.killpg(child.pid, signal.SIGINT)
-    _, stderr = child.communicate(timeout=60)
+    _, stderr = child.communicate(timeout=180)  # a busy machine may pause for long
     assert child.returncode == 130
     assert stderr.splitlines()[-1].startswith("interrupted; finished runs are kept")
     assert "Traceback" not in stderr
