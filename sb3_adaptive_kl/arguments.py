@@ -95,6 +95,14 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
         raise ValueError(
             f"kl_rule={kl_rule!r} cannot be called: pass one of {tuple(RULES)}, or a function (kl_coef, kl, target_kl)"
         )
+    if hasattr(kl_rule, "within_update") or hasattr(kl_rule, "segments"):
+        segments = getattr(kl_rule, "segments", None)
+        whole = isinstance(segments, Integral) and not isinstance(segments, bool) and int(segments) >= 1
+        if not (whole and callable(getattr(kl_rule, "within_update", None))):
+            raise ValueError(
+                f"kl_rule={kl_rule!r} must have both a method within_update and segments, a whole number of at least 1 "
+                f"(here {segments!r}), to act within an update, or neither"
+            )
     return kl_rule
 
 
@@ -163,6 +171,7 @@ def check_arguments(model: Any) -> None:
     if model.kl_ceiling is not None:
         check_number("kl_ceiling", model.kl_ceiling, ">= 1", lambda x: x >= 1, "1.5 is natural; None never shortens a step")
     learning_rate_rule(model.learning_rate_rule)  # raises if there is no such rule
+    check_number("learning_rate_scale", model.learning_rate_scale, "> 0", lambda x: x > 0, "1 is the learning rate itself")
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
     if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
         raise ValueError(f"compile={model.compile!r} must be True or False")

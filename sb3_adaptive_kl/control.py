@@ -87,33 +87,33 @@ class SegmentedControl:
         self._ends = [round(n_steps * segment / n_segments) for segment in range(1, n_segments + 1)]
         self._segment = 0
 
-    def measured_steps(self, n_taken: int) -> slice | None:
+    def end_segment(self, n_taken: int) -> slice | None:
         """
-        Tell whether a segment has just ended, and which of the update's steps its KL is to be read from.
+        End the current segment, if its steps have been taken, and tell which of the update's steps its KL is to be read from.
 
         :param n_taken: steps taken so far in this update
-        :return: the later half of the segment, or ``None`` if it has not ended or was the last
+        :return: the later half of the segment, or ``None`` if it has not ended, was the last, or was the first step alone
         """
         if self._segment == len(self._ends) - 1 or n_taken < self._ends[self._segment]:
             return None
         start = self._ends[self._segment - 1] if self._segment else 0
         self._segment += 1
-        return slice((start + n_taken) // 2, n_taken)
+        # The first minibatch is measured before any step: its KL of 0, or of a rounding error, says nothing about β
+        first = max((start + n_taken) // 2, 1)
+        return slice(first, n_taken) if first < n_taken else None
 
     def next_kl_coef(self, kl_coef: float, kls: Sequence[float], target_kl: float) -> float:
         """
         Apply the rule at the end of a segment.
 
         :param kl_coef: β in that segment
-        :param kls: of the minibatches that ``measured_steps`` named, in nats, each before its step
+        :param kls: of the minibatches that ``end_segment`` named, in nats, each before its step
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
         assert isinstance(self._rule, PredictiveRule)  # only such a rule has segments that end before the update
         kl = fmean(kls)
-        if kl == 0:  # the first minibatch is measured before any step: this says nothing yet
-            return kl_coef
         kl = math.inf if math.isnan(kl) else kl
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)

@@ -12,6 +12,7 @@ A rule is a frozen value: plain numbers in, a plain number out. Its state, β it
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 
@@ -22,8 +23,8 @@ class PenaltyRule(Protocol):
         """
         The KL coefficient for the next update; the algorithm clips it to ``kl_coef_bounds``.
 
-        :param kl_coef: β used by the update that was just measured, > 0
-        :param kl: d, the KL divergence in nats measured after that update on the whole rollout, ≥ 0;
+        :param kl_coef: the last β used by the update that was just measured, > 0
+        :param kl: d, the KL divergence in nats measured after that update on the whole rollout, before any step back, ≥ 0;
             ``inf`` when the update diverged and was undone. Never NaN.
         :param target_kl: d_targ in nats, > 0
         :return: β for the next update
@@ -145,8 +146,8 @@ class PredictivePenalty:
     between updates alone cannot hold the target.
 
     :param segments: parts of an update, ≥ 1; fewer where an update has fewer steps. 1 acts between updates only.
-    :param gain: share of the error, in log KL, that one move corrects in log β, > 0
-    :param max_ratio: largest d̂ / d_targ, or inverse of it, that counts, > 1
+    :param gain: share of the error, in log KL, that one move corrects in log β, in (0, 10]
+    :param max_ratio: largest d̂ / d_targ, or inverse of it, that counts, in (1, 1000]
     :param floor: smallest d̂ / k, in (0, 1]: a KL that falls is not expected to go on falling
     :raises ValueError: if a number is out of its range
     """
@@ -157,11 +158,11 @@ class PredictivePenalty:
     floor: float = 0.3
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.segments, int) and self.segments >= 1):
+        if not isinstance(self.segments, Integral) or isinstance(self.segments, bool) or self.segments < 1:
             raise ValueError(f"segments={self.segments!r} must be a whole number of at least 1")
-        if not (0 < self.gain < math.inf and 1 < self.max_ratio < math.inf):
+        if not (0 < self.gain <= 10 and 1 < self.max_ratio <= 1000):
             raise ValueError(
-                f"gain={self.gain} must be positive and max_ratio={self.max_ratio} above 1, otherwise β does not move"
+                f"gain={self.gain} must be in (0, 10] and max_ratio={self.max_ratio} in (1, 1000]: 0 and 1 would not move β"
             )
         if not 0 < self.floor <= 1:
             raise ValueError(

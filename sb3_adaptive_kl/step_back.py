@@ -8,7 +8,7 @@ knowing the power takes fewer tries.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -20,7 +20,7 @@ from sb3_adaptive_kl.snapshot import Snapshot
 
 # The search aims at this share of the ceiling, and ends where d is between the next one and the ceiling
 AIM, CLOSE_ENOUGH = 0.9, 0.8
-# Each takes a sweep over the rollout. One or two are usual; after these many the shortest step known to be allowed is taken
+# Each takes a sweep over the rollout. One or two are usual; after these many the longest step known to be allowed is taken
 MAX_TRIES = 12
 # Exponents of d(α) that the search believes
 EXPONENTS = 1.0, 8.0
@@ -39,9 +39,9 @@ def shorten_step(
     """
     Shorten the actor's part of an update until the divergence keeps within a limit.
 
-    Scaled are the parameters that the probability of an action depends on (the action network, ``log_std``, and with them a
-    feature extractor or an LSTM that the critic shares) and all floating-point buffers, such as the statistics of a batch
-    normalization. Parameters of the critic alone keep their step, as do counters and the optimizer's state.
+    Scaled are all parameters but those of the critic alone, so that a feature extractor or an LSTM that it shares is scaled,
+    and all floating-point buffers, such as the statistics of a batch normalization. The critic's own parameters keep their
+    step; so do counters and the optimizer's state.
 
     :param old_policy: remembers the policy before the update
     :param snapshot: of the policy before the update
@@ -51,11 +51,11 @@ def shorten_step(
     :return: the largest α that was found to be allowed, and what was measured there. If there is none, the policy is left at
         α = 0, and the measured divergence is larger than the limit only if the actor depends on more than is scaled.
     """
-    acting = {id(tensor) for tensor in [*_actor_parameters(old_policy), *old_policy.policy.buffers()]}
+    critic = _critic_parameters(old_policy)
     moved = [
         (tensor, old, tensor.detach().clone())
         for tensor, old in zip(snapshot.tensors, snapshot.saved, strict=True)
-        if id(tensor) in acting and tensor.is_floating_point() and not th.equal(tensor, old)
+        if id(tensor) not in critic and tensor.is_floating_point() and not th.equal(tensor, old)
     ]
 
     measured: dict[float, th.Tensor] = {}
@@ -63,8 +63,9 @@ def shorten_step(
     def set_length(scale: float) -> None:
         with th.no_grad():
             for tensor, old, new in moved:
-                # A constant −inf, as in an attention mask, has no difference
-                tensor.copy_(th.where(old == new, old, old + scale * (new - old)))
+                step = new - old
+                # A constant −inf, as in an attention mask, or a running minimum that began as one, has no finite step
+                tensor.copy_(th.where(step.isfinite(), old + scale * step, new))
 
     def divergence_at(scale: float) -> float:
         set_length(scale)
@@ -102,16 +103,31 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
     return low
 
 
-def _actor_parameters(old_policy: OldPolicy) -> list[th.Tensor]:
-    """List the parameters that the log-probability of an action depends on, whatever the policy's classes and names."""
+def _critic_parameters(old_policy: OldPolicy) -> set[int]:
+    """
+    Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
+    policy's classes and names. A branch that this state does not take is no part of either, and counts as the actor's.
+
+    :return: their ``id``
+    """
     policy, host = old_policy.policy, old_policy.host
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    was_training = policy.training
+    was_training, cudnn = policy.training, th.backends.cudnn.enabled
     policy.set_training_mode(False)
-    # cuDNN's recurrent layers have no gradient in evaluation mode
-    with random_state_kept(), th.backends.cudnn.flags(enabled=False):
-        rollout_data, _ = next(in_order(old_policy.buffer, 1, host.keep_sequences_whole))
-        log_prob = evaluate(policy, host, rollout_data, needs_distribution=False).log_prob
-        gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
-    policy.set_training_mode(was_training)
-    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
+    try:
+        with random_state_kept():
+            rollout_data, _ = next(in_order(old_policy.buffer, 1, host.keep_sequences_whole))
+            new = evaluate(policy, host, rollout_data, needs_distribution=False)
+            reached = [_reached(output.sum(), parameters) for output in (new.values, new.log_prob)]
+    finally:
+        policy.set_training_mode(was_training)
+        th.backends.cudnn.enabled = cudnn
+    return reached[0] - reached[1]
+
+
+def _reached(output: th.Tensor, parameters: Sequence[th.Tensor]) -> set[int]:
+    if not output.requires_grad:  # all that it depends on is frozen
+        return set()
+    gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+    return {id(parameter) for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None}

@@ -57,22 +57,29 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             kl = self._optimize_and_measure(old_policy, settings, metrics)
             raw_kl = kl.mean().item()
             sound = math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()
+            within_ceiling = True
             self.step_scale = 1.0
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
             if sound and raw_kl > limit:
                 measure = partial(self._measure, old_policy)
                 self.step_scale, kl = shorten_step(old_policy, snapshot, measure, raw_kl, limit)
-                sound = kl.mean().item() <= limit  # not so if the actor depends on something that is not scaled
+                within_ceiling = kl.mean().item() <= limit  # not so if the actor depends on something that is not scaled
+                kl = kl if within_ceiling else th.zeros_like(kl)
+                sound = within_ceiling and snapshot.still_finite()
         if not sound:
             snapshot.restore()
             self.step_scale = 0.0
+            self.kl_coef = settings.kl_coef  # what a rule made of such an update while it ran says nothing
             self._undone_updates += 1
 
         self._log_update(settings, metrics, raw_kl, kl)
         # The rules see the KL of the whole step: after a step back, an overshoot would look to them like a hit
         self._adapt_penalty(raw_kl if sound else math.inf, settings.target_kl)
         self._adapt_learning_rate(raw_kl if sound else math.inf, settings.target_kl)
-        self._warn_or_give_up(sound)
+        what_is_wrong = (
+            "non-finite KL divergence or parameter" if within_ceiling else "KL divergence above kl_ceiling at any length"
+        )
+        self._warn_or_give_up(sound, what_is_wrong)
 
     def _optimize_and_measure(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> th.Tensor:
         """
@@ -109,9 +116,9 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         self._print_early_stop(epoch, MinibatchMetrics(*minibatch).kl)
                         return
                     metrics.grad_norms.append(grad_norm)
-                    measured_steps = control.measured_steps(len(metrics.grad_norms))
-                    if measured_steps is not None:
-                        kls = metrics.kls(measured_steps)
+                    segment = control.end_segment(len(metrics.grad_norms))
+                    if segment is not None:
+                        kls = metrics.kls(segment)
                         self.kl_coef = control.next_kl_coef(self.kl_coef, kls, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
 
@@ -180,10 +187,12 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 )
             self.learning_rate_scale = float(scale)
 
-    def _warn_or_give_up(self, sound: bool) -> None:
+    def _warn_or_give_up(self, sound: bool, what_is_wrong: str) -> None:
         """
         Tell the user about an update that was undone.
 
+        :param sound: whether it was not
+        :param what_is_wrong: with it, in words
         :raises ValueError: if too many updates in a row were undone
         """
         self._undone_in_a_row = 0 if sound else self._undone_in_a_row + 1
@@ -197,7 +206,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             )
         if not sound:
             warnings.warn(
-                f"The update at {self.num_timesteps} timesteps left a non-finite KL divergence or parameter and was undone. "
+                f"The update at {self.num_timesteps} timesteps left a {what_is_wrong} and was undone. "
                 f"The next one uses kl_coef={self.kl_coef:g}. If this goes on, lower learning_rate, or look for extreme "
                 "or NaN observations and rewards.",
                 stacklevel=2,

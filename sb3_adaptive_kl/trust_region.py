@@ -39,7 +39,10 @@ class ClipEquivalentTarget:
     clip_range: Schedule
 
     def __call__(self, progress_remaining: float) -> float:
-        return float(self.clip_range(progress_remaining)) ** 2 / 2
+        clip_range = float(self.clip_range(progress_remaining))
+        if clip_range < 0:  # its square would hide it
+            raise ValueError(f"clip_range: the schedule returned {clip_range} at progress_remaining={progress_remaining}")
+        return clip_range**2 / 2
 
 
 def outlier_clip_range(target_kl: float) -> float:

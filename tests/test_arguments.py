@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, FixedPenalty
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, FixedPenalty
 from sb3_adaptive_kl.arguments import target_kl_at
 from tests.conftest import CASES
 
@@ -20,6 +20,12 @@ BAD = [
     ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*LinearSchedule\(0.02, 0.0, 1.0\)"),
     ({"target_kl": True}, r"target_kl=True"),
     ({"target_kl": 10**400}, r"target_kl=1000"),
+    ({"kl_ceiling": 0.9}, r"kl_ceiling=0.9.*>= 1.*1.5 is natural"),
+    ({"kl_ceiling": math.nan}, r"kl_ceiling=nan"),
+    ({"kl_ceiling": "1.5"}, r"kl_ceiling='1.5'"),
+    ({"learning_rate_rule": "adaptative"}, r"learning_rate_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
+    ({"learning_rate_rule": AdaptiveLearningRate}, r"learning_rate_rule=.*pass an instance"),
+    ({"learning_rate_rule": 3}, r"learning_rate_rule=3"),
     ({"kl_factor": 1.0}, r"kl_factor=1.0.*> 1.*kl_rule='fixed'"),
     ({"kl_factor": math.inf}, r"kl_factor=inf"),
     ({"kl_tolerance": 0.9}, r"kl_tolerance=0.9.*>= 1"),

@@ -80,6 +80,29 @@ def test_an_update_that_was_undone_lowers_it(monkeypatch):
     assert model.learning_rate_scale == pytest.approx(1 / 1.5)
 
 
+def test_it_sees_the_whole_step():
+    """After a step back to at most 1.5 times the target, the learning rate would never be lowered."""
+    kwargs = {"learning_rate": 0.03, "target_kl": 1e-3, "kl_ceiling": 1.5, "learning_rate_rule": "adaptive"}
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **kwargs, **SMALL))
+    model.train()
+    assert logged(model)["kl"] <= 1.5e-3 < 2e-3 < logged(model)["kl_raw"]
+    assert model.learning_rate_scale == pytest.approx(1 / 1.5)
+
+
+def test_every_group_of_the_optimizer_is_scaled():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    model.policy.optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(1))]})
+    model.learning_rate_scale = 0.5
+    model._update_learning_rate(model.policy.optimizer)
+    assert [group["lr"] for group in model.policy.optimizer.param_groups] == [1.5e-4, 1.5e-4]
+
+
+def test_saved_factor_must_be_positive(tmp_path):
+    CASES["box"].build(AdaptiveKLPPO, **SMALL).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"learning_rate_scale=-1.0 must be .*> 0"):
+        AdaptiveKLPPO.load(tmp_path / "model", learning_rate_scale=-1.0)
+
+
 def test_instead_of_the_penalty():
     """As in rsl_rl: clipping, a penalty too small to matter, and a learning rate that is lowered until the KL fits."""
     model = CASES["box"].build(

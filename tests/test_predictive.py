@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_adaptive_kl import AdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO, losses
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from tests.conftest import CASES, Case, collect, logged, parameters, pendulum
@@ -60,24 +60,51 @@ def test_wrong_numbers(wrong):
 
 def segments(rule, n_steps):
     control = SegmentedControl(rule, n_steps, BOUNDS)
-    measured = [(n_taken, control.measured_steps(n_taken)) for n_taken in range(1, n_steps + 5)]
+    measured = [(n_taken, control.end_segment(n_taken)) for n_taken in range(1, n_steps + 5)]
     return [(n_taken, (steps.start, steps.stop)) for n_taken, steps in measured if steps is not None]
 
 
 def test_later_halves_of_equal_segments():
     assert segments(PredictivePenalty(segments=4), 16) == [(4, (2, 4)), (8, (6, 8)), (12, (10, 12))]
     assert segments(PredictivePenalty(segments=2), 5) == [(2, (1, 2))]
-    assert segments(PredictivePenalty(), 3) == [(1, (0, 1)), (2, (1, 2))]  # fewer steps than segments
+    assert segments(PredictivePenalty(), 3) == [(2, (1, 2))]  # fewer steps than segments
     assert segments(PredictivePenalty(), 1) == []
     assert len(segments(PredictivePenalty(), 320)) == 9
     assert segments(lambda kl_coef, kl, target_kl: kl_coef, 100) == []  # any other rule
 
 
 def test_the_first_minibatch_says_nothing():
-    """Its KL is 0 because no step was taken, and not because β is too large."""
+    """Its KL is 0, or a rounding error, because no step was taken, and not because β is too large."""
     control = SegmentedControl(PredictivePenalty(), 3, BOUNDS)
-    assert control.measured_steps(1) == slice(0, 1)
-    assert control.next_kl_coef(1.0, [0.0], 0.01) == 1.0
+    assert control.end_segment(1) is None
+    assert control.end_segment(2) == slice(1, 2)
+
+
+@pytest.mark.parametrize("segments", [0, -3, 2.5, None, "10", True])
+def test_users_rule_with_wrong_segments_is_named(segments):
+    class Mine:
+        def __call__(self, kl_coef, kl, target_kl):
+            return kl_coef
+
+        def within_update(self, *args):
+            return args[0]
+
+    Mine.segments = segments
+    with pytest.raises(ValueError, match=r"kl_rule=.*Mine.* segments, a whole number of at least 1"):
+        CASES["box"].build(AdaptiveKLPPO, kl_rule=Mine(), **SMALL)
+    del Mine.within_update
+    Mine.segments = 10
+    with pytest.raises(ValueError, match=r"must have both a method within_update"):
+        CASES["box"].build(AdaptiveKLPPO, kl_rule=Mine(), **SMALL)
+
+
+def test_an_undone_update_raises_the_coefficient_once(monkeypatch):
+    """And not at every segment, from 1 to the upper bound."""
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    model = collect(CASES["box"].build(AdaptiveKLPPO, kl_rule="predictive", **SMALL))
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert model.kl_coef == pytest.approx(math.exp(0.5))
 
 
 def test_the_rule_is_told_what_is_left_and_what_was_before():
@@ -90,7 +117,7 @@ def test_the_rule_is_told_what_is_left_and_what_was_before():
 
     control, kl_coef = SegmentedControl(Told(segments=3), 12, BOUNDS), 1.0
     for n_taken in range(1, 13):
-        steps = control.measured_steps(n_taken)
+        steps = control.end_segment(n_taken)
         if steps is not None:
             kl_coef = control.next_kl_coef(kl_coef, [0.001 * n_taken, 0.003 * n_taken], 0.01)
     assert told == [(1.0, pytest.approx(0.008), 0.0, 2, 0.01), (2.0, pytest.approx(0.016), pytest.approx(0.008), 1, 0.01)]
@@ -98,11 +125,11 @@ def test_the_rule_is_told_what_is_left_and_what_was_before():
 
 def test_it_stays_within_the_bounds_and_survives_nan():
     control = SegmentedControl(PredictivePenalty(), 30, (0.9, 1.1))
-    control.measured_steps(3)
+    control.end_segment(3)
     assert control.next_kl_coef(1.0, [0.5], 0.01) == 1.1
-    control.measured_steps(6)
+    control.end_segment(6)
     assert control.next_kl_coef(1.0, [math.nan], 0.01) == 1.1
-    control.measured_steps(9)
+    control.end_segment(9)
     assert control.next_kl_coef(1.0, [1e-9], 0.01) == 0.9
 
 
@@ -119,7 +146,7 @@ def test_it_must_return_a_number():
 def test_one_number_is_read_for_each_segment(monkeypatch):
     """And the settings of the steps after it hold the new β."""
     reads, used = [], []
-    kls, take_step = UpdateMetrics.kls, AdaptiveKLPPO._host
+    kls = UpdateMetrics.kls
 
     def counted(self, steps):
         reads.append(kls(self, steps))

@@ -72,11 +72,12 @@ def test_the_actor_is_scaled_and_the_critic_keeps_its_step(name):
 
 
 def test_a_shared_features_extractor_goes_with_the_actor():
-    model, before, _ = shortened(CASES["cnn"])
-    assert model.policy.share_features_extractor
+    model, before, whole = shortened(CASES["cnn"])
     extractor = [key for key in before if key.startswith("features_extractor")]
     assert extractor
-    assert logged(model)["kl"] <= 1.5e-3
+    for key in extractor:
+        expected = before[key] + model.step_scale * (whole[key] - before[key])
+        assert th.allclose(dict(model.policy.named_parameters())[key], expected, atol=1e-6)
 
 
 class Normalized(BaseFeaturesExtractor):
@@ -152,37 +153,100 @@ def test_the_scale_is_of_the_last_update():
     assert scales[1:] == [1.0, 0.0]
 
 
-class Detour(th.nn.Module):
-    """Depends on a parameter in a way that its gradient does not show."""
+class Heads(th.nn.Module):
+    """One of two output layers, by the sign of the first feature: no single state depends on both."""
 
-    def __init__(self):
+    def __init__(self, n_inputs, n_outputs):
         super().__init__()
-        self.weight = th.nn.Parameter(th.ones(1))
+        self.left, self.right = th.nn.Linear(n_inputs, n_outputs), th.nn.Linear(n_inputs, n_outputs)
 
     def forward(self, x):
-        return x + self.weight.detach() + 0 * x.mean()
+        goes_left = x[:, 0] > 0
+        outputs = th.empty(len(x), self.left.out_features)
+        outputs[goes_left] = self.left(x[goes_left])
+        outputs[~goes_left] = self.right(x[~goes_left])
+        return outputs
+
+
+def test_branches_that_no_single_state_shows_are_scaled():
+    model = CASES["box"].build(AdaptiveKLPPO, **TOO_FAR)
+    model.policy.action_net = Heads(64, 1)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.03)
+    collect(model).train()
+    assert 0 < model.step_scale < 1
+    assert logged(model)["undone_updates"] == 0
+
+
+class RunningMinimum(BaseFeaturesExtractor):
+    """A buffer that begins as infinity, as torch's observers do."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=observation_space.shape[0])
+        self.register_buffer("lowest", th.tensor(math.inf))
+
+    def forward(self, observations):
+        if self.training:
+            self.lowest.copy_(th.minimum(self.lowest, observations.detach().min()))
+        return observations
+
+
+def test_a_buffer_that_was_infinite_stays_a_number():
+    kwargs = {"policy_kwargs": {"features_extractor_class": RunningMinimum}}
+    model = collect(Case("MlpPolicy", pendulum, kwargs).build(AdaptiveKLPPO, **TOO_FAR))
+    model.train()
+    assert model.step_scale < 1
+    assert math.isfinite(model.policy.features_extractor.lowest)
+
+
+def test_an_actor_that_is_frozen_but_for_its_statistics():
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Normalized}})
+    model = case.build(AdaptiveKLPPO, **{**TOO_FAR, "target_kl": 1e-12})
+    for name, parameter in model.policy.named_parameters():
+        parameter.requires_grad = "value_net" in name
+    collect(model).train()
+    assert logged(model)["kl"] <= 1.5e-12
+
+
+def test_the_users_precision_of_cudnn_is_no_obstacle():
+    precision = th.backends.cudnn.conv.fp32_precision
+    th.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
+        model.train()
+    finally:
+        th.backends.cudnn.conv.fp32_precision = precision
+    assert model.step_scale < 1
+    assert th.backends.cudnn.enabled
+
+
+class Detour(th.nn.Module):
+    """Depends on a number that is neither a parameter nor a buffer."""
+
+    shift = 0.0
+
+    def forward(self, x):
+        return x + self.shift
 
 
 def test_an_update_that_cannot_be_shortened_is_undone():
     model = CASES["box"].build(AdaptiveKLPPO, **TOO_FAR)
     detour = Detour()
     model.policy.mlp_extractor.policy_net.append(detour)
-    model.policy.optimizer.add_param_group({"params": [detour.weight]})
     model = collect(model)
     step = model.policy.optimizer.step
 
     def step_and_shift():
         step()
-        with th.no_grad():
-            detour.weight += 10.0
+        detour.shift += 10.0
 
     model.policy.optimizer.step = step_and_shift
     before = parameters(model)
-    with pytest.warns(UserWarning, match="undone"):
+    with pytest.warns(UserWarning, match="above kl_ceiling at any length and was undone"):
         model.train()
     assert th.equal(parameters(model), before)
     assert model.step_scale == 0.0
     assert model.kl_coef == 2.0
+    assert logged(model)["kl"] == 0.0
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -243,7 +307,7 @@ def test_a_schedule_that_ends_at_zero():
 
 
 @pytest.mark.slow
-def test_every_environment_of_gymnasium_with_a_high_learning_rate():
+def test_the_ceiling_holds_with_a_high_learning_rate():
     for env in ("CartPole-v1", "Acrobot-v1", "MountainCarContinuous-v0", "Pendulum-v1"):
         model = AdaptiveKLPPO("MlpPolicy", gym.make(env), learning_rate=0.1, kl_ceiling=1.5, n_steps=256, seed=0, device="cpu")
         model.learn(2048)

@@ -27,6 +27,11 @@ def test_wrong_clip_range_is_named(wrong):
         clip_equivalent_target(wrong)
 
 
+def test_schedule_that_becomes_negative_is_named():
+    with pytest.raises(ValueError, match=r"returned -0.1 at progress_remaining=0.0"):
+        clip_equivalent_target(lambda progress: progress - 0.1)(0.0)
+
+
 def test_clip_range_is_one_standard_deviation_of_the_log_ratio():
     """Measured, for a Gaussian policy that moved by the target."""
     t = clip_equivalent_target(0.2)

@@ -88,6 +88,10 @@ class Arm:
             if name not in known:
                 raise PlanError(f"{algo} has no hyperparameter {name!r}{suggestion(name, known)}")
             overrides[name] = _value(value)
+            if overrides[name] == "clip" and algo not in zoo.ALGORITHMS:
+                raise PlanError(
+                    f"{text!r}: only {' and '.join(zoo.ALGORITHMS)} have a target that can follow PPO's clip range"
+                )
         return cls(text, algo, overrides)
 
     @property

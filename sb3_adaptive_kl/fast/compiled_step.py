@@ -47,7 +47,15 @@ class CompiledSteps:
         return StepResult(metrics, grad_norm)
 
     def _tensors(self, policy: ActorCriticPolicy, settings: Settings) -> Settings:
-        """Convert the settings when they change, and not at every step. Constants would be compiled again at each value."""
+        """
+        Convert the settings when they change, and not at every step. Constants would be compiled again at each value. On a GPU
+        every new tensor is waited for: where β alone has moved, it alone is converted.
+        """
+        if self._settings is not None and settings is not self._settings[0]:
+            known, tensors = self._settings
+            if known._replace(kl_coef=settings.kl_coef) == settings:
+                kl_coef: Any = th.tensor(settings.kl_coef, device=policy.device)
+                self._settings = settings, tensors._replace(kl_coef=kl_coef)
         if self._settings is None or self._settings[0] is not settings:
             self._settings = settings, settings.as_tensors(policy.device)
         return self._settings[1]
