@@ -9,6 +9,8 @@ STAMP = $(VENV)/.installed
 DEMO = runs/demo
 AGENT = --algo ppo_kl --env CartPole-v1 -f $(DEMO)
 
+unexport PYTHONDONTWRITEBYTECODE
+
 SHELL = bash
 .SHELLFLAGS = -eu -o pipefail -c
 
@@ -46,7 +48,8 @@ clean:
 
 # Install torch first and by itself: the user chooses the build (CPU, CUDA), and the newest may bring gigabytes of CUDA packages.
 # Reinstall when the start-up hook changes, because an editable installation copies it.
-# Without --no-compile, pip compiles all modules of all packages; most are never imported
+# Without --no-compile, pip compiles all modules of all packages; most are never imported. Python compiles the others when they are
+# first imported, and must be allowed to keep them: the tests start many processes
 $(STAMP): pyproject.toml $(wildcard sb3_adaptive_kl/startup/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from rliable import metrics
 
 from sb3_adaptive_kl.compare import statistics
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.results import Result
-from sb3_adaptive_kl.compare.statistics import intervals
+from sb3_adaptive_kl.compare.statistics import intervals, probability_of_improvement
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +231,15 @@ def test_how_often_and_how_far_steps_were_shortened(make):
     untouched = [(0.01, 0.01, 1.0)]
     kl = compute(make, {"a": [1.0]}, updates=untouched)["environments"]["E"]["arms"]["a"]["kl"]
     assert (kl["shortened"], kl["shortened_to"]) == (0.0, None)
+
+
+@pytest.mark.parametrize(("runs", "others", "environments"), [(5, 5, 7), (3, 6, 2), (4, 1, 1)])
+def test_probability_of_improvement_is_rliables(runs, others, environments):
+    """With ties, which count half."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 6, (n, environments)).astype(float) for n in (runs, others))
+    assert probability_of_improvement(a, b) == pytest.approx(metrics.probability_of_improvement(a, b))
+    assert probability_of_improvement(a, a) == pytest.approx(0.5)
 
 
 def test_probability_of_improvement_while_learning(make):

@@ -260,7 +260,7 @@ def _areas(plan: Plan, results: Results, environments: list[str]) -> dict[str, n
 def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Probability that a run of one arm beats a run of another, averaged over the environments, for every pair of arms."""
     return [
-        {"arms": [a, b], "probability": intervals(_probability_of_improvement, scores[a], scores[b])[0]}
+        {"arms": [a, b], "probability": intervals(probability_of_improvement, scores[a], scores[b])[0]}
         for a, b in combinations(scores, 2)
     ]
 
@@ -281,8 +281,17 @@ def _aggregates(scores: np.ndarray) -> np.ndarray:
     )
 
 
-def _probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.array([metrics.probability_of_improvement(a, b)])
+def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """
+    Compute rliable's probability of improvement, P(a > b) + ½ P(a = b) averaged over environments. rliable's own function runs a
+    test of scipy for each bootstrap sample, which takes hundreds of times as long.
+
+    :param a: scores of one arm, shape (runs, environments)
+    :param b: scores of another, with as many environments
+    :return: shape (1,)
+    """
+    wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
+    return np.array([wins.mean()])
 
 
 def _profile(scores: np.ndarray) -> np.ndarray:
