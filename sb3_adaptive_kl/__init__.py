@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sb3_adaptive_kl.clip_range import clip_equivalent_target
 from sb3_adaptive_kl.learning_rate import AdaptiveLearningRate, LearningRateRule
 from sb3_adaptive_kl.penalty import (
     AdaptivePenalty,
@@ -13,7 +14,6 @@ from sb3_adaptive_kl.penalty import (
     ProportionalPenalty,
 )
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
-from sb3_adaptive_kl.trust_region import clip_equivalent_target
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO

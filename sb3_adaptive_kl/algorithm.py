@@ -10,10 +10,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
+from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.hosts import Host
-from sb3_adaptive_kl.step import Execution
 
 
 class KLPenaltyAlgorithm(OnPolicyAlgorithm):
@@ -91,7 +91,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         super()._setup_model()
         if clip_range is None or clip_range == OUTLIERS:
             self.clip_range = clip_range
-        # Not after load(): the running β is part of the checkpoint
+        # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
         self._execution = choose_execution(self.compile)
 
@@ -112,18 +112,19 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
                     group["lr"] *= self.learning_rate_scale
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        """Collect a rollout as the host does, in less time."""
+        """Collect a rollout as the host does."""
         with self._execution.collecting(self.policy):
             return super().collect_rollouts(*args, **kwargs)
 
 
 def choose_execution(compile: bool) -> Execution:
     """
-    Choose how a model collects and trains.
+    Choose how a model collects and trains. The folder ``fast`` relies on private parts of torch and SB3: without it, training
+    goes on, only slower.
 
-    :param compile: whether to compile, too
-    :return: the fast way; the plain one if the folder ``fast`` was left out and nothing is to be compiled
-    :raises ModuleNotFoundError: if something is to be compiled without that folder
+    :param compile: whether to use ``torch.compile``
+    :return: ``FastExecution``, or ``Execution`` if the folder is missing and ``compile`` is False
+    :raises ModuleNotFoundError: if the folder is missing and ``compile`` is True
     """
     try:
         from sb3_adaptive_kl.fast.execution import FastExecution

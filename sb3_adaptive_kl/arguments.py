@@ -14,11 +14,11 @@ from typing import Any
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import RULES, PenaltyRule, default_bounds
-from sb3_adaptive_kl.trust_region import outlier_clip_range
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it

@@ -1,5 +1,5 @@
 """
-Applies the rule for β, after an update or within it: within bounds, with a warning where a bound has stopped it for long.
+Apply the rule for β within its bounds, after an update or during it, and warn if β stays at a bound.
 
 The rules themselves are in ``penalty.py``.
 """
@@ -59,7 +59,8 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
     if count < 0:
         bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
         remedy += (
-            " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower it instead.)"
+            " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower learning_rate "
+            "instead.)"
         )
     warnings.warn(
         f"kl_coef has been at its {bound} bound {kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "

@@ -88,6 +88,7 @@ class Divergence(NamedTuple):
     between: Callable[[Any, Any], th.Tensor]
 
 
+# The closed forms are chosen by the family of the distribution, in rollout/distributions.py
 def _forward(old: Any, new: Any) -> th.Tensor:
     return old.kl(new.distribution)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ every update, which would raise the learning rate there each time. Here the KL o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 
@@ -71,3 +72,20 @@ class AdaptiveLearningRate:
 
 # The rules that ``learning_rate_rule`` can name
 LEARNING_RATE_RULES: dict[str, Callable[[], LearningRateRule]] = {"adaptive": AdaptiveLearningRate}
+
+
+def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float) -> float:
+    """
+    Apply a rule, and check its result.
+
+    :param rule: the rule
+    :param scale: factor used by the update that was just measured, > 0
+    :param kl: d of that update in nats, ``inf`` if it was undone
+    :param target_kl: d_targ in nats, > 0
+    :return: factor for the next update, > 0
+    :raises ValueError: if the rule did not return a positive, finite number
+    """
+    wanted = rule(scale, kl, target_kl)
+    if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
+        raise ValueError(f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number")
+    return float(wanted)

@@ -17,34 +17,54 @@ class UpdateMetrics:
     """Collects the minibatches of one update, epoch by epoch."""
 
     def __init__(self) -> None:
-        self.epochs: list[list[th.Tensor]] = []  # of stacked MinibatchMetrics
-        self.grad_norms: list[th.Tensor] = []
+        self._epochs: list[list[th.Tensor]] = []  # of stacked MinibatchMetrics
+        self._grad_norms: list[th.Tensor] = []
+
+    @property
+    def n_steps(self) -> int:
+        """Number of optimizer steps taken so far."""
+        return len(self._grad_norms)
+
+    def start_epoch(self) -> None:
+        """Start the next pass over the rollout."""
+        self._epochs.append([])
+
+    def add(self, minibatch: th.Tensor, grad_norm: th.Tensor | None) -> None:
+        """
+        Add a minibatch to the current epoch.
+
+        :param minibatch: its stacked ``MinibatchMetrics``, before its step
+        :param grad_norm: norm of its gradient before clipping, or ``None`` if no step was taken
+        """
+        self._epochs[-1].append(minibatch)
+        if grad_norm is not None:
+            self._grad_norms.append(grad_norm)
 
     def finite(self) -> bool:
         """
         Check that every step was taken along a finite gradient. A gradient of infinite norm is clipped to a step of length 0:
         the parameters would stay finite, and the same, forever.
         """
-        return not self.grad_norms or bool(th.stack(self.grad_norms).isfinite().all())
+        return not self._grad_norms or bool(th.stack(self._grad_norms).isfinite().all())
 
     def kls(self, steps: slice) -> list[float]:
         """
-        Read the KL of some of the minibatches, in nats, each before its step. This waits for the device once.
+        Read the KL of some of the minibatches, each before its step. This synchronizes with the device once.
 
-        :param steps: which, counted over all epochs
-        :return: one for each
+        :param steps: slice into the minibatches of all epochs
+        :return: their KLs in nats
         """
-        minibatches = [minibatch for epoch in self.epochs for minibatch in epoch][steps]
+        minibatches = [minibatch for epoch in self._epochs for minibatch in epoch][steps]
         return th.stack(minibatches)[:, MinibatchMetrics._fields.index("kl")].tolist()
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """
         Log the means over all minibatches; as in SB3's PPO ``approx_kl`` is of the last epoch, ``loss`` of the last minibatch.
 
-        :param logger: SB3's
+        :param logger: the model's logger
         :param settings: of the update
         """
-        epochs = [th.stack(epoch) for epoch in self.epochs if epoch]
+        epochs = [th.stack(epoch) for epoch in self._epochs if epoch]
         if not epochs:  # the first minibatch could not be evaluated, and the update was undone
             return
         means = MinibatchMetrics(*th.cat(epochs).mean(dim=0))
@@ -55,8 +75,8 @@ class UpdateMetrics:
         logger.record("train/approx_kl", last_epoch.approx_kl.item())
         logger.record("train/loss", last.loss.item())
         # Empty if the first minibatch already exceeded kl_stop_factor
-        if self.grad_norms:
-            logger.record("train/grad_norm", th.stack(self.grad_norms).mean().item())
+        if self._grad_norms:
+            logger.record("train/grad_norm", th.stack(self._grad_norms).mean().item())
         if means.clip_fraction is not None:
             logger.record("train/clip_fraction", means.clip_fraction.item())
             logger.record("train/clip_range", settings.clip_range)
@@ -68,7 +88,7 @@ def log_penalty(logger: Logger, kl_coef: float, target_kl: float, mean_kl: float
     """
     Log how far the policy moved, against its target and under which β.
 
-    :param logger: SB3's
+    :param logger: the model's logger
     :param kl_coef: the last β that the update used
     :param target_kl: d_targ in nats
     :param mean_kl: d, mean over the rollout, in nats
@@ -84,7 +104,7 @@ def log_step_back(logger: Logger, raw_kl: float, scale: float) -> None:
     """
     Log how far the policy would have moved without its ceiling.
 
-    :param logger: SB3's
+    :param logger: the model's logger
     :param raw_kl: d after the last minibatch step, before any step back, in nats
     :param scale: the share of the actor's step that was kept, 1 for all of it
     """
@@ -96,7 +116,7 @@ def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> Non
     """
     Log the learning rate where a rule moves it; SB3 has logged the schedule's value.
 
-    :param logger: SB3's
+    :param logger: the model's logger
     :param learning_rate: of the update
     :param scale: its factor
     """
@@ -115,7 +135,7 @@ def log_progress(
     """
     Log the state of training after an update.
 
-    :param logger: SB3's
+    :param logger: the model's logger
     :param buffer: with the values and returns of the rollout
     :param policy: with or without a ``log_std``
     :param n_updates: epochs so far, as SB3 counts them

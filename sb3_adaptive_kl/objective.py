@@ -31,19 +31,6 @@ class Settings(NamedTuple):
     kl_cutoff_factor: float
     kl_stop_factor: float | None
 
-    def as_tensors(self, device: th.device) -> "Settings":
-        """
-        Convert the numbers to scalar tensors, which ``torch.compile`` treats as inputs instead of constants.
-
-        :param device: where the loss is computed
-        :return: the same settings; ``None`` and booleans stay, since they decide which terms there are
-        """
-
-        def convert(value: Any) -> Any:
-            return value if value is None or isinstance(value, bool) else th.tensor(value, device=device)
-
-        return Settings(*map(convert, self))
-
 
 class Evaluation(NamedTuple):
     """The policy's view of B transitions (padding removed), next to what the rollout remembers of them; shapes ``(B,)``."""
@@ -62,7 +49,7 @@ class MinibatchMetrics(NamedTuple):
     """
     The parts of one minibatch's loss before its step: scalars, left on their device so that nothing waits for them.
 
-    Only the last one may be ``None``: once stacked, the others are told by their position.
+    Only the last field may be ``None``: ``stack`` drops it, and the others are identified by their position.
     """
 
     loss: th.Tensor
@@ -76,9 +63,9 @@ class MinibatchMetrics(NamedTuple):
 
     def stack(self) -> th.Tensor:
         """
-        Detach the metrics from the graph, which would otherwise live until they are logged.
+        Stack the metrics into one vector, detached from the graph, which would otherwise live until they are logged.
 
-        :return: the metrics that are not ``None``, in order, as one vector
+        :return: the metrics that are not ``None``, in order
         """
         with th.no_grad():
             return th.stack([part for part in self if part is not None])

@@ -188,7 +188,7 @@ class FixedPenalty:
         return kl_coef
 
 
-# The rules that ``kl_rule`` can name, made from ``kl_tolerance`` and ``kl_factor``
+# The rules that ``kl_rule`` can name (and zoo/search_space.py tries), made from ``kl_tolerance`` and ``kl_factor``
 RULES: dict[str, Callable[[float, float], PenaltyRule]] = {
     "adaptive": AdaptivePenalty.symmetric,
     "fixed": lambda kl_tolerance, kl_factor: FixedPenalty(),

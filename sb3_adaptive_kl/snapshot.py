@@ -1,4 +1,4 @@
-"""An update that leaves non-finite numbers is undone, as if it had never been made."""
+"""A copy of the policy and its optimizer's state, to undo or shorten an update."""
 
 from copy import deepcopy
 
@@ -22,7 +22,7 @@ class Snapshot:
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 
     def restore(self) -> None:
-        """Put the policy and its optimizer back to where they were."""
+        """Restore the policy and its optimizer."""
         with th.no_grad():
             for tensor, saved in zip(self.tensors, self.saved, strict=True):
                 tensor.copy_(saved)

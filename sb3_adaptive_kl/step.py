@@ -1,23 +1,19 @@
 """
 One step on one minibatch: evaluate → loss → gradients → clip → stop? → take.
 
-``Execution`` says how rollouts are collected and steps are taken: here as they read. ``fast/`` does the same in less time, and
-can be left out.
+``execution.py`` decides how steps are run.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings, objective
 from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.hosts import Host
-from sb3_adaptive_kl.rollout.minibatches import minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
 Gradients = Sequence[th.Tensor | None]  # None for a parameter that the loss does not depend on
@@ -76,7 +72,7 @@ def eager_step(update: Update, rollout_data: Any, index: th.Tensor, settings: Se
 
     :param update: the policy, the old policy and the optimizer
     :param rollout_data: a minibatch of the host's rollout buffer
-    :param index: of its B valid transitions in the flattened rollout
+    :param index: indices of its B valid transitions in the flattened rollout
     :param settings: the numbers of this step
     :return: metrics and gradient norm
     """
@@ -84,6 +80,22 @@ def eager_step(update: Update, rollout_data: Any, index: th.Tensor, settings: Se
     gradients, metrics, grad_norm = clipped_gradients(
         policy, host, old_policy, optimizer.parameters, rollout_data, index, settings
     )
+    return finish_step(optimizer, gradients, metrics, grad_norm, settings)
+
+
+def finish_step(
+    optimizer: OptimizerStep, gradients: Gradients, metrics: th.Tensor, grad_norm: th.Tensor, settings: Settings
+) -> StepResult:
+    """
+    Step along the gradients of a minibatch, unless its KL ends the update.
+
+    :param optimizer: takes the step
+    :param gradients: clipped, one for each of the optimizer's parameters
+    :param metrics: of the minibatch, stacked
+    :param grad_norm: norm of the gradients before clipping
+    :param settings: the numbers of this step
+    :return: metrics and gradient norm
+    """
     if exceeds_stop(metrics, settings):
         return StepResult(metrics, None)
     optimizer.take(gradients)
@@ -136,7 +148,7 @@ def exceeds_stop(metrics: th.Tensor, settings: Settings) -> bool:
     Decide whether the KL of a minibatch ends the update.
 
     :param metrics: of the minibatch, stacked
-    :param settings: with ``kl_stop_factor``, ``None`` for never
+    :param settings: the numbers of this step
     :return: whether KL > kl_stop_factor · target_kl
     """
     if settings.kl_stop_factor is None:
@@ -152,69 +164,3 @@ def trainable_parameters(policy: ActorCriticPolicy) -> list[th.Tensor]:
     :return: those that are not
     """
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
-
-
-class Execution:
-    """How a model collects and trains. This base class adds nothing: policy and optimizer are used as SB3 uses them."""
-
-    def collecting(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
-        """
-        Prepare for collecting a rollout.
-
-        :param policy: acts
-        :return: a context in which the host collects
-        """
-        return nullcontext()
-
-    def evaluating(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
-        """
-        Prepare for an update: steps, and sweeps over the rollout.
-
-        :param policy: is evaluated
-        :return: a context for the whole update
-        """
-        return nullcontext()
-
-    def stepping(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
-        """
-        Prepare for the minibatch steps of an update.
-
-        :param policy: is trained
-        :return: a context in which steps are taken, and nothing else
-        """
-        return nullcontext()
-
-    def optimizer_step(self, policy: ActorCriticPolicy) -> OptimizerStep:
-        """
-        Prepare the policy's optimizer for one update.
-
-        :param policy: with its optimizer
-        :return: the optimizer's step, for the parameters that are not frozen
-        """
-        return OptimizerStep(policy.optimizer, trainable_parameters(policy))
-
-    def minibatches(self, buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
-        """
-        Draw one epoch of minibatches.
-
-        :param buffer: a full rollout buffer
-        :param batch_size: transitions per minibatch, None for all at once
-        :return: pairs of the buffer's samples and their indices into the flattened rollout
-        """
-        return minibatches(buffer, batch_size)
-
-    def take_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
-        """
-        Take one step on one minibatch: ``eager_step``, or a function with its signature that does the same faster.
-
-        :param update: the policy, the old policy and the optimizer
-        :param rollout_data: a minibatch of the host's rollout buffer
-        :param index: of its B valid transitions in the flattened rollout
-        :param settings: the numbers of this step
-        :return: metrics and gradient norm
-        """
-        return eager_step(update, rollout_data, index, settings)
-
-    def seconds_compiling(self) -> float:
-        """Return the seconds spent compiling since the last call."""
-        return 0.0

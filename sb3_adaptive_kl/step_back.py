@@ -1,5 +1,5 @@
 """
-The step back: an update that went too far is shortened, so that its KL divergence keeps within a ceiling.
+The step back: a backtracking line search that shortens an update whose KL divergence exceeds a ceiling.
 
 With θ(α) = θ_old + α · (θ_new − θ_old), the divergence d(α) is close to α² · d(1) for small steps (``docs/theory.md``). TRPO
 (Schulman et al. 2015, https://arxiv.org/abs/1502.05477, appendix C) shortens its step by a fixed factor until it is allowed;
@@ -14,16 +14,16 @@ from typing import NamedTuple
 import torch as th
 
 from sb3_adaptive_kl.rollout.evaluation import evaluate
-from sb3_adaptive_kl.rollout.minibatches import in_order, random_state_kept
+from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.snapshot import Snapshot
+from sb3_adaptive_kl.step import trainable_parameters
 
-# The search aims at this share of the ceiling, and ends where d is between the next one and the ceiling
-AIM, CLOSE_ENOUGH = 0.9, 0.8
-# Each takes a sweep over the rollout. One or two are usual; after these many the longest step known to be allowed is taken
+TARGET_FRACTION = 0.9  # aim at this fraction of the limit
+MIN_FRACTION = 0.8  # accept a KL between this fraction and the limit
+# Each try sweeps the rollout, and one or two usually suffice. After these, take the longest step known to be allowed
 MAX_TRIES = 12
-# Exponents of d(α) that the search believes
-EXPONENTS = 1.0, 8.0
+MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(α)
 
 
 class ShortenedStep(NamedTuple):
@@ -34,18 +34,18 @@ class ShortenedStep(NamedTuple):
 
 
 def shorten_step(
-    old_policy: OldPolicy, snapshot: Snapshot, measure: Callable[[], th.Tensor], kl: float, limit: float
+    old_policy: OldPolicy, snapshot: Snapshot, measure_kl: Callable[[], th.Tensor], kl: float, limit: float
 ) -> ShortenedStep:
     """
-    Shorten the actor's part of an update until the divergence keeps within a limit.
+    Shorten the actor's part of an update until the divergence stays below a limit.
 
-    Scaled are all parameters but those of the critic alone, so that a feature extractor or an LSTM that it shares is scaled,
-    and all floating-point buffers, such as the statistics of a batch normalization. The critic's own parameters keep their
-    step; so do counters and the optimizer's state.
+    All parameters are scaled except those used only by the critic, so a shared feature extractor or LSTM is scaled too. So are
+    all floating-point buffers, such as the statistics of a batch normalization. The critic's own parameters keep their step,
+    and so do counters and the optimizer's state.
 
     :param old_policy: remembers the policy before the update
     :param snapshot: of the policy before the update
-    :param measure: sweeps over the rollout with the policy as it is
+    :param measure_kl: measures the policy as it is on the whole rollout, shape ``(N,)``
     :param kl: d after the whole step in nats, > limit
     :param limit: largest d allowed, in nats, > 0
     :return: the largest α that was found to be allowed, and what was measured there. If there is none, the policy is left at
@@ -69,12 +69,12 @@ def shorten_step(
 
     def divergence_at(scale: float) -> float:
         set_length(scale)
-        measured[scale] = measure()
+        measured[scale] = measure_kl()
         return measured[scale].mean().item()
 
     scale = longest_allowed(divergence_at, kl, limit)
     set_length(scale)
-    return ShortenedStep(scale, measured[scale] if scale in measured else measure())
+    return ShortenedStep(scale, measured[scale] if scale in measured else measure_kl())
 
 
 def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: float) -> float:
@@ -85,38 +85,38 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
     :param divergence_at: d as a function of α in (0, 1), in nats; NaN and ``inf`` count as too far
     :param kl: d(1), > limit
     :param limit: > 0
-    :return: an α in (0, 1) at which d was found to keep within the limit, or 0
+    :return: an α in (0, 1) at which d was found to stay below the limit, or 0
     """
     low, high = 0.0, 1.0
     scale, exponent = 1.0, 2.0
     for _ in range(MAX_TRIES):
         last_scale, last_kl = scale, max(kl, sys.float_info.min)
-        scale = last_scale * (AIM * limit / last_kl) ** (1 / exponent)
+        scale = last_scale * (TARGET_FRACTION * limit / last_kl) ** (1 / exponent)
         if not low < scale < high:
             scale = (low + high) / 2
         kl = divergence_at(scale)
-        if CLOSE_ENOUGH * limit <= kl <= limit:
+        if MIN_FRACTION * limit <= kl <= limit:
             return scale
         low, high = (scale, high) if kl <= limit else (low, scale)
         if 0 < kl < math.inf and last_kl < math.inf:
-            exponent = min(max(math.log(kl / last_kl) / math.log(scale / last_scale), EXPONENTS[0]), EXPONENTS[1])
+            exponent = min(max(math.log(kl / last_kl) / math.log(scale / last_scale), MIN_EXPONENT), MAX_EXPONENT)
     return low
 
 
 def _critic_parameters(old_policy: OldPolicy) -> set[int]:
     """
     Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
-    policy's classes and names. A branch that this state does not take is no part of either, and counts as the actor's.
+    policy's classes and names. A branch that this state does not take belongs to neither, and counts as the actor's.
 
     :return: their ``id``
     """
     policy, host = old_policy.policy, old_policy.host
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parameters = trainable_parameters(policy)
     was_training, cudnn = policy.training, th.backends.cudnn.enabled
     policy.set_training_mode(False)
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
-        with random_state_kept():
+        with preserve_random_state():
             rollout_data, _ = next(in_order(old_policy.buffer, 1, host.keep_sequences_whole))
             new = evaluate(policy, host, rollout_data, needs_distribution=False)
             reached = [_reached(output.sum(), parameters) for output in (new.values, new.log_prob)]

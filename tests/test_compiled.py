@@ -282,7 +282,7 @@ def test_what_changes_too_often_alone_falls_back():
         return True
 
     model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
-    with pytest.warns(UserWarning, match=r"compile=True: act\(\) goes on uncompiled.*TORCH_LOGS") as caught:
+    with pytest.warns(UserWarning, match=r"compile=True: act\(\) is no longer compiled.*TORCH_LOGS") as caught:
         model.learn(60, callback=ask)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     assert not model._execution.compilation.failed

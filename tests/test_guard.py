@@ -30,7 +30,9 @@ def test_nan_loss_is_undone(case, monkeypatch):
     with_nan_loss(monkeypatch)
     before, state_before = parameters(model), optimizer_state(model)
 
-    with pytest.warns(UserWarning, match=r"non-finite KL divergence or parameter and was undone.*lower learning_rate"):
+    with pytest.warns(
+        UserWarning, match=r"non-finite KL divergence, gradient or parameter and was undone.*lower learning_rate"
+    ):
         model.train()
 
     assert th.equal(parameters(model), before)

@@ -38,12 +38,13 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it, and the exceptions named below
 LAYERS = (
-    ("penalty", "learning_rate", "trust_region", "divergences", "losses", "snapshot"),
+    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot"),
     ("objective", "control"),
     ("rollout.hosts", "rollout.minibatches", "rollout.distributions"),
     ("rollout.evaluation", "arguments", "metrics"),
     ("rollout.old_policy",),
-    ("step", "step_back"),
+    ("step",),
+    ("execution", "step_back"),
     ("algorithm",),
     ("training",),
     ("ppo", "ppo_mask", "ppo_recurrent"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch as th
 
+from sb3_adaptive_kl.fast.compiled_step import as_tensors
 from sb3_adaptive_kl.objective import Evaluation, Settings, objective
 
 RATIO = th.tensor([1.5, 0.5, 1.0, 1.0])
@@ -83,9 +84,9 @@ def test_gradients():
 
 def test_settings_as_tensors_give_the_same_loss():
     settings = PLAIN._replace(clip_range=0.2, clip_range_vf=1.0, ent_coef=0.1, kl_cutoff_coef=100.0, normalize_advantage=True)
-    tensors = settings.as_tensors(th.device("cpu"))
+    tensors = as_tensors(settings, th.device("cpu"))
     assert objective(NEW, KL, tensors)[0].item() == pytest.approx(objective(NEW, KL, settings)[0].item(), rel=1e-6)
     numbers = [value for value in tensors if not isinstance(value, bool | None)]
     assert len(numbers) == 9
     assert all(isinstance(number, th.Tensor) for number in numbers)
-    assert PLAIN.as_tensors(th.device("cpu")).kl_stop_factor is None
+    assert as_tensors(PLAIN, th.device("cpu")).kl_stop_factor is None

@@ -14,7 +14,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.step_back import AIM, CLOSE_ENOUGH, MAX_TRIES, longest_allowed
+from sb3_adaptive_kl.step_back import MAX_TRIES, MIN_FRACTION, TARGET_FRACTION, longest_allowed
 from tests.conftest import CASES, Case, collect, logged, parameters, pendulum, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
@@ -241,7 +241,7 @@ def test_an_update_that_cannot_be_shortened_is_undone():
 
     model.policy.optimizer.step = step_and_shift
     before = parameters(model)
-    with pytest.warns(UserWarning, match="above kl_ceiling at any length and was undone"):
+    with pytest.warns(UserWarning, match="above kl_ceiling at any step length and was undone"):
         model.train()
     assert th.equal(parameters(model), before)
     assert model.step_scale == 0.0
@@ -285,11 +285,11 @@ def test_the_search_ends_close_to_the_limit(kl, power):
         return kl * scale**power
 
     scale = longest_allowed(divergence_at, kl, 1.5)
-    assert CLOSE_ENOUGH * 1.5 <= kl * scale**power <= 1.5
+    assert MIN_FRACTION * 1.5 <= kl * scale**power <= 1.5
     assert scale == tries[-1]
     assert len(tries) <= (1 if power == 2 else MAX_TRIES)
     if power == 2:
-        assert kl * scale**power == pytest.approx(AIM * 1.5)
+        assert kl * scale**power == pytest.approx(TARGET_FRACTION * 1.5)
 
 
 def test_the_search_survives_what_cannot_be_measured():

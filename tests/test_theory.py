@@ -9,8 +9,8 @@ import pytest
 import torch as th
 
 from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty
+from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl, k3, pearson
-from sb3_adaptive_kl.trust_region import outlier_clip_range
 
 THEORY = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
 P, Q = np.array([1 / 3, 1 / 3, 1 / 3]), np.array([1 / 3, 1 / 6, 1 / 2])

@@ -11,8 +11,8 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.algorithm import choose_execution
 from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.metrics import UpdateMetrics
-from sb3_adaptive_kl.step import Execution
 from tests.conftest import collect, logged, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -86,7 +86,7 @@ def test_nan_at_the_first_minibatch_is_undone():
 def test_update_without_a_minibatch_logs_nothing():
     model = collect(AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL))
     metrics = UpdateMetrics()
-    metrics.epochs.append([])
+    metrics.start_epoch()
     metrics.log(model.logger, settings_at(model, 1.0))
     assert metrics.finite()
     assert not logged(model)

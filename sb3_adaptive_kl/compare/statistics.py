@@ -283,8 +283,8 @@ def _aggregates(scores: np.ndarray) -> np.ndarray:
 
 def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
-    Compute rliable's probability of improvement, P(a > b) + ½ P(a = b) averaged over environments. rliable's own function runs a
-    test of scipy for each bootstrap sample, which takes hundreds of times as long.
+    Compute rliable's probability of improvement, P(a > b) + ½ P(a = b) averaged over environments. rliable's own function runs
+    a test of scipy for each bootstrap sample, which takes hundreds of times as long.
 
     :param a: scores of one arm, shape (runs, environments)
     :param b: scores of another, with as many environments

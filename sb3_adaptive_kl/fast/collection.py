@@ -15,8 +15,8 @@ from sb3_adaptive_kl.fast.sb3_policies import ACTING, is_stock, preprocessing_ou
 from sb3_adaptive_kl.rollout.distributions import forget_distribution
 
 Act = Callable[..., tuple[Any, th.Tensor]]
-# How torch refuses to draw from categoricals, and from Bernoullis, of NaN
-REFUSALS = ("probability tensor contains", "Expected p_in >= 0")
+# How torch's errors begin when it samples from NaN: categoricals, and Bernoullis
+NAN_MESSAGES = ("probability tensor contains", "Expected p_in >= 0")
 
 
 def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> tuple[Any, th.Tensor]:
@@ -26,11 +26,11 @@ def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) 
     :param actor: the policy, or its copy
     :param observations: batch of observations
     :return: the result of ``forward`` (actions, values, log-probabilities and, with a memory, its state); and whether a
-        log-probability is NaN. One is wherever an observation or a parameter is, whatever the distribution.
+        log-probability is NaN. A NaN observation or parameter always makes one NaN, whatever the distribution.
     """
-    result = type(actor).forward(actor, observations, *args, **kwargs)
+    result = type(actor).forward(actor, observations, *args, **kwargs)  # the instance's forward may be FastForward
     if th.compiler.is_compiling():
-        forget_distribution(actor)
+        forget_distribution(actor)  # compiled code cannot leave a new object behind
     return result, result[2].isnan().any()
 
 
@@ -76,7 +76,7 @@ class FastForward:
         try:
             result, is_nan = self.acting(observations, *args, **kwargs)
         except RuntimeError as error:
-            if str(error).startswith(REFUSALS):
+            if str(error).startswith(NAN_MESSAGES):
                 raise self._nan_error() from error
             raise
         if is_nan:
@@ -89,9 +89,9 @@ class FastForward:
 
     def _nan_error(self) -> ValueError:
         return ValueError(
-            "the log-probability of an action is NaN: either an observation is, then wrap the environment in VecCheckNan to "
-            "see where it comes from, or the policy's parameters are extreme, then learning_rate="
-            f"{self.policy.optimizer.param_groups[0]['lr']:g} is too high"
+            "the log-probability of an action is NaN: wrap the environment in VecCheckNan to find a NaN observation; if there "
+            "is none, the policy's parameters are extreme: lower learning_rate="
+            f"{self.policy.optimizer.param_groups[0]['lr']:g}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -38,13 +38,13 @@ class Compilation:
         """Compile nothing more for this model, and warn with the reason."""
         self.failed = True
         reason = " ".join(str(error).split("\n")[:2])
-        self.warn(f"torch.compile failed, training goes on uncompiled. {reason}")
+        self.warn(f"torch.compile failed, training goes on without it. {reason}")
 
     def warn(self, message: str) -> None:
         """Warn, with the name of the argument in front."""
         warnings.warn(f"compile=True: {message}", stacklevel=4)
 
-    def seconds_since_last_asked(self) -> float:
+    def pop_seconds(self) -> float:
         """Return the seconds spent compiling since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
@@ -55,7 +55,7 @@ class Compilation:
         import torch._dynamo
 
         if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad: a newer one can")
+            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad: upgrade torch")
         if self.failed:
             yield
             return
@@ -98,8 +98,8 @@ class Compiled(Generic[P, T]):
             if _is_recompile_limit(error):
                 self.changes_too_often = True
                 self.compilation.warn(
-                    f"{self.function.__name__.strip('_')}() goes on uncompiled: it was compiled too often for new shapes or "
-                    "attributes. TORCH_LOGS=recompiles shows which"
+                    f"{self.function.__name__.strip('_')}() is no longer compiled: it was recompiled too often for new shapes "
+                    "or attributes. TORCH_LOGS=recompiles shows which"
                 )
             else:
                 self.compilation.give_up(error)
@@ -116,7 +116,7 @@ class Compiled(Generic[P, T]):
 def _compile(function: Callable[P, T]) -> Callable[P, T]:
     options = {
         "guard_filter_fn": _guards_to_keep,
-        # torch need not check the sizes of its own buffers either
+        # Skip Inductor's checks of the sizes of its own buffers
         "size_asserts": False,
         # Draw the random numbers that the uncompiled function draws
         "fallback_random": True,
@@ -126,8 +126,8 @@ def _compile(function: Callable[P, T]) -> Callable[P, T]:
     try:
         # Static shapes: a buffer gives full minibatches and a shorter last one. Isolated: several models would otherwise share
         # one limit of recompilations
-        how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
-        return th.compile(function, **how)  # type: ignore[call-overload,no-any-return]
+        kwargs = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
+        return th.compile(function, **kwargs)  # type: ignore[call-overload,no-any-return]
     finally:
         Distribution.set_default_validate_args(checks)
 

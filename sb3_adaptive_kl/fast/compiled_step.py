@@ -10,7 +10,7 @@ from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep, FusedAdam
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.hosts import Host
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import StepResult, Update, clipped_gradients, exceeds_stop
+from sb3_adaptive_kl.step import StepResult, Update, clipped_gradients, finish_step
 
 
 class CompiledSteps:
@@ -41,24 +41,39 @@ class CompiledSteps:
         gradients, metrics, grad_norm = self._compiled_gradients(
             policy, host, old_policy, optimizer.parameters, rollout_data, index, self._tensors(policy, settings)
         )
-        if exceeds_stop(metrics, settings):
-            return StepResult(metrics, None)
-        optimizer.take(gradients)
-        return StepResult(metrics, grad_norm)
+        return finish_step(optimizer, gradients, metrics, grad_norm, settings)
 
     def _tensors(self, policy: ActorCriticPolicy, settings: Settings) -> Settings:
         """
-        Convert the settings when they change, and not at every step. Constants would be compiled again at each value. On a GPU
-        every new tensor is waited for: where β alone has moved, it alone is converted.
+        Convert the settings when they change, and not at every step: on a GPU, creating a tensor synchronizes. Where β alone
+        has changed, as within an update, it alone is converted.
         """
-        if self._settings is not None and settings is not self._settings[0]:
-            known, tensors = self._settings
+        if self._settings is None:
+            self._settings = settings, as_tensors(settings, policy.device)
+        known, tensors = self._settings
+        if known is not settings:
             if known._replace(kl_coef=settings.kl_coef) == settings:
                 kl_coef: Any = th.tensor(settings.kl_coef, device=policy.device)
-                self._settings = settings, tensors._replace(kl_coef=kl_coef)
-        if self._settings is None or self._settings[0] is not settings:
-            self._settings = settings, settings.as_tensors(policy.device)
-        return self._settings[1]
+                tensors = tensors._replace(kl_coef=kl_coef)
+            else:
+                tensors = as_tensors(settings, policy.device)
+            self._settings = settings, tensors
+        return tensors
+
+
+def as_tensors(settings: Settings, device: th.device) -> Settings:
+    """
+    Convert numbers to scalar tensors, which ``torch.compile`` treats as inputs instead of constants.
+
+    :param settings: the numbers of an update
+    :param device: where the loss is computed
+    :return: the same settings; ``None`` and booleans stay, since they decide which terms there are
+    """
+
+    def convert(value: Any) -> Any:
+        return value if value is None or isinstance(value, bool) else th.tensor(value, device=device)
+
+    return Settings(*map(convert, settings))
 
 
 def _step(

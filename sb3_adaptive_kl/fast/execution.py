@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.fast.collection import act, fast_collection
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.fast.compiled_step import CompiledSteps
@@ -15,7 +16,7 @@ from sb3_adaptive_kl.fast.minibatches import minibatches_in_blocks
 from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep
 from sb3_adaptive_kl.fast.sb3_policies import EVALUATING, make_compilable, preprocessing_outside, without_validation
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.step import Execution, StepResult, Update, eager_step, trainable_parameters
+from sb3_adaptive_kl.step import StepResult, Update, eager_step, trainable_parameters
 
 
 class FastExecution(Execution):
@@ -38,7 +39,7 @@ class FastExecution(Execution):
         make_compilable(policy)
         return fast_collection(policy, self.compiled_act)
 
-    def evaluating(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
+    def updating(self, policy: ActorCriticPolicy) -> AbstractContextManager[None]:
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
         return without_validation(policy)
 
@@ -77,5 +78,5 @@ class FastExecution(Execution):
         except NotCompiled:
             return eager_step(update, rollout_data, index, settings)
 
-    def seconds_compiling(self) -> float:
-        return 0.0 if self.compilation is None else self.compilation.seconds_since_last_asked()
+    def pop_compile_seconds(self) -> float:
+        return 0.0 if self.compilation is None else self.compilation.pop_seconds()

@@ -15,7 +15,8 @@ class FusedAdam(NamedTuple):
     """
     A step of torch's Adam or AdamW. The bookkeeping of ``optimizer.step()`` takes longer than the step itself.
 
-    Its tensors are collected once per update; they stay the optimizer's own state, which it saves and loads.
+    Its tensors are collected once per update; they stay the optimizer's own state, which it saves and loads. The learning rate
+    is read once per update, too: a change within an update takes effect in the next one.
     """
 
     parameters: list[th.Tensor]
@@ -65,7 +66,7 @@ class FusedAdam(NamedTuple):
         if len(present) != len(self.parameters):
             raise ValueError("a parameter that was moved before has no gradient: FusedAdam cannot tell which")
         compiling = th.compiler.is_compiling()
-        # One kernel on the CPU. On other devices the steps are counted on the CPU, and torch chooses
+        # Fused only on the CPU: elsewhere the kernel needs Adam's step counts on the device, where they are not
         fused = None if compiling or self.parameters[0].device.type != "cpu" else True
         state = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.steps)
         with th.no_grad():

@@ -32,7 +32,7 @@ def is_stock(owner: Any, name: str, packages: tuple[str, ...] = STOCK_PACKAGES) 
     Tell SB3's code from the user's.
 
     :param owner: a policy, an action distribution, or a buffer
-    :param name: of a method
+    :param name: name of a method
     :param packages: prefixes of the modules that count as SB3's
     :return: whether the method is written in one of them, and not overridden, wrapped or replaced on the instance
     """

@@ -53,7 +53,7 @@ class ActionDistribution(ABC):
 @dataclass(frozen=True, eq=False)
 class DiagGaussian(ActionDistribution):
     """
-    Independent Gaussians. A squashed Gaussian counts before its tanh, since a bijection leaves the KL unchanged.
+    Independent Gaussians. A squashed Gaussian is compared before its tanh: a bijection leaves the KL unchanged.
 
     :param loc: means, shape (B, D)
     :param scale: standard deviations, shape (B, D), > 0
@@ -99,7 +99,7 @@ def action_distribution(distribution: Distribution) -> ActionDistribution:
         logits = [categorical.logits for categorical in categoricals]
         return Categoricals(_finite(logits[0] if len(logits) == 1 else th.cat(logits, dim=1)))
     raise ValueError(
-        f"kl_divergence: no exact KL is known here for the action distribution {type(distribution).__name__} "
+        f"kl_divergence: no closed-form KL is implemented for the action distribution {type(distribution).__name__} "
         f"(it holds {type(held).__name__}): pass kl_divergence='k3', which needs only log-probabilities"
     )
 

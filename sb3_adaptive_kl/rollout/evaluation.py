@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.distributions import ActionDistribution, action_distribution, torch_distribution
 from sb3_adaptive_kl.rollout.hosts import Host
-from sb3_adaptive_kl.rollout.minibatches import in_order, random_state_kept, transitions_per_block
+from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
 
 # Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
 # fewer, since they are padded; images only as many as fit into a block
@@ -31,14 +31,14 @@ def evaluate(policy: ActorCriticPolicy, host: Host, rollout_data: Any, needs_dis
     """
     values, log_prob, entropy = host.evaluate_actions(policy, rollout_data, taken_actions(policy, rollout_data))
     evaluation = Evaluation(
-        values.flatten(),
-        log_prob,
-        entropy,
-        rollout_data.old_values,
-        rollout_data.old_log_prob,
-        rollout_data.advantages,
-        rollout_data.returns,
-        _distribution(policy) if needs_distribution else None,
+        values=values.flatten(),
+        log_prob=log_prob,
+        entropy=entropy,
+        old_values=rollout_data.old_values,
+        old_log_prob=rollout_data.old_log_prob,
+        advantages=rollout_data.advantages,
+        returns=rollout_data.returns,
+        distribution=_distribution(policy) if needs_distribution else None,
     )
     valid = host.valid(rollout_data)
     if valid is None:
@@ -58,11 +58,11 @@ def taken_actions(policy: ActorCriticPolicy, rollout_data: Any) -> th.Tensor:
     return actions.long().flatten() if isinstance(policy.action_space, spaces.Discrete) else actions.float()
 
 
-def hidden_distribution(policy: ActorCriticPolicy) -> ValueError:
+def hidden_distribution_error(policy: ActorCriticPolicy) -> ValueError:
     """
     Describe the mistake in a policy whose ``evaluate_actions`` does not use ``policy.action_dist``.
 
-    :param policy: the user's
+    :param policy: the policy
     :return: the error to raise
     """
     return ValueError(
@@ -90,7 +90,7 @@ def sweep(
     was_training = policy.training
     policy.set_training_mode(False)
     try:
-        with th.no_grad(), random_state_kept():
+        with th.no_grad(), preserve_random_state():
             for rollout_data, index in in_order(buffer, chunk_size, host.keep_sequences_whole):
                 yield rollout_data, index, evaluate(policy, host, rollout_data, needs_distribution)
     finally:
@@ -100,5 +100,5 @@ def sweep(
 def _distribution(policy: ActorCriticPolicy) -> ActionDistribution:
     action_dist = getattr(policy, "action_dist", None)
     if action_dist is None or torch_distribution(action_dist) is None:
-        raise hidden_distribution(policy)
+        raise hidden_distribution_error(policy)
     return action_distribution(action_dist)

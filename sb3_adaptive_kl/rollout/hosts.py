@@ -1,8 +1,9 @@
 """
-Adapters to the host: how its policy evaluates a minibatch, which entries are padding, when a rollout is unusable.
+Adapters for the host, the algorithm that the mixin is put before: how its policy evaluates a minibatch, which samples are
+padding, when a rollout is unusable.
 
-A host is an adapter without state. It fits every algorithm with that kind of policy and rollout buffer: ``Host`` also A2C or
-TRPO.
+They have no state. Each fits every algorithm with that kind of policy and rollout buffer, so that an ``OldPolicy`` can measure
+A2C and TRPO, too.
 """
 
 from typing import Any

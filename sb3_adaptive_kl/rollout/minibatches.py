@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-# Bytes of the rollout to draw at a time: all of it, unless it holds images
+# Draw at most this many bytes of the rollout at a time
 BLOCK_BYTES = 2**21
 
 
@@ -95,6 +95,7 @@ def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]
 
 
 def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, Draw], None, None]:
+    """Iterate over ``buffer.get(batch_size)`` while recording its calls of ``_get_samples``."""
     pending: list[Draw] = []
     get_samples = buffer._get_samples
     # The user may have set it on the instance: then it has to be put back, not just uncovered
@@ -108,7 +109,8 @@ def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any
     buffer._get_samples = recording  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            # By identity, since a buffer may draw ahead, or drop a minibatch; else there must be just one
+            # Match by identity, since get() may prefetch or drop draws. If it returns modified samples, there must be exactly
+            # one pending draw
             position = next((i for i, draw in enumerate(pending) if draw.samples is samples), 0)
             if not pending or (pending[position].samples is not samples and len(pending) > 1):
                 raise ValueError(
@@ -132,8 +134,8 @@ def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Restore the global generators of NumPy and of torch on the CPU afterwards."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the global generators of NumPy and of torch on the CPU on exit."""
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng(devices=[]):

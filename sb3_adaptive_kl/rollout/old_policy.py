@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.distributions import ActionDistribution, torch_distribution
-from sb3_adaptive_kl.rollout.evaluation import hidden_distribution, sweep, taken_actions
+from sb3_adaptive_kl.rollout.evaluation import hidden_distribution_error, sweep, taken_actions
 from sb3_adaptive_kl.rollout.hosts import Host
 
 
@@ -32,14 +32,14 @@ class OldPolicy:
         self.policy = policy
         self.buffer = buffer
         self.host = host
-        self.measure = DIVERGENCES[kl_divergence]
+        self._divergence = DIVERGENCES[kl_divergence]
         self.distribution: ActionDistribution | None = None
         self._remember()
 
     @property
     def needs_distribution(self) -> bool:
         """Whether the divergence compares distributions, and not only log-probabilities of the actions taken."""
-        return self.measure.needs_distribution
+        return self._divergence.needs_distribution
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -49,7 +49,7 @@ class OldPolicy:
         :param new: the policy's evaluation of these transitions, in this order
         :return: the divergence at each state, in nats, shape ``(B,)``
         """
-        return self.measure.between(None if self.distribution is None else self.distribution[index], new)
+        return self._divergence.between(None if self.distribution is None else self.distribution[index], new)
 
     def divergence_on_rollout(self) -> th.Tensor:
         """
@@ -90,4 +90,4 @@ class OldPolicy:
             valid = self.host.valid(rollout_data)
             if th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all():
                 return
-        raise hidden_distribution(self.policy)
+        raise hidden_distribution_error(self.policy)

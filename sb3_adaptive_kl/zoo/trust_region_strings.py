@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl.arguments import OUTLIERS
-from sb3_adaptive_kl.trust_region import clip_equivalent_target
+from sb3_adaptive_kl.clip_range import clip_equivalent_target
 
 
 def parse_target(text: str) -> float | Schedule:

@@ -7,8 +7,8 @@ import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, clip_equivalent_target
+from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import gaussian_kl
-from sb3_adaptive_kl.trust_region import outlier_clip_range
 from tests.conftest import CASES, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
