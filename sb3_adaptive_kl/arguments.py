@@ -130,7 +130,7 @@ def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advanta
     """
     Interpret the bounds of β.
 
-    :param kl_coef_bounds: the user's, or None for ``default_bounds``
+    :param kl_coef_bounds: the argument, or None for ``default_bounds``
     :param normalize_advantage: whether advantages are normalized
     :return: low and high, 0 < low ≤ high < inf
     :raises ValueError: if they are not two positive, finite numbers in order
@@ -212,9 +212,9 @@ def check_number(name: str, value: Any, requirement: str, holds: Callable[[float
     """
     Check a number of the user's.
 
-    :param name: of the argument
-    :param value: the user's
-    :param requirement: in words
+    :param name: name of the argument
+    :param value: value of the argument
+    :param requirement: the requirement in words
     :param holds: the requirement
     :param remedy: what to do instead, in words
     :raises ValueError: if ``value`` is not a finite number for which ``holds``
@@ -228,8 +228,8 @@ def check_schedule(name: str, value: Any, remedy: str) -> None:
     Check a number or a schedule of the user's. A schedule's values are not checked: rl-zoo3 replaces schedules by constant
     zeros to replay an agent.
 
-    :param name: of the argument
-    :param value: the user's
+    :param name: name of the argument
+    :param value: value of the argument
     :param remedy: what to do instead, in words
     :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress
     """
@@ -241,8 +241,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     """
     Check a name of the user's.
 
-    :param name: of the argument
-    :param value: the user's
+    :param name: name of the argument
+    :param value: value of the argument
     :param choices: the valid names
     :param alternative: other valid values, in words
     :raises ValueError: if ``value`` is not one of the ``choices``, with the closest one

@@ -37,7 +37,7 @@ def rollouts_at_bound(count: int, side: int) -> int:
     """
     Count the rollouts in a row at which the same bound stopped the rule.
 
-    :param count: so far; negative at the lower bound
+    :param count: the count so far; negative at the lower bound
     :param side: the bound that stopped it now, as ``next_kl_coef`` returns it
     :return: the new count
     """
@@ -108,7 +108,7 @@ class SegmentedControl:
         Apply the rule at the end of a segment.
 
         :param kl_coef: β in that segment
-        :param kls: of the minibatches that ``end_segment`` named, in nats, each before its step
+        :param kls: KLs of the minibatches that ``end_segment`` named, each before its step, in nats
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         :raises ValueError: if the rule returned NaN, or something that is not a number

@@ -37,7 +37,7 @@ class AdaptiveLearningRate:
     The defaults are those of rsl_rl and Isaac Lab: 1.5 outside [target / 2, 2 · target]; their learning rate of 1e-3 stays
     within 1e-5 and 1e-2.
 
-    :param factor: of a step, > 1
+    :param factor: by how much the learning rate is divided or multiplied, > 1
     :param low: lower edge of the dead band, relative to the target, in (0, 1]
     :param high: upper edge of the dead band, relative to the target, ≥ 1
     :param lowest: smallest scale, in (0, 1]

@@ -62,7 +62,7 @@ class UpdateMetrics:
         Log the means over all minibatches; as in SB3's PPO ``approx_kl`` is of the last epoch, ``loss`` of the last minibatch.
 
         :param logger: the model's logger
-        :param settings: of the update
+        :param settings: the update's settings
         """
         epochs = [th.stack(epoch) for epoch in self._epochs if epoch]
         if not epochs:  # the first minibatch could not be evaluated, and the update was undone
@@ -117,7 +117,7 @@ def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> Non
     Log the learning rate where a rule moves it; SB3 has logged the schedule's value.
 
     :param logger: the model's logger
-    :param learning_rate: of the update
+    :param learning_rate: the update's learning rate
     :param scale: its factor
     """
     logger.record("train/learning_rate", learning_rate)
@@ -136,8 +136,8 @@ def log_progress(
     Log the state of training after an update.
 
     :param logger: the model's logger
-    :param buffer: with the values and returns of the rollout
-    :param policy: with or without a ``log_std``
+    :param buffer: the rollout, with its values and returns
+    :param policy: the policy, with or without a ``log_std``
     :param n_updates: epochs so far, as SB3 counts them
     :param undone_updates: updates undone so far
     :param seconds_compiling: since the last update

@@ -91,7 +91,7 @@ def finish_step(
 
     :param optimizer: takes the step
     :param gradients: clipped, one for each of the optimizer's parameters
-    :param metrics: of the minibatch, stacked
+    :param metrics: the minibatch's metrics, stacked
     :param grad_norm: norm of the gradients before clipping
     :param settings: the numbers of this step
     :return: metrics and gradient norm
@@ -133,7 +133,7 @@ def clip_gradients(gradients: Gradients, max_norm: float) -> tuple[Gradients, th
     It computes what ``th.nn.utils.clip_grad_norm_`` computes, but as a function, and in few operations instead of two per
     gradient.
 
-    :param gradients: of any shapes
+    :param gradients: tensors of any shapes, or ``None``
     :param max_norm: > 0
     :return: the scaled gradients, and the norm before
     """
@@ -147,7 +147,7 @@ def exceeds_stop(metrics: th.Tensor, settings: Settings) -> bool:
     """
     Decide whether the KL of a minibatch ends the update.
 
-    :param metrics: of the minibatch, stacked
+    :param metrics: the minibatch's metrics, stacked
     :param settings: the numbers of this step
     :return: whether KL > kl_stop_factor · target_kl
     """

@@ -44,7 +44,7 @@ def shorten_step(
     and so do counters and the optimizer's state.
 
     :param old_policy: remembers the policy before the update
-    :param snapshot: of the policy before the update
+    :param snapshot: copy of the policy before the update
     :param measure_kl: measures the policy as it is on the whole rollout, shape ``(N,)``
     :param kl: d after the whole step in nats, > limit
     :param limit: largest d allowed, in nats, > 0

@@ -133,7 +133,7 @@ class Store:
         """
         Read a file that an earlier stage has written.
 
-        :param name: of the file
+        :param name: name of the file
         :raises PlanError: if it does not exist
         """
         path = self.folder / name

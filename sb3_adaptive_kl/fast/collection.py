@@ -39,7 +39,7 @@ def fast_collection(policy: ActorCriticPolicy, compiled_act: Act | None) -> Iter
     """
     Make ``policy(observations)`` give the same actions in less time, and raise a ValueError instead of returning NaN.
 
-    :param policy: of the model that collects
+    :param policy: the policy that collects
     :param compiled_act: ``act``, if it is to be compiled
     """
     if not all(is_stock(policy, name) for name in ACTING):

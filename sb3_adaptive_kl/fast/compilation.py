@@ -69,7 +69,7 @@ class Compiled(Generic[P, T]):
     so does the first call with other shapes.
 
     :param function: pure in its tensors, without Python that depends on their values
-    :param compilation: of the model
+    :param compilation: the model's compilation state
     :raises NotCompiled: by the call at which compiling fails; later calls run the function uncompiled
     """
 

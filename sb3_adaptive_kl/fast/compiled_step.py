@@ -17,7 +17,7 @@ class CompiledSteps:
     """
     Functions with the signature of ``eager_step`` that compute the same up to rounding.
 
-    :param compilation: of the model
+    :param compilation: the model's compilation state
     """
 
     def __init__(self, compilation: Compilation) -> None:

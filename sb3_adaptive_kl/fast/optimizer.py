@@ -32,7 +32,7 @@ class FusedAdam(NamedTuple):
         """
         Collect the state of an optimizer.
 
-        :param optimizer: any
+        :param optimizer: any optimizer
         :return: ``None`` unless this is stock Adam or AdamW: one group, default flags, no step hooks, at least one step taken
         """
         if not _is_stock_adam(optimizer):

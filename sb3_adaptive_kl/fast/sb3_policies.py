@@ -52,7 +52,7 @@ def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     """
     Replace ``policy.action_dist`` by one that does not validate its arguments.
 
-    :param policy: of the model; its caller looks for NaN in the end
+    :param policy: the model's policy; the caller checks for NaN in the end
     """
     if not hasattr(policy, "action_dist"):
         yield
@@ -103,7 +103,7 @@ def preprocessing_outside(policy: ActorCriticPolicy, methods: tuple[str, ...]) -
     """
     Let the policy expect preprocessed observations. torch cannot compile SB3's ``preprocess_obs``, which reads NumPy arrays.
 
-    :param policy: is told that its observations need no preprocessing
+    :param policy: the policy, changed for the time of the context
     :param methods: the methods that will be called, ``ACTING`` or ``EVALUATING``
     :return: the function that preprocesses them; the identity for a policy with methods of the user's, which may ask for the
         space
@@ -124,7 +124,7 @@ def make_compilable(policy: ActorCriticPolicy) -> None:
     """
     Remove what torch cannot compile from a policy, or would compile twice: with and without a distribution evaluated before.
 
-    :param policy: is changed; it computes the same
+    :param policy: the policy, changed in place; it computes the same
     """
     forget_distribution(policy)
     action_dist: Any = getattr(policy, "action_dist", None)

@@ -45,7 +45,7 @@ class OldPolicy:
         """
         Compare the policy's evaluation of some transitions with the old policy's.
 
-        :param index: of the B transitions in the flattened rollout
+        :param index: indices of the B transitions in the flattened rollout
         :param new: the policy's evaluation of these transitions, in this order
         :return: the divergence at each state, in nats, shape ``(B,)``
         """
