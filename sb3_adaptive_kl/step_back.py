@@ -15,7 +15,7 @@ import torch as th
 
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state
-from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
 from sb3_adaptive_kl.step import trainable_parameters
 
@@ -27,14 +27,14 @@ MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(�
 
 
 class ShortenedStep(NamedTuple):
-    """What is left of an update's step: α, and the divergence at each state of the rollout, in nats, shape ``(N,)``."""
+    """What is left of an update's step: α, and how far it moves the policy."""
 
     scale: float
-    kl: th.Tensor
+    kl: RolloutKL
 
 
 def shorten_step(
-    old_policy: OldPolicy, snapshot: Snapshot, measure_kl: Callable[[], th.Tensor], kl: float, limit: float
+    old_policy: OldPolicy, snapshot: Snapshot, measure_kl: Callable[[], RolloutKL], kl: float, limit: float
 ) -> ShortenedStep:
     """
     Shorten the actor's part of an update until the divergence stays below a limit.
@@ -45,7 +45,7 @@ def shorten_step(
 
     :param old_policy: remembers the policy before the update
     :param snapshot: copy of the policy before the update
-    :param measure_kl: measures the policy as it is on the whole rollout, shape ``(N,)``
+    :param measure_kl: measures the policy as it is on the whole rollout
     :param kl: d after the whole step in nats, > limit
     :param limit: largest d allowed, in nats, > 0
     :return: the largest α that was found to be allowed, and what was measured there. If there is none, the policy is left at
@@ -58,7 +58,7 @@ def shorten_step(
         if id(tensor) not in critic and tensor.is_floating_point() and not th.equal(tensor, old)
     ]
 
-    measured: dict[float, th.Tensor] = {}
+    measured: dict[float, RolloutKL] = {}
 
     def set_length(scale: float) -> None:
         with th.no_grad():
@@ -70,7 +70,7 @@ def shorten_step(
     def divergence_at(scale: float) -> float:
         set_length(scale)
         measured[scale] = measure_kl()
-        return measured[scale].mean().item()
+        return measured[scale].mean
 
     scale = longest_allowed(divergence_at, kl, limit)
     set_length(scale)

@@ -23,7 +23,7 @@ from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 from sb3_adaptive_kl.penalty import PenaltyRule
-from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
 from sb3_adaptive_kl.step import Update
 from sb3_adaptive_kl.step_back import shorten_step
@@ -58,15 +58,15 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot = Snapshot(self.policy)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._host, self.kl_divergence)
             kl = self._optimize_and_measure(old_policy, settings, metrics)
-            raw_kl = kl.mean().item()
+            raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
             if not (math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()):
                 problem = "a non-finite KL divergence, gradient or parameter"
             elif raw_kl > limit:
                 self.step_scale, kl = shorten_step(old_policy, snapshot, partial(self._measure_kl, old_policy), raw_kl, limit)
-                if not kl.mean().item() <= limit:  # the actor depends on something that is not scaled
+                if not kl.mean <= limit:  # the actor depends on something that is not scaled
                     problem = "a KL divergence above kl_ceiling at any step length"
-                    kl = th.zeros_like(kl)  # of the restored policy
+                    kl = RolloutKL(0.0, 0.0)  # of the restored policy
 
         if problem is not None:
             snapshot.restore()
@@ -80,19 +80,19 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._adapt_learning_rate(rule_kl, settings.target_kl)
         self._warn_or_give_up(problem)
 
-    def _optimize_and_measure(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> th.Tensor:
+    def _optimize_and_measure(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> RolloutKL:
         """
         Train the policy, then measure how far it has moved.
 
-        :return: the divergence from the old policy at each state of the rollout, in nats, shape (N,); NaN if the new policy
-            does not give valid distributions any more
+        :return: the divergence from the old policy over the rollout; NaN if the new policy does not give valid distributions
+            any more
         """
         try:
             self._optimize(old_policy, settings, metrics)
         except ValueError:
             # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
             # diverged, and the error was something else
-            if math.isfinite(self._measure_kl(old_policy).mean().item()):
+            if math.isfinite(self._measure_kl(old_policy).mean):
                 raise
         return self._measure_kl(old_policy)
 
@@ -133,20 +133,20 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
         return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
 
-    def _measure_kl(self, old_policy: OldPolicy) -> th.Tensor:
+    def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         try:
-            return old_policy.divergence_on_rollout()
+            return old_policy.kl()
         except ValueError:
             # The old policy passed this very sweep before the update, so it is the update that broke the policy
-            return th.full((1,), math.nan)
+            return RolloutKL(math.nan, math.nan)
 
     def _print_early_stop(self, epoch: int, kl: th.Tensor) -> None:
         if self.verbose >= 1:
             print(f"Early stopping at step {epoch} due to reaching max kl: {kl.item():.2f}")
 
-    def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: th.Tensor) -> None:
+    def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: RolloutKL) -> None:
         metrics.log(self.logger, settings)
-        log_penalty(self.logger, self.kl_coef, settings.target_kl, kl.mean().item(), kl.max().item())
+        log_penalty(self.logger, self.kl_coef, settings.target_kl, kl.mean, kl.max)
         if self.kl_ceiling is not None:
             log_step_back(self.logger, raw_kl, self.step_scale)
         if self.learning_rate_rule is not None:

@@ -1,7 +1,7 @@
 """π_old, remembered for one rollout: what the policy is compared with while it moves and after it has moved."""
 
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -12,6 +12,13 @@ from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.distributions import ActionDistribution, torch_distribution
 from sb3_adaptive_kl.rollout.evaluation import hidden_distribution_error, sweep, taken_actions
 from sb3_adaptive_kl.rollout.hosts import Host
+
+
+class RolloutKL(NamedTuple):
+    """The divergence over the states of a rollout, in nats: its mean, which is d, and its largest value."""
+
+    mean: float
+    max: float
 
 
 class OldPolicy:
@@ -53,7 +60,7 @@ class OldPolicy:
 
     def divergence_on_rollout(self) -> th.Tensor:
         """
-        Measure the policy, as it is now, on the whole rollout.
+        Measure the policy, as it is now, at each state of the rollout.
 
         :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
         """
@@ -62,6 +69,15 @@ class OldPolicy:
             for _, index, new in evaluations:
                 divergence[index] = self.divergence(index, new)
         return divergence
+
+    def kl(self) -> RolloutKL:
+        """
+        Measure the policy, as it is now, on the whole rollout.
+
+        :return: mean and largest divergence from the old policy, in nats
+        """
+        divergence = self.divergence_on_rollout()
+        return RolloutKL(divergence.mean().item(), divergence.max().item())
 
     @property
     def _n_transitions(self) -> int:
