@@ -16,13 +16,23 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
+from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, AdaptiveLearningRate, LearningRateRule
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.penalty import RULES, PenaltyRule, default_bounds
+from sb3_adaptive_kl.penalty import (
+    RULES,
+    AdaptivePenalty,
+    FixedPenalty,
+    PenaltyRule,
+    PredictivePenalty,
+    ProportionalPenalty,
+    default_bounds,
+)
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
+# Rules for β, which would move a learning rate the wrong way
+PENALTIES = (AdaptivePenalty, FixedPenalty, PredictivePenalty, ProportionalPenalty)
 # The clip range that follows the target
 OUTLIERS = "outliers"
 
@@ -63,15 +73,13 @@ def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> floa
     :param target_kl: a number, or a function of the remaining progress
     :param progress_remaining: from 1 (beginning) to 0 (end)
     :return: in nats, > 0
-    :raises ValueError: if a schedule returns anything but a finite number that is not negative
+    :raises ValueError: if it is anything but a finite number ≥ 0
     """
-    if not callable(target_kl):
-        return float(target_kl)
-    value = target_kl(progress_remaining)
+    value = target_kl(progress_remaining) if callable(target_kl) else target_kl
     if not _is_number(value) or value < 0:
         raise ValueError(
-            f"target_kl: the schedule returned {value!r} at progress_remaining={progress_remaining}, "
-            "but a KL divergence to aim for is finite and not negative: check the schedule over [0, 1]"
+            f"target_kl: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
+            "over [0, 1]"
         )
     return max(float(value), MIN_SCHEDULED_TARGET_KL)
 
@@ -91,9 +99,9 @@ def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: flo
         return RULES[kl_rule](kl_tolerance, kl_factor)
     if isinstance(kl_rule, type):
         raise ValueError(f"kl_rule={kl_rule.__name__} is a class: pass an instance, {kl_rule.__name__}()")
-    if not callable(kl_rule):
+    if not callable(kl_rule) or isinstance(kl_rule, AdaptiveLearningRate):
         raise ValueError(
-            f"kl_rule={kl_rule!r} cannot be called: pass one of {tuple(RULES)}, or a function (kl_coef, kl, target_kl)"
+            f"kl_rule={kl_rule!r} is not a rule for β: pass one of {tuple(RULES)}, or a function (kl_coef, kl, target_kl)"
         )
     if hasattr(kl_rule, "within_update") or hasattr(kl_rule, "segments"):
         segments = getattr(kl_rule, "segments", None)
@@ -118,10 +126,12 @@ def learning_rate_rule(rule: str | LearningRateRule | None) -> LearningRateRule 
         alternative = " or a LearningRateRule: f(scale, kl, target_kl) -> scale"
         check_choice("learning_rate_rule", rule, tuple(LEARNING_RATE_RULES), alternative)
         return LEARNING_RATE_RULES[rule]()
-    if isinstance(rule, type) or not (rule is None or callable(rule)):
+    if isinstance(rule, type):
+        raise ValueError(f"learning_rate_rule={rule.__name__} is a class: pass an instance, {rule.__name__}()")
+    if not (rule is None or callable(rule)) or isinstance(rule, PENALTIES):
         raise ValueError(
-            f"learning_rate_rule={rule!r} must be None, one of {tuple(LEARNING_RATE_RULES)}, or a function "
-            "(scale, kl, target_kl): pass an instance and not a class, AdaptiveLearningRate()"
+            f"learning_rate_rule={rule!r} is not a rule for the learning rate: pass None, one of "
+            f"{tuple(LEARNING_RATE_RULES)}, or a function (scale, kl, target_kl)"
         )
     return rule
 
@@ -153,7 +163,27 @@ def check_arguments(model: Any) -> None:
     :param model: the algorithm, before its policy and buffer are set up
     :raises ValueError: if one is out of range
     """
-    check_schedule("target_kl", model.target_kl, "try 0.01; for a linear decay pass SB3's LinearSchedule(0.02, 0.0, 1.0)")
+    check_settings(model)
+    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+    within = f"within kl_coef_bounds=({low:g}, {high:g})"
+    check_number("init_kl_coef", model.init_kl_coef, within, lambda x: low <= x <= high, "move it or the bounds")
+    if hasattr(model, "kl_coef"):  # the running β, after load()
+        check_number(
+            "kl_coef", model.kl_coef, within, lambda x: low <= x <= high, "pass load() a kl_coef that fits the bounds"
+        )
+
+
+def check_settings(model: Any) -> None:
+    """
+    Check the arguments that may change from one update to the next.
+
+    :param model: the algorithm
+    :raises ValueError: if one is out of range
+    """
+    remedy = "try 0.01; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
+    if model.target_kl is None:
+        remedy = "a model of PPO has none, pass load() a target_kl, such as 0.01"
+    check_schedule("target_kl", model.target_kl, remedy)
     if isinstance(model.clip_range, str):
         check_choice("clip_range", model.clip_range, (OUTLIERS,), ", a positive number, a schedule, or None for no clipping")
     elif model.clip_range is not None:
@@ -176,13 +206,7 @@ def check_arguments(model: Any) -> None:
     if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
         raise ValueError(f"compile={model.compile!r} must be True or False")
     penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)  # raises if there is no such rule
-    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
-    within = f"within kl_coef_bounds=({low:g}, {high:g})"
-    check_number("init_kl_coef", model.init_kl_coef, within, lambda x: low <= x <= high, "move it or the bounds")
-    if hasattr(model, "kl_coef"):  # the running β, after load()
-        check_number(
-            "kl_coef", model.kl_coef, within, lambda x: low <= x <= high, "pass load() a kl_coef that fits the bounds"
-        )
+    kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)  # raises if they are not bounds
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 

@@ -21,9 +21,9 @@ def clip_equivalent_target(clip_range: float | Schedule) -> "float | ClipEquival
     :return: the target in nats, 0.02 for 0.2, or a schedule of it
     :raises ValueError: if ``clip_range`` is neither a positive, finite number nor a function
     """
-    if callable(clip_range):
+    if callable(clip_range) and not isinstance(clip_range, type):
         return ClipEquivalentTarget(FloatSchedule(clip_range))
-    if not isinstance(clip_range, Real) or isinstance(clip_range, bool) or not 0 < clip_range < math.inf:
+    if not isinstance(clip_range, Real) or isinstance(clip_range, bool | type) or not 0 < clip_range < 1e100:
         raise ValueError(f"clip_range={clip_range!r} must be a positive, finite number or a schedule: try 0.2")
     return float(clip_range) ** 2 / 2
 

@@ -131,4 +131,5 @@ def _kept_within(
             f"kl_rule={source} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
             "it must return a number"
         )
-    return float(min(max(wanted, low), high)), (wanted > high) - (wanted < low)
+    wanted = float(wanted)  # a rule may return a number of NumPy's
+    return min(max(wanted, low), high), (wanted > high) - (wanted < low)

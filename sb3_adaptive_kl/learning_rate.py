@@ -54,8 +54,10 @@ class AdaptiveLearningRate:
     def __post_init__(self) -> None:
         if not 1 < self.factor < math.inf:
             raise ValueError(f"factor={self.factor} must be above 1, otherwise the learning rate does not move")
-        if not 0 < self.low <= 1 <= self.high:
-            raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high: they bracket the target")
+        if not 0 < self.low <= 1 <= self.high < math.inf:
+            raise ValueError(
+                f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high < inf: they bracket the target"
+            )
         if not 0 < self.lowest <= 1 <= self.highest < math.inf:
             raise ValueError(
                 f"lowest={self.lowest} and highest={self.highest} must satisfy 0 < lowest <= 1 <= highest < inf: "
@@ -87,5 +89,8 @@ def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float
     """
     wanted = rule(scale, kl, target_kl)
     if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
-        raise ValueError(f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number")
+        raise ValueError(
+            f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number, also for inf, "
+            "which stands for an undone update"
+        )
     return float(wanted)

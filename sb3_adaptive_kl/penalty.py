@@ -73,8 +73,10 @@ class AdaptivePenalty:
     increase: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= 1 <= self.high:
-            raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high: they bracket the target")
+        if not 0 < self.low <= 1 <= self.high < math.inf:
+            raise ValueError(
+                f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high < inf: they bracket the target"
+            )
         if not 0 < self.decrease < 1 < self.increase < math.inf:
             raise ValueError(
                 f"decrease={self.decrease} and increase={self.increase} must satisfy 0 < decrease < 1 < increase < inf, "

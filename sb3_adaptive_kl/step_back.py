@@ -24,6 +24,7 @@ MIN_FRACTION = 0.8  # accept a KL between this fraction and the limit
 # Each try sweeps the rollout, and one or two usually suffice. After these, take the longest step known to be allowed
 MAX_TRIES = 12
 MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(α)
+N_PROBED = 64  # transitions that tell the critic's parameters from the actor's
 
 
 class ShortenedStep(NamedTuple):
@@ -41,7 +42,8 @@ def shorten_step(
 
     All parameters are scaled except those used only by the critic, so a shared feature extractor or LSTM is scaled too. So are
     all floating-point buffers, such as the statistics of a batch normalization. The critic's own parameters keep their step,
-    and so do counters and the optimizer's state.
+    and so do counters and the optimizer's state. Only where this does not help, because the actor depends on the critic in a
+    way that autograd does not see (``detach()``), is the critic scaled too.
 
     :param old_policy: remembers the policy before the update
     :param snapshot: copy of the policy before the update
@@ -49,15 +51,29 @@ def shorten_step(
     :param kl: d after the whole step in nats, > limit
     :param limit: largest d allowed, in nats, > 0
     :return: the largest α that was found to be allowed, and what was measured there. If there is none, the policy is left at
-        α = 0, and the measured divergence is larger than the limit only if the actor depends on more than is scaled.
+        α = 0, and the measured divergence is larger than the limit only if it depends on more than parameters and buffers.
     """
-    critic = _critic_parameters(old_policy)
     moved = [
         (tensor, old, tensor.detach().clone())
         for tensor, old in zip(snapshot.tensors, snapshot.saved, strict=True)
-        if id(tensor) not in critic and tensor.is_floating_point() and not th.equal(tensor, old)
+        if tensor.is_floating_point() and not th.equal(tensor, old)
     ]
+    critic = _critic_parameters(old_policy)
+    actor = [step for step in moved if id(step[0]) not in critic]
+    shortened = _shorten(actor, measure_kl, kl, limit)
+    if shortened.kl.mean <= limit or len(actor) == len(moved):
+        return shortened
+    return _shorten(moved, measure_kl, shortened.kl.mean, limit)
 
+
+def _shorten(
+    moved: Sequence[tuple[th.Tensor, th.Tensor, th.Tensor]], measure_kl: Callable[[], RolloutKL], kl: float, limit: float
+) -> ShortenedStep:
+    """
+    Shorten the step of some tensors.
+
+    :param moved: each tensor with its values before and after the whole step
+    """
     measured: dict[float, RolloutKL] = {}
 
     def set_length(scale: float) -> None:
@@ -106,7 +122,7 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
 def _critic_parameters(old_policy: OldPolicy) -> set[int]:
     """
     Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
-    policy's classes and names. A branch that this state does not take belongs to neither, and counts as the actor's.
+    policy's classes and names. A branch that no probed state takes belongs to neither, and counts as the actor's.
 
     :return: their ``id``
     """
@@ -117,7 +133,7 @@ def _critic_parameters(old_policy: OldPolicy) -> set[int]:
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
         with preserve_random_state():
-            rollout_data, _ = next(in_order(old_policy.buffer, 1, host.keep_sequences_whole))
+            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED, host.keep_sequences_whole))
             new = evaluate(policy, host, rollout_data, needs_distribution=False)
             reached = [_reached(output.sum(), parameters) for output in (new.values, new.log_prob)]
     finally:

@@ -17,7 +17,7 @@ from functools import partial
 import torch as th
 
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
-from sb3_adaptive_kl.arguments import kl_coef_limits, learning_rate_rule, penalty_rule, settings_at
+from sb3_adaptive_kl.arguments import check_settings, kl_coef_limits, learning_rate_rule, penalty_rule, settings_at
 from sb3_adaptive_kl.control import SegmentedControl, next_kl_coef, rollouts_at_bound, warn_at_bound
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
@@ -47,6 +47,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that diverged; if the rollout, the policy or the
             buffer cannot be used; if a user's schedule or rule returns an invalid target or coefficient
         """
+        check_settings(self)  # a callback may have changed them
         self._host.check_rollout(self.rollout_buffer)
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
@@ -65,7 +66,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             elif raw_kl > limit:
                 self.step_scale, kl = shorten_step(old_policy, snapshot, partial(self._measure_kl, old_policy), raw_kl, limit)
                 if not kl.mean <= limit:  # the actor depends on something that is not scaled
-                    problem = "a KL divergence above kl_ceiling at any step length"
+                    problem = (
+                        "a KL divergence above kl_ceiling at any step length (the actor depends on something that is neither "
+                        "a parameter nor a buffer)"
+                    )
                     kl = RolloutKL(0.0, 0.0)  # of the restored policy
 
         if problem is not None:
@@ -190,9 +194,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self._undone_in_a_row = 0  # a caller who catches this and lowers the learning rate starts afresh
             learning_rate = self.policy.optimizer.param_groups[0]["lr"]
             raise ValueError(
-                f"{MAX_UNDONE_IN_A_ROW} updates in a row diverged and were undone; the policy was restored to its last valid "
-                f"state. learning_rate={learning_rate:g} is too high, or rewards or observations are extreme or NaN: lower "
-                "learning_rate by a factor of 10, wrap the environment in VecNormalize, or find the NaN with VecCheckNan"
+                f"{MAX_UNDONE_IN_A_ROW} updates in a row were undone, the last because it produced {problem}; the policy was "
+                f"restored to its last valid state. learning_rate={learning_rate:g} is too high, or rewards or observations "
+                "are extreme or NaN: lower learning_rate by a factor of 10, wrap the environment in VecNormalize, or find the "
+                "NaN with VecCheckNan"
             )
         if problem is not None:
             warnings.warn(

@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, FixedPenalty
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, AdaptivePenalty, FixedPenalty
 from sb3_adaptive_kl.arguments import target_kl_at
 from tests.conftest import CASES
 
@@ -24,8 +24,6 @@ BAD = [
     ({"kl_ceiling": math.nan}, r"kl_ceiling=nan"),
     ({"kl_ceiling": "1.5"}, r"kl_ceiling='1.5'"),
     ({"learning_rate_rule": "adaptative"}, r"learning_rate_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
-    ({"learning_rate_rule": AdaptiveLearningRate}, r"learning_rate_rule=.*pass an instance"),
-    ({"learning_rate_rule": 3}, r"learning_rate_rule=3"),
     ({"kl_factor": 1.0}, r"kl_factor=1.0.*> 1.*kl_rule='fixed'"),
     ({"kl_factor": math.inf}, r"kl_factor=inf"),
     ({"kl_tolerance": 0.9}, r"kl_tolerance=0.9.*>= 1"),
@@ -42,7 +40,14 @@ BAD = [
     ({"init_kl_coef": "1"}, r"init_kl_coef='1'"),
     ({"kl_rule": "adaptative"}, r"kl_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
     ({"kl_rule": "Fix"}, r"did you mean 'fixed'\?"),
-    ({"kl_rule": 3}, r"kl_rule=3 cannot be called"),
+    ({"kl_rule": 3}, r"kl_rule=3 is not a rule for β"),
+    ({"kl_rule": AdaptiveLearningRate()}, r"kl_rule=AdaptiveLearningRate\(.*\) is not a rule for β"),
+    (
+        {"learning_rate_rule": AdaptivePenalty()},
+        r"learning_rate_rule=AdaptivePenalty\(.*\) is not a rule for the learning rate",
+    ),
+    ({"learning_rate_rule": 1.5}, r"learning_rate_rule=1.5 is not a rule for the learning rate: pass None, one of"),
+    ({"learning_rate_rule": AdaptiveLearningRate}, r"is a class: pass an instance, AdaptiveLearningRate\(\)"),
     ({"kl_rule": FixedPenalty}, r"kl_rule=FixedPenalty is a class: pass an instance, FixedPenalty\(\)"),
     ({"kl_divergence": "revers"}, r"kl_divergence='revers' is unknown, did you mean 'reverse'\?"),
     ({"kl_divergence": ["k3"]}, r"kl_divergence=\['k3'\] is unknown"),
@@ -120,7 +125,7 @@ def test_scheduled_target_stays_positive_at_zero():
 
 @pytest.mark.parametrize("value", [-0.01, math.nan, None, "0.01"])
 def test_error_names_schedule_with_invalid_target(value):
-    with pytest.raises(ValueError, match=rf"target_kl: the schedule returned {value!r} at progress_remaining=0.5"):
+    with pytest.raises(ValueError, match=rf"target_kl: {value!r} at progress_remaining=0.5 is not a finite number"):
         target_kl_at(lambda progress: value, 0.5)
 
 
@@ -141,3 +146,27 @@ def test_error_names_rule_with_invalid_result(result):
     model = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, kl_rule=lambda kl_coef, kl, target_kl: result)
     with pytest.raises(ValueError, match=rf"kl_rule=.*returned {result!r} for kl_coef=1.0"):
         model.learn(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("target_kl", 0.0, "target_kl=0.0 must be"),
+        ("target_kl", -1.0, "target_kl=-1.0 must be"),
+        ("kl_ceiling", math.nan, "kl_ceiling=nan must be"),
+        ("clip_range", "outlier", "clip_range='outlier' is unknown, did you mean 'outliers'"),
+        ("kl_divergence", "k4", "kl_divergence='k4' is unknown, did you mean 'k3'"),
+        ("n_epochs", 0, "n_epochs=0 must be whole numbers"),
+    ],
+)
+def test_callback_that_sets_an_invalid_value_is_told(name, value, message):
+    model = CASES["box"].build(AdaptiveKLPPO, n_steps=64, batch_size=32)
+    with pytest.raises(ValueError, match=message):
+        model.learn(64, callback=lambda *_: setattr(model, name, value) or True)
+
+
+def test_model_of_ppo_that_is_loaded_needs_a_target(tmp_path):
+    CASES["box"].build(PPO, n_steps=64).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"target_kl=None.*a model of PPO has none, pass load\(\) a target_kl"):
+        AdaptiveKLPPO.load(tmp_path / "model", clip_range=None)
+    AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env(), target_kl=0.01).learn(64)

@@ -208,3 +208,13 @@ def test_report_of_failed_runs_only(summarize):
     assert summary.curves is None
     assert "failed: ppo_kl CartPole-v1 seed 0: ValueError: Invalid learning rate: -1" in summary.stderr
     assert "Traceback" not in summary.stderr
+
+
+def test_long_names_are_wrapped_and_short_ones_are_explained(summarize):
+    """A legend or a label that leaves no room for the panels makes matplotlib warn, which fails this test."""
+    long = "ppo_kl:target_kl=clip,kl_rule=predictive,kl_ceiling=1.5,clip_range=outliers,kl_coef_bounds=[0.3,32],kl_factor=1.4"
+    summary = summarize(lambda run: finished(run), arms=(long, "held=ppo_kl:kl_ceiling=1.5", "ppo"), seeds=2)
+    assert [name.replace("\n", "") for name in summary.legend] == [long, "held", "ppo"]
+    assert max(len(line) for name in summary.legend for line in name.split("\n")) <= plots.LEGEND_WIDTH
+    assert "- **held** is `ppo_kl:kl_ceiling=1.5`" in summary.report
+    assert "| held > ppo | 0.50" in summary.report

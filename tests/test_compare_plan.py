@@ -35,6 +35,25 @@ def test_target_that_corresponds_to_the_clip_range_of_each_environment():
         Arm.parse("trpo:target_kl=clip")
 
 
+def test_arms_can_be_named(tmp_path):
+    plan = create(arms=["held=ppo_kl:target_kl=0.05,kl_rule=predictive", "ppo"])
+    assert plan.names == ["held", "ppo"]
+    assert plan.hyperparameters["CartPole-v1"]["held"]["kl_rule"] == "predictive"
+    assert {(run.arm, run.algo, run.folder.split("/")[1]) for run in plan.runs()} == {
+        ("held", "ppo_kl", "held"),
+        ("ppo", "ppo", "ppo"),
+    }
+    assert plan.effective("CartPole-v1").keys() == {"held", "ppo"}
+    (tmp_path / "plan.yml").write_text(plan.dump())
+    assert Plan.load(tmp_path / "plan.yml") == plan
+
+
+@pytest.mark.parametrize("arm", ["=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"])
+def test_names_of_arms_do_not_mislead(arm):
+    with pytest.raises(PlanError, match="cannot be the name of an arm, choose one that is not an algorithm's"):
+        Arm.parse(arm)
+
+
 def test_seeds_can_be_counted_from_another_one(tmp_path):
     plan = create(first_seed=100)
     assert [run.seed for run in plan.runs() if run.arm == "ppo"] == [100, 101]

@@ -4,8 +4,10 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 
+from sb3_adaptive_kl import AdaptivePenalty
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, next_kl_coef, rollouts_at_bound, warn_at_bound
 
 
@@ -50,3 +52,10 @@ def test_warns_once_with_the_remedy(sign, remedy):
         for count in range(1, 2 * PATIENCE_AT_BOUND):
             warn_at_bound(sign * count, 32.0, 0.05, 0.01)
     assert [re.search(remedy, str(warning.message)) is not None for warning in caught] == [True]
+
+
+@pytest.mark.parametrize("rule", [lambda *args: np.float64(3.0), AdaptivePenalty(*np.array([0.5, 2.0, 0.5, 2.0]))])
+def test_rules_may_compute_with_numpy(rule):
+    kl_coef, side = next_kl_coef(rule, 1.0, 1.0, 0.01, (0.5, 1.5))
+    assert (kl_coef, side) == (1.5, 1)
+    assert type(kl_coef) is float

@@ -118,6 +118,31 @@ def test_gives_up_after_several_in_a_row(monkeypatch, kl_divergence):
     assert model.kl_coef == 2.0**MAX_UNDONE_IN_A_ROW
 
 
+def test_undone_updates_are_counted_afresh_after_the_error(monkeypatch):
+    with_nan_loss(monkeypatch)
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(2):
+            for _ in range(MAX_UNDONE_IN_A_ROW - 1):
+                collect(model).train()
+            with pytest.raises(ValueError, match="updates in a row"):
+                collect(model).train()
+
+
+def test_one_infinite_gradient_among_finite_ones_is_undone(monkeypatch):
+    """Its step has length 0, and the next steps are finite."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
+    take_step, norms = model._execution.take_step, iter([1.0, math.inf, 1.0, 1.0])
+
+    def infinite_once(*args):
+        return take_step(*args)._replace(grad_norm=th.tensor(next(norms)))
+
+    monkeypatch.setattr(model._execution, "take_step", infinite_once)
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+
+
 @pytest.mark.parametrize("normalize_advantage", [True, False])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_absurd_learning_rate_never_leaves_nan(case, normalize_advantage):

@@ -97,6 +97,13 @@ def test_every_group_of_the_optimizer_is_scaled():
     assert [group["lr"] for group in model.policy.optimizer.param_groups] == [1.5e-4, 1.5e-4]
 
 
+def test_a_factor_is_forgotten_without_its_rule():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    model.learning_rate_scale, model.learning_rate_rule = 0.5, None
+    model.train()
+    assert model.policy.optimizer.param_groups[0]["lr"] == 3e-4
+
+
 def test_saved_factor_must_be_positive(tmp_path):
     CASES["box"].build(AdaptiveKLPPO, **SMALL).save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"learning_rate_scale=-1.0 must be .*> 0"):

@@ -172,6 +172,18 @@ def test_one_number_is_read_for_each_segment(monkeypatch):
     assert model.kl_coef == pytest.approx(PredictivePenalty()(used[-1], logged(model)["kl"], 0.01))
 
 
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # SB3's, of the truncated minibatches
+@pytest.mark.parametrize("batch_size", [32, 40, 64, 100])
+def test_segments_cover_the_steps_that_are_taken(batch_size, monkeypatch):
+    """Also those of a last, shorter minibatch."""
+    n_steps = []
+    log = UpdateMetrics.log
+    monkeypatch.setattr(UpdateMetrics, "log", lambda self, *args: n_steps.append(self.n_steps) or log(self, *args))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, kl_rule="predictive", n_steps=64, batch_size=batch_size, n_epochs=3))
+    model.train()
+    assert n_steps == [model._steps_per_update]
+
+
 def test_it_is_saved_and_continued(tmp_path):
     model = CASES["box"].build(AdaptiveKLPPO, kl_rule=PredictivePenalty(segments=3), **SMALL).learn(128)
     model.save(tmp_path / "model")

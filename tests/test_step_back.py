@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.step_back import MAX_TRIES, MIN_FRACTION, TARGET_FRACTION, longest_allowed
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO, training
+from sb3_adaptive_kl.rollout.old_policy import RolloutKL
+from sb3_adaptive_kl.snapshot import Snapshot
+from sb3_adaptive_kl.step_back import (
+    MAX_TRIES,
+    MIN_FRACTION,
+    TARGET_FRACTION,
+    ShortenedStep,
+    longest_allowed,
+    shorten_step,
+)
 from tests.conftest import CASES, Case, collect, logged, parameters, pendulum, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
@@ -240,13 +249,110 @@ def test_an_update_that_cannot_be_shortened_is_undone():
         detour.shift += 10.0
 
     model.policy.optimizer.step = step_and_shift
-    before = parameters(model)
-    with pytest.warns(UserWarning, match="above kl_ceiling at any step length and was undone"):
+    before, seen = parameters(model), []
+    model.kl_rule = lambda kl_coef, kl, target_kl: seen.append(kl) or 2.0
+    with pytest.warns(UserWarning, match=r"above kl_ceiling at any step length .*neither a parameter.* and was undone"):
         model.train()
     assert th.equal(parameters(model), before)
     assert model.step_scale == 0.0
-    assert model.kl_coef == 2.0
+    assert seen == [math.inf]
     assert logged(model)["kl"] == 0.0
+
+
+def test_an_update_whose_shortened_step_cannot_be_measured_is_undone(monkeypatch):
+    monkeypatch.setattr(training, "shorten_step", lambda *_: ShortenedStep(0.5, RolloutKL(math.nan, math.nan)))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="above kl_ceiling"):
+        model.train()
+    assert th.equal(parameters(model), before)
+
+
+def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try():
+    """With a jump in d, no try comes close to the limit, and the last one may be too far."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
+    old_policy, snapshot = remember(model), Snapshot(model.policy)
+    weight = model.policy.action_net.weight
+    before = weight.detach().clone()
+    with th.no_grad():
+        weight += 1.0
+    tries = []
+
+    def jumps():
+        tries.append((weight - before).mean().item())
+        d = 0.1 if tries[-1] < 0.35 else 2.0
+        return RolloutKL(d, d)
+
+    scale, kl = shorten_step(old_policy, snapshot, jumps, 3.0, 1.0)
+    assert tries[-1] > 0.35
+    assert (weight - before).mean().item() == pytest.approx(scale) == pytest.approx(0.35, abs=0.01)
+    assert kl.mean == 0.1
+
+
+def test_the_ceiling_follows_a_schedule():
+    model = CASES["box"].build(AdaptiveKLPPO, **{**TOO_FAR, "target_kl": lambda progress: 1e-3 * progress + 1e-6})
+    for progress in (1.0, 0.5, 0.1):
+        collect(model)
+        model._current_progress_remaining = progress
+        model.train()
+        assert logged(model)["kl"] <= 1.5 * (1e-3 * progress + 1e-6) < logged(model)["kl_raw"]
+
+
+class ValueInActor(th.nn.Module):
+    """The actor sees the critic's opinion, which it does not train."""
+
+    def __init__(self, actor, critic):
+        super().__init__()
+        self.actor, self.critic = actor, [critic]  # in a list, so that it is no submodule
+
+    def forward(self, x):
+        return self.actor(x) + self.critic[0](x).detach()
+
+
+def test_a_critic_that_the_actor_depends_on_is_scaled_as_well():
+    model = CASES["box"].build(AdaptiveKLPPO, **{**TOO_FAR, "learning_rate": 0.1})
+    extractor = model.policy.mlp_extractor
+    extractor.policy_net = ValueInActor(extractor.policy_net, extractor.value_net)
+    for _ in range(3):
+        collect(model).train()
+        assert logged(model)["kl"] <= 1.5e-3 < logged(model)["kl_raw"]
+    assert logged(model)["undone_updates"] == 0
+
+
+def test_policies_that_need_several_transitions_are_probed():
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": BatchStatistics}})
+    model = collect(case.build(AdaptiveKLPPO, **TOO_FAR))
+    model.train()
+    assert 0 < model.step_scale < 1
+
+
+class BatchStatistics(BaseFeaturesExtractor):
+    """Batch normalization without running statistics, which cannot evaluate a single observation in training mode."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=observation_space.shape[0])
+        self.norm = th.nn.BatchNorm1d(observation_space.shape[0], track_running_stats=False)
+
+    def forward(self, observations):
+        return self.norm(observations) if len(observations) > 1 else observations
+
+
+class Doubles(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=observation_space.shape[0])
+
+    def forward(self, observations):
+        return observations.double()
+
+
+@pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
+def test_policies_in_double_precision(kl_divergence):
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Doubles}})
+    model = case.build(AdaptiveKLPPO, kl_divergence=kl_divergence, **TOO_FAR)
+    model.policy.double()
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.03)
+    collect(model).train()
+    assert logged(model)["kl"] <= 1.5e-3
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,5 +1,6 @@
 """
-Arms: algorithms of the zoo with overrides (``ppo_kl:target_kl=0.1,kl_rule=fixed``), and the hyperparameters each one gets.
+Arms: algorithms of the zoo with overrides (``ppo_kl:target_kl=0.1,kl_rule=fixed``), which can be given a short name
+(``fixed=ppo_kl:target_kl=0.1,kl_rule=fixed``), and the hyperparameters each one gets.
 
 All arms share the budget. On-policy arms also share the network, the normalization and every hyperparameter they have in
 common with PPO: the values of the zoo's tuned entry for PPO, and PPO's defaults. Only the hyperparameters of the trust region
@@ -56,7 +57,7 @@ class Arm:
     """
     An algorithm with overrides.
 
-    :param name: as the user wrote it
+    :param name: the name that the user gave it, or else the whole text
     :param algo: the zoo's name of the algorithm
     :param overrides: hyperparameters that replace those of the plan
     """
@@ -70,29 +71,30 @@ class Arm:
         """
         Parse an arm as written on the command line or in a plan.
 
-        :param text: ``algo`` or ``algo:name=value,name=value``; values are yml. ``target_kl=clip`` is the target that
-            corresponds to the clip range of PPO's entry for each environment.
+        :param text: ``algo`` or ``algo:name=value,name=value``, with or without ``name=`` in front; values are yml.
+            ``target_kl=clip`` is the target that corresponds to the clip range of PPO's entry for each environment.
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
-        algo, _, assignments = text.partition(":")
+        name, definition = split_name(text)
+        algo, _, assignments = definition.partition(":")
         if algo not in ALGOS:
             raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")
         known = (arguments(algo) | ZOO_KEYS) - {"n_timesteps"}
         overrides = {}
         for assignment in _split_outside_brackets(assignments):
-            name, equals, value = assignment.partition("=")
+            key, equals, value = assignment.partition("=")
             if not equals:
                 raise PlanError(f"{text!r}: {assignment!r} is not of the form name=value")
-            if name == "n_timesteps":
+            if key == "n_timesteps":
                 raise PlanError(f"{text!r}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
-            if name not in known:
-                raise PlanError(f"{algo} has no hyperparameter {name!r}{suggestion(name, known)}")
-            overrides[name] = _value(value)
-            if overrides[name] == "clip" and algo not in zoo.ALGORITHMS:
+            if key not in known:
+                raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
+            overrides[key] = _value(value)
+            if overrides[key] == "clip" and algo not in zoo.ALGORITHMS:
                 raise PlanError(
                     f"{text!r}: only {' and '.join(zoo.ALGORITHMS)} have a target that can follow PPO's clip range"
                 )
-        return cls(text, algo, overrides)
+        return cls(name, algo, overrides)
 
     @property
     def folder(self) -> str:
@@ -186,6 +188,16 @@ def _file(algo: str) -> dict[str, Hyperparameters]:
     ours = zoo.hyperparameter_file(algo)
     path = ours if algo in zoo.ALGORITHMS else Path(str(files("rl_zoo3") / "hyperparams" / f"{algo}.yml"))
     return yaml.safe_load(path.read_text())  # type: ignore[no-any-return]
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Split ``name=algo:…`` into name and definition. Without a name, the definition is the name."""
+    name, equals, definition = text.partition("=")
+    if not equals or ":" in name:
+        return text, text
+    if not name.strip() or (name in ALGOS and definition != name):
+        raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
+    return name, definition
 
 
 def _value(text: str) -> Any:

@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--algo",
         nargs="+",
         metavar="ARM",
-        help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
+        help="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed', or the same with a name for the "
+        "report, 'fixed=ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
     parser.add_argument("--first-seed", type=int, metavar="N", help="where seeds are counted from (default: 0)")

@@ -32,6 +32,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
+from sb3_adaptive_kl.compare.arms import defaults
 from sb3_adaptive_kl.compare.plan import Files, Run
 from sb3_adaptive_kl.compare.ruler import Ruler, measurable
 
@@ -96,7 +97,7 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         run.env,
         str(folder),
         seed=run.seed,
-        eval_freq=max(n_timesteps // N_EVALUATIONS, 1),
+        eval_freq=max(n_timesteps // N_EVALUATIONS, _n_steps_of_a_rollout(run) // N_EVALUATIONS, 1),
         verbose=0,
         log_interval=-2,  # disables the zoo's logging
         device="cpu",
@@ -131,6 +132,12 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         "seconds": seconds,
         "machine": platform.node(),
     }
+
+
+def _n_steps_of_a_rollout(run: Run) -> int:
+    """Number of time steps that an on-policy algorithm takes at least, even if the budget is smaller."""
+    hyperparameters = {"n_envs": 1, **defaults(run.algo), **run.hyperparameters}
+    return int(hyperparameters.get("n_steps", 0)) * int(hyperparameters["n_envs"])
 
 
 def _final_returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:

@@ -22,6 +22,7 @@ from sb3_adaptive_kl.compare.arms import (
     arguments,
     defaults,
     resolve_hyperparameters,
+    split_name,
     suggestion,
 )
 
@@ -54,7 +55,7 @@ class Plan:
     A comparison with all hyperparameters resolved.
 
     :param environments: gymnasium ids
-    :param arms: arms as the user wrote them
+    :param arms: arms as the user wrote them; results are listed under their ``names``
     :param seeds: number of seeds
     :param n_eval_episodes: number of episodes that score a final policy
     :param gym_packages: packages to import because they register environments
@@ -86,7 +87,7 @@ class Plan:
         Check the arguments and resolve the hyperparameters.
 
         :param environments: gymnasium ids
-        :param arms: ``algo`` or ``algo:name=value,name=value``
+        :param arms: ``algo`` or ``algo:name=value,name=value``, with or without ``name=`` in front
         :param seeds: number of seeds
         :param n_timesteps: budget of each run; None for the budget of the zoo's entry for PPO
         :param n_eval_episodes: number of episodes that score a final policy
@@ -140,6 +141,10 @@ class Plan:
         return str(yaml.safe_dump(asdict(self), sort_keys=False))
 
     @property
+    def names(self) -> list[str]:
+        return [split_name(arm)[0] for arm in self.arms]
+
+    @property
     def seed_numbers(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
@@ -165,13 +170,13 @@ class Plan:
 
         A default is included if some arm sets the hyperparameter, or if several of the algorithms have it.
         """
-        algos = {name: Arm.parse(name).algo for name in self.arms}
+        algos = {arm.name: arm.algo for arm in map(Arm.parse, self.arms)}
         known = [arguments(algo) for algo in set(algos.values())]
         compared = TRUST_REGION.union(*self.hyperparameters[env].values())
         compared |= {key for keys in known for key in keys if sum(key in others for others in known) > 1}
         return {
             name: {**{key: value for key, value in sorted(defaults(algo).items()) if key in compared}, **given}
-            for (name, algo), given in zip(algos.items(), map(self.hyperparameters[env].get, self.arms), strict=True)
+            for (name, algo), given in zip(algos.items(), map(self.hyperparameters[env].get, algos), strict=True)
             if given is not None
         }
 

@@ -8,7 +8,8 @@ of every seed and, across environments, the aggregates, the probability of impro
 """
 
 import io
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,9 @@ FOLDER = "plots"
 WIDTH = 6.4  # inches: one column of a page, legible on a phone
 N_BINS = 80  # bins of the time axis in plots of updates
 LINE_STYLES = ("-", "--", ":", "-.")
+LEGEND_WIDTH = 80  # characters of a line of the legend
+ROW_WIDTH = 28  # characters of a line beside a row
+LINE_HEIGHT = 0.17  # inches
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def write(plan: Plan, store: Store) -> None:
     """Draw every figure that the statistics allow, in both themes."""
     statistics, results = store.read_json(STATISTICS_FILE), read(plan, store)
     for theme in (LIGHT, DARK):
-        colors = {arm: theme.arms[i % len(theme.arms)] for i, arm in enumerate(plan.arms)}
-        line_styles = {arm: LINE_STYLES[i // len(theme.arms) % len(LINE_STYLES)] for i, arm in enumerate(plan.arms)}
+        colors = {arm: theme.arms[i % len(theme.arms)] for i, arm in enumerate(plan.names)}
+        line_styles = {arm: LINE_STYLES[i // len(theme.arms) % len(LINE_STYLES)] for i, arm in enumerate(plan.names)}
         style = Style(theme, colors, line_styles)
         for name, draw in pictures(statistics, results).items():
             with mpl.rc_context(_settings(theme)):
@@ -113,7 +117,7 @@ def _curves(style: Style, env: str, environment: dict[str, Any], results: Any) -
     updates = {arm: frame for arm, runs in results.items() if (frame := updates_of(runs.values())) is not None}
     penalized = {arm: frame for arm, frame in updates.items() if frame["kl_coef"].notna().all()}
     n_panels = 1 + bool(updates) + bool(penalized)
-    figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * n_panels), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.7 + _legend_height(environment["arms"]) + 2.2 * n_panels), layout="constrained")
     panels = list(figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0])
 
     returns = panels[0]
@@ -179,8 +183,32 @@ def _band(style: Style, axes: Axes, arm: str, x: Any, middle: Any, low: Any, hig
 
 def _legend(style: Style, figure: Figure, arms: list[str]) -> None:
     """Name every arm above the panels, including arms that are missing from some of them."""
-    handles = [Line2D([], [], label=arm, **style.line(arm)) for arm in arms]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
+    handles = [Line2D([], [], label=_wrapped(arm, LEGEND_WIDTH), **style.line(arm)) for arm in arms]
+    ncols = _legend_columns(arms)
+    figure.legend(handles=handles, loc="outside upper center", ncols=ncols, fontsize="small", frameon=False)
+
+
+def _legend_columns(arms: Iterable[str]) -> int:
+    return 2 if all(len(arm) <= LEGEND_WIDTH // 2 - 5 for arm in arms) else 1
+
+
+def _legend_height(arms: Collection[str]) -> float:
+    """Height of the legend in inches."""
+    return LINE_HEIGHT * sum(_n_lines(arm, LEGEND_WIDTH) for arm in arms) / _legend_columns(arms)
+
+
+def _wrapped(label: str, width: int) -> str:
+    """Break the long name of an arm after commas, and a pair of names where it has a space."""
+    return textwrap.fill(label.replace(",", ", "), width).replace(", ", ",")
+
+
+def _n_lines(label: str, width: int) -> int:
+    return _wrapped(label, width).count("\n") + 1
+
+
+def _row_height(labels: Iterable[str]) -> float:
+    """Height in inches of each row beside which a label stands."""
+    return 0.3 + LINE_HEIGHT * max(_n_lines(label, ROW_WIDTH) for label in labels)
 
 
 def _note(axes: Axes, text: str) -> None:
@@ -190,8 +218,9 @@ def _note(axes: Axes, text: str) -> None:
 
 def _final_returns(style: Style, environments: dict[str, Any], results: Results) -> Figure:
     """Plot every seed as a dot and the mean with its interval as a line."""
-    n_rows = sum(len(environment["arms"]) for environment in environments.values())
-    figure = Figure(figsize=(WIDTH, 0.8 * len(environments) + 0.45 * n_rows + 0.3), layout="constrained")
+    rows = [arm for environment in environments.values() for arm in environment["arms"]]
+    height = 0.8 * len(environments) + _row_height(rows) * len(rows) + 0.3
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     ratios = [len(environment["arms"]) + 0.5 for environment in environments.values()]
     panels = figure.subplots(len(environments), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for axes, (env, environment) in zip(panels, environments.items(), strict=True):
@@ -213,7 +242,8 @@ def _final_returns(style: Style, environments: dict[str, Any], results: Results)
 
 def _aggregates(style: Style, across: dict[str, Any]) -> Figure:
     names = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap (less is better)"}
-    figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.35 * len(across["arms"]))), layout="constrained")
+    height = 2 * (0.9 + (_row_height(across["arms"]) - 0.1) * len(across["arms"]))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True).flat
     for axes, (name, title) in zip(panels, names.items(), strict=True):
         for row, (arm, aggregates) in enumerate(across["arms"].items()):
@@ -227,21 +257,26 @@ def _aggregates(style: Style, across: dict[str, Any]) -> Figure:
 def _improvement(style: Style, across: dict[str, Any]) -> Figure:
     measures = {"probability_of_improvement_while_learning": "while learning", "probability_of_improvement": "final policy"}
     drawn = {title: across[name] for name, title in measures.items() if across[name]}
-    n_rows = sum(len(pairs) for pairs in drawn.values())
-    figure = Figure(figsize=(WIDTH, 0.6 + 0.5 * len(drawn) + 0.45 * n_rows), layout="constrained")
+    rows = [_pair(pair) for pairs in drawn.values() for pair in pairs]
+    height = 0.6 + 0.5 * len(drawn) + _row_height(rows) * len(rows)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=[len(pairs) for pairs in drawn.values()])
     for axes, (title, pairs) in zip(panels[:, 0], drawn.items(), strict=True):
         axes.axvline(0.5, color=style.theme.foreground, lw=0.8, ls=":")
         for row, pair in enumerate(pairs):
             _interval(axes, row, pair["probability"], style.colors[pair["arms"][0]], style.theme.foreground)
         axes.set_title(title, fontsize="medium")
-        _rows(axes, [" > ".join(pair["arms"]) for pair in pairs])
+        _rows(axes, [_pair(pair) for pair in pairs])
     panels[-1, 0].set(xlim=(-0.02, 1.02), xlabel="probability that a run of the first is better")
     return figure
 
 
+def _pair(pair: dict[str, Any]) -> str:
+    return " > ".join(pair["arms"])
+
+
 def _profile(style: Style, across: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8 + _legend_height(across["profile"]["arms"])), layout="constrained")
     axes = figure.subplots()
     at = across["profile"]["at"]
     for arm, (share, low, high) in across["profile"]["arms"].items():
@@ -259,7 +294,7 @@ def _interval(axes: Axes, row: int, interval: Any, color: str, foreground: str) 
 
 
 def _rows(axes: Axes, labels: list[str]) -> None:
-    axes.set_yticks(np.arange(len(labels)), labels)
+    axes.set_yticks(np.arange(len(labels)), [_wrapped(label, ROW_WIDTH) for label in labels], fontsize="small")
     axes.set_ylim(len(labels) - 0.5, -0.5)
 
 

@@ -58,7 +58,7 @@ def write(plan: Plan, store: Store) -> Path:
 def gather(plan: Plan, store: Store) -> dict[str, Any]:
     """Collect the variables of the templates."""
     statistics = store.read_json(STATISTICS_FILE)
-    runs = list(plan.runs())
+    runs, arms = list(plan.runs()), [Arm.parse(arm) for arm in plan.arms]
     return {
         "plan": plan,
         "statistics": statistics,
@@ -75,12 +75,26 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
         "shared": {env: shared(plan.effective(env)) for env in plan.environments},
         "curves": {env: plots.curves_name(env) for env in statistics["environments"]},
         "curves_caption": CURVES_CAPTION,
+        "improvements": improvements(statistics["across"]),
         "captions": {name: CAPTIONS[name] for name in plots.picture_names(statistics) if name in CAPTIONS},
         "image": lambda name, suffix="": _data_uri(store.folder / plots.FOLDER / f"{name}{suffix}.svg"),
         "folder": plots.FOLDER,
-        "on_policy": {arm: Arm.parse(arm).on_policy for arm in plan.arms},
-        "zoo_logs": {arm: f"runs/{Arm.parse(arm).folder}" for arm in plan.arms},
+        "definitions": {
+            arm.name: text.removeprefix(f"{arm.name}=") for arm, text in zip(arms, plan.arms, strict=True) if arm.name != text
+        },
+        "on_policy": {arm.name: arm.on_policy for arm in arms},
+        "zoo_logs": {arm.name: f"runs/{arm.folder}" for arm in arms},
     }
+
+
+def improvements(across: dict[str, Any] | None) -> dict[str, list[Any]]:
+    """Pair of arms → probabilities that a run of the first beats a run of the second, while learning and in the end."""
+    table: dict[str, list[Any]] = {}
+    measures = ("probability_of_improvement_while_learning", "probability_of_improvement")
+    for column, measure in enumerate(measures):
+        for pair in across[measure] if across is not None else ():
+            table.setdefault(" > ".join(pair["arms"]), [None] * len(measures))[column] = pair["probability"]
+    return table
 
 
 def seeds_warning(seeds: int) -> str | None:

@@ -90,7 +90,7 @@ Results = dict[str, dict[str, dict[int, Result]]]  # environment → arm → see
 
 def read(plan: Plan, store: Store) -> Results:
     """Read all finished runs of a plan."""
-    results: Results = {env: {arm: {} for arm in plan.arms} for env in plan.environments}
+    results: Results = {env: {arm: {} for arm in plan.names} for env in plan.environments}
     for run, folder in store.results(plan):
         results[run.env][run.arm][run.seed] = Result(folder, json.loads((folder / "run.json").read_text()))
     return results

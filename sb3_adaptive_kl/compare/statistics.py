@@ -220,7 +220,7 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
     """
     counted = [env for env in results if env in environments and environments[env]["best"] > environments[env]["random"]]
     scores = {}
-    for arm in plan.arms:
+    for arm in plan.names:
         seeds = [seed for seed in plan.seed_numbers if all(seed in results[env][arm] for env in counted)]
         if counted and seeds:
             scores[arm] = np.array(
@@ -247,7 +247,7 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
 def _areas(plan: Plan, results: Results, environments: list[str]) -> dict[str, np.ndarray]:
     """Arm → mean returns while learning, shape (seeds, environments), over the seeds that have one on all environments."""
     areas = {}
-    for arm in plan.arms:
+    for arm in plan.names:
         rows = [
             [results[env][arm][seed].area for env in environments if seed in results[env][arm]] for seed in plan.seed_numbers
         ]

@@ -53,7 +53,7 @@ class CompiledSteps:
         known, tensors = self._settings
         if known is not settings:
             if known._replace(kl_coef=settings.kl_coef) == settings:
-                kl_coef: Any = th.tensor(settings.kl_coef, device=policy.device)
+                kl_coef: Any = th.tensor(settings.kl_coef, device=policy.device, dtype=th.float32)
                 tensors = tensors._replace(kl_coef=kl_coef)
             else:
                 tensors = as_tensors(settings, policy.device)
@@ -71,7 +71,8 @@ def as_tensors(settings: Settings, device: th.device) -> Settings:
     """
 
     def convert(value: Any) -> Any:
-        return value if value is None or isinstance(value, bool) else th.tensor(value, device=device)
+        # One type for all: an int, or a number of NumPy's, would be compiled again
+        return value if value is None or isinstance(value, bool) else th.tensor(value, device=device, dtype=th.float32)
 
     return Settings(*map(convert, settings))
 

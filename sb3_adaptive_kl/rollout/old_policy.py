@@ -64,10 +64,14 @@ class OldPolicy:
 
         :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
         """
-        divergence = th.empty(self._n_transitions, device=self.buffer.device)
+        divergence = None
         with closing(sweep(self.policy, self.buffer, self.host, self.needs_distribution)) as evaluations:
             for _, index, new in evaluations:
-                divergence[index] = self.divergence(index, new)
+                part = self.divergence(index, new)
+                if divergence is None:
+                    divergence = part.new_empty(self._n_transitions)
+                divergence[index] = part
+        assert divergence is not None  # a full rollout holds at least one transition
         return divergence
 
     def kl(self) -> RolloutKL:

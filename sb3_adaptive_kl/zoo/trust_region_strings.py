@@ -7,7 +7,7 @@ The string forms of `target_kl` and `clip_range` in a yml file, or after `-param
     clip_range: outliers        the clip range that follows the target
 
 The zoo itself turns strings into schedules for `learning_rate`, `clip_range`, `clip_range_vf` and `delta_std` only, and knows
-only `lin_x`. Other strings for `target_kl` are left to the algorithm, which rejects them.
+only `lin_x`.
 """
 
 import re
@@ -46,7 +46,7 @@ def accept_trust_region_strings(manager: Any) -> None:
 
     def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
         target_kl = hyperparams.get("target_kl")
-        if isinstance(target_kl, str) and target_kl.startswith(("lin_", "clip_")):
+        if isinstance(target_kl, str):
             hyperparams = {**hyperparams, "target_kl": parse_target(target_kl)}
         if hyperparams.get("clip_range") != OUTLIERS:
             return preprocess(hyperparams)  # type: ignore[no-any-return]
