@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
@@ -46,6 +47,15 @@ def test_arms_can_be_named(tmp_path):
     assert plan.effective("CartPole-v1").keys() == {"held", "ppo"}
     (tmp_path / "plan.yml").write_text(plan.dump())
     assert Plan.load(tmp_path / "plan.yml") == plan
+
+
+def test_plan_of_the_study_is_valid():
+    """Its arms share everything but the trust region, and compile=True, on each environment."""
+    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "study.yml")
+    assert len(list(plan.runs())) == 7 * 5 * 5
+    trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling", "compile"}
+    for env in plan.environments:
+        assert set(differing(plan.hyperparameters[env])) == trust_region, env
 
 
 @pytest.mark.parametrize("arm", ["=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"])
