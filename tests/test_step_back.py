@@ -11,6 +11,7 @@ import torch as th
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO, training
@@ -310,7 +311,8 @@ class ValueInActor(th.nn.Module):
 
 
 def test_a_critic_that_the_actor_depends_on_is_scaled_as_well():
-    model = CASES["box"].build(AdaptiveKLPPO, **{**TOO_FAR, "learning_rate": 0.1})
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"ortho_init": False}})
+    model = case.build(AdaptiveKLPPO, **{**TOO_FAR, "learning_rate": 0.1})
     extractor = model.policy.mlp_extractor
     extractor.policy_net = ValueInActor(extractor.policy_net, extractor.value_net)
     for _ in range(3):
@@ -319,22 +321,23 @@ def test_a_critic_that_the_actor_depends_on_is_scaled_as_well():
     assert logged(model)["undone_updates"] == 0
 
 
-def test_policies_that_need_several_transitions_are_probed():
-    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": BatchStatistics}})
-    model = collect(case.build(AdaptiveKLPPO, **TOO_FAR))
-    model.train()
-    assert 0 < model.step_scale < 1
-
-
 class BatchStatistics(BaseFeaturesExtractor):
-    """Batch normalization without running statistics, which cannot evaluate a single observation in training mode."""
+    """Batch normalization without running statistics, which cannot evaluate a single observation."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, features_dim=observation_space.shape[0])
         self.norm = th.nn.BatchNorm1d(observation_space.shape[0], track_running_stats=False)
 
     def forward(self, observations):
-        return self.norm(observations) if len(observations) > 1 else observations
+        return self.norm(observations)
+
+
+def test_policies_that_need_several_transitions_at_a_time():
+    extractor = {"policy_kwargs": {"features_extractor_class": BatchStatistics}}
+    case = Case("MlpPolicy", lambda: make_vec_env("Pendulum-v1", n_envs=4), extractor)
+    model = collect(case.build(AdaptiveKLPPO, **TOO_FAR))
+    model.train()
+    assert 0 < model.step_scale < 1
 
 
 class Doubles(BaseFeaturesExtractor):
