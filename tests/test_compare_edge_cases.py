@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 from matplotlib.figure import Figure
 
-from sb3_adaptive_kl.compare import cli, plots, statistics
+from sb3_adaptive_kl.compare import cli, plots
+from sb3_adaptive_kl.compare import intervals as intervals_module
 from sb3_adaptive_kl.compare.backends import Failure
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.store import Store
@@ -67,7 +68,7 @@ def summarize(tmp_path, capsys, monkeypatch):
         return render(figure, format) if format == "svg" else b""
 
     monkeypatch.setattr(plots, "_render", collect)
-    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 200)
+    monkeypatch.setattr(intervals_module, "SAMPLES", 200)
 
     def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1):
         plan = Plan.create([ENV], list(arms), seeds, n_timesteps=256, n_eval_episodes=1)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from rliable import metrics
 
+from sb3_adaptive_kl.compare import intervals as intervals_module
 from sb3_adaptive_kl.compare import statistics
+from sb3_adaptive_kl.compare.intervals import intervals, probability_of_improvement
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.results import Result
-from sb3_adaptive_kl.compare.statistics import intervals, probability_of_improvement
 
 
 @pytest.fixture(autouse=True)
 def _fewer_samples(monkeypatch):
-    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 1000)
+    monkeypatch.setattr(intervals_module, "SAMPLES", 1000)
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_areas_are_compared_like_final_returns(make):
 
 def test_false_positive_rate_matches_the_confidence_level(monkeypatch):
     """Five seeds without a true difference: at most 5 % of 300 comparisons have a winner, within 3 standard errors."""
-    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 200)
+    monkeypatch.setattr(intervals_module, "SAMPLES", 200)
     generator = np.random.default_rng(0)
     winners = sum(statistics._difference("a", "b", list(generator.normal(size=5)))["winner"] is not None for _ in range(300))
     assert winners / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)

@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sb3_adaptive_kl.compare import plots
 from sb3_adaptive_kl.compare.arms import Arm
+from sb3_adaptive_kl.compare.intervals import SAMPLES
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
-from sb3_adaptive_kl.compare.statistics import BOOTSTRAP_SAMPLES, STATISTICS_FILE, TIMINGS_FILE
+from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE, TIMINGS_FILE
 from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
 
 REPORT_FILE = "report.html"
@@ -69,7 +70,7 @@ def gather(plan: Plan, store: Store) -> dict[str, Any]:
         "n_finished": sum(store.finished(run) for run in runs),
         "failures": store.failures(plan),
         "seeds_warning": seeds_warning(plan.seeds),
-        "bootstrap_samples": BOOTSTRAP_SAMPLES,
+        "bootstrap_samples": SAMPLES,
         "verdicts": [verdict(env, pair) for env, stats in statistics["environments"].items() for pair in stats["pairs"]],
         "differing": {env: differing(plan.effective(env)) for env in plan.environments},
         "shared": {env: shared(plan.effective(env)) for env in plan.environments},

@@ -3,16 +3,12 @@ The third stage: compute `statistics.json`, `timings.json` and `runs.csv` from t
 
     python -m sb3_adaptive_kl.compare.statistics FOLDER
 
-Intervals are 95 % percentile intervals of rliable's bootstrap, which resamples seeds within each environment (Agarwal et al.
-2021, https://arxiv.org/abs/2108.13264). Timings have their own file, so the statistics of a plan are the same on every machine
-and at every repetition.
+Timings have their own file, so the statistics of a plan are the same on every machine and at every repetition.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -20,18 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.stats
-from rliable import library as rly
 from rliable import metrics
 
+from sb3_adaptive_kl.compare.intervals import CONFIDENCE, intervals, probability_of_improvement, transposed
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.results import Result, Results, read, updates_of
 from sb3_adaptive_kl.compare.store import Store, on_folder
 
 STATISTICS_FILE, TIMINGS_FILE, RUNS_FILE = "statistics.json", "timings.json", "runs.csv"
 
-BOOTSTRAP_SEED = 0
-BOOTSTRAP_SAMPLES = 5000
-CONFIDENCE = 0.95
 # Threshold for environments where gymnasium does not specify one: this share of the way from random to the best arm
 THRESHOLD_SHARE = 0.9
 # Two sweeps over the same rollout may differ by this much, relative to the KL
@@ -45,8 +38,6 @@ RUNS_COLUMNS = (
     "seconds", "steps_per_second", "machine",
 )  # fmt: skip
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
-
-Interval = list[float | None]  # estimate, lower and upper limit; the limits of a single run are None
 
 
 def write(plan: Plan, store: Store) -> None:
@@ -112,7 +103,7 @@ def _arm(runs: list[Result], threshold: float | None) -> dict[str, Any]:
         "kl": _kl(runs),
         "curve": {
             "timesteps": runs[0].points.tolist(),
-            "mean": _transposed(intervals(lambda curves: curves.mean(axis=0), np.array(curves))),
+            "mean": transposed(intervals(lambda curves: curves.mean(axis=0), np.array(curves))),
         }
         if complete
         else None,
@@ -239,7 +230,7 @@ def _across(plan: Plan, results: Results, environments: dict[str, Any]) -> dict[
         "probability_of_improvement_while_learning": _improvements(_areas(plan, results, counted)),
         "profile": {
             "at": PROFILE_AT.tolist(),
-            "arms": {arm: _transposed(intervals(_profile, matrix)) for arm, matrix in scores.items()},
+            "arms": {arm: transposed(intervals(_profile, matrix)) for arm, matrix in scores.items()},
         },
     }
 
@@ -281,62 +272,9 @@ def _aggregates(scores: np.ndarray) -> np.ndarray:
     )
 
 
-def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """
-    Compute rliable's probability of improvement, P(a > b) + ½ P(a = b) averaged over environments. rliable's own function runs
-    a test of scipy for each bootstrap sample, which takes hundreds of times as long.
-
-    :param a: scores of one arm, shape (runs, environments)
-    :param b: scores of another, with as many environments
-    :return: shape (1,)
-    """
-    wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
-    return np.array([wins.mean()])
-
-
 def _profile(scores: np.ndarray) -> np.ndarray:
     """Share of runs above each score of ``PROFILE_AT``."""
     return np.asarray((scores[..., None] > PROFILE_AT).mean(axis=(0, 1)))
-
-
-# ---------------------------------------------------------------- intervals
-
-
-def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list[Interval]:
-    """
-    Bootstrap intervals, the same at every call.
-
-    :param statistic: function of as many matrices as there are ``scores``, returns an array of shape (K,)
-    :param scores: matrices of shape (runs, environments), or (runs, points) for a curve
-    :return: K estimates with their limits
-    """
-    if any(len(matrix) < 2 for matrix in scores):
-        return [[float(estimate), None, None] for estimate in statistic(*scores)]
-    with _seeded(BOOTSTRAP_SEED):
-        estimates, limits = rly.get_interval_estimates(
-            {"": scores[0] if len(scores) == 1 else list(scores)},
-            statistic,
-            reps=BOOTSTRAP_SAMPLES,
-            confidence_interval_size=CONFIDENCE,
-        )
-    low, high = limits[""]
-    return [[float(value) for value in triple] for triple in zip(estimates[""], low, high, strict=True)]
-
-
-def _transposed(triples: list[Interval]) -> list[list[float | None]]:
-    """Split intervals into all estimates, all lower limits and all upper limits."""
-    return [list(values) for values in zip(*triples, strict=True)]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which rliable 1.2 draws from even if it is given a ``random_state``."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 # ---------------------------------------------------------------- tables
