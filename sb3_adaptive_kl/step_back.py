@@ -63,7 +63,7 @@ def shorten_step(
     shortened = _shorten(actor, measure_kl, kl, limit)
     if shortened.kl.mean <= limit or len(actor) == len(moved):
         return shortened
-    return _shorten(moved, measure_kl, shortened.kl.mean, limit)
+    return _shorten(moved, measure_kl, kl, limit)
 
 
 def _shorten(
@@ -73,6 +73,10 @@ def _shorten(
     Shorten the step of some tensors.
 
     :param moved: each tensor with its values before and after the whole step
+    :param measure_kl: measures the policy as it is on the whole rollout
+    :param kl: d where all of them have taken their whole step, in nats
+    :param limit: largest d allowed, in nats
+    :return: as for ``shorten_step``
     """
     measured: dict[float, RolloutKL] = {}
 

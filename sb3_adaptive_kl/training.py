@@ -44,8 +44,9 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         Update policy using the currently gathered rollout buffer, then adapt β and the learning rate to the measured KL
         divergence.
 
-        :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that diverged; if the rollout, the policy or the
-            buffer cannot be used; if a user's schedule or rule returns an invalid target or coefficient
+        :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` updates in a row that were undone; if the rollout, the policy or the
+            buffer cannot be used; if a callback has set an argument to an invalid value; if a user's schedule or rule
+            returns an invalid target or coefficient
         """
         check_settings(self)  # a callback may have changed them
         self._host.check_rollout(self.rollout_buffer)

@@ -1,15 +1,18 @@
 """Reports of comparisons with little data: one update, seed, arm or episode, failed runs. A warning fails these tests."""
 
+import io
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from sb3_adaptive_kl.compare import cli, plots
 from sb3_adaptive_kl.compare import intervals as intervals_module
 from sb3_adaptive_kl.compare.backends import Failure
-from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.execute import N_EVALUATIONS, execute
+from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
 
 ENV = "CartPole-v1"
@@ -219,3 +222,11 @@ def test_long_names_are_wrapped_and_short_ones_are_explained(summarize):
     assert max(len(line) for name in summary.legend for line in name.split("\n")) <= plots.LEGEND_WIDTH
     assert "- **held** is `ppo_kl:kl_ceiling=1.5`" in summary.report
     assert "| held > ppo | 0.50" in summary.report
+
+
+def test_budget_below_one_rollout_is_not_evaluated_at_every_step():
+    hyperparameters = {"policy": "MlpPolicy", "n_steps": 400, "batch_size": 100, "n_epochs": 1, "n_timesteps": 20}
+    run = Run("CartPole-v1", "ppo_kl", "ppo_kl", 0, hyperparameters, 1, (), "runs/ppo_kl")
+    files = execute(run)
+    evaluations = np.load(io.BytesIO(files["evaluations.npz"]))
+    assert len(evaluations["timesteps"]) == N_EVALUATIONS

@@ -135,3 +135,14 @@ def test_users_rule_that_returns_no_factor_is_named(returned):
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=broken, **SMALL))
     with pytest.raises(ValueError, match=r"learning_rate_rule=.*broken.* must return a positive number"):
         model.train()
+
+
+def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
+    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+
+    def rule(scale, kl, target_kl):
+        return scale * (target_kl / kl) ** 0.5
+
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=rule, **SMALL))
+    with pytest.raises(ValueError, match=r"returned 0.0 for kl=inf: .* also for inf, which stands for an undone update"):
+        model.train()

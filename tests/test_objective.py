@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 
@@ -90,3 +91,10 @@ def test_settings_as_tensors_give_the_same_loss():
     assert len(numbers) == 9
     assert all(isinstance(number, th.Tensor) for number in numbers)
     assert as_tensors(PLAIN, th.device("cpu")).kl_stop_factor is None
+
+
+@pytest.mark.parametrize("vf_coef", [1, 0.5, np.float64(0.5)])
+def test_settings_of_any_type_become_the_same_kind_of_tensor(vf_coef):
+    """Another type would be compiled again."""
+    tensors = as_tensors(PLAIN._replace(vf_coef=vf_coef), th.device("cpu"))
+    assert tensors.vf_coef.dtype == th.float32

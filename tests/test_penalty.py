@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty, ProportionalPenalty
+from sb3_adaptive_kl import AdaptiveLearningRate, AdaptivePenalty, FixedPenalty, ProportionalPenalty
 from sb3_adaptive_kl.arguments import penalty_rule
 from sb3_adaptive_kl.penalty import default_bounds
 
@@ -112,3 +112,10 @@ def test_adaptive_penalty_rejects_invalid_numbers(numbers):
 def test_proportional_penalty_rejects_invalid_numbers(numbers):
     with pytest.raises(ValueError, match=next(iter(numbers))):
         ProportionalPenalty(**numbers)
+
+
+@pytest.mark.parametrize("rule", [AdaptivePenalty, AdaptiveLearningRate])
+def test_dead_band_must_end(rule):
+    """The KL of an undone update is infinite: without an end of the band nothing would follow from it."""
+    with pytest.raises(ValueError, match="high=inf must satisfy 0 < low <= 1 <= high < inf"):
+        rule(high=math.inf)

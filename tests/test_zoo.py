@@ -287,7 +287,18 @@ def test_strings_of_the_trust_region_are_parsed():
     passed = preprocess({"clip_range": "outliers", "learning_rate": "lin_0.1"})
     assert passed["clip_range"] == "outliers"
     assert passed["learning_rate"](0.5) == pytest.approx(0.05)
-    for wrong in ("lin_abc", "lin_0.02_0.01", "lin_0", "lin_-1", "lin_nan", "clip_", "clip_0", "clip_lin_", "lin_clip_0.2"):
+    for wrong in (
+        "lin_abc",
+        "lin_0.02_0.01",
+        "lin_0",
+        "lin_-1",
+        "lin_nan",
+        "clip_",
+        "clip_0",
+        "clip_lin_",
+        "lin_clip_0.2",
+        "Clip_0.2",
+    ):
         with pytest.raises(ValueError, match=f"target_kl='{wrong}': write lin_0.02, clip_0.2 or clip_lin_0.2"):
             preprocess({"target_kl": wrong})
 
