@@ -6,17 +6,17 @@ import math
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
+from sb3_adaptive_kl.distributed.algorithm import DistributedAlgorithm
 from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.hosts import Host
 
 
-class KLPenaltyAlgorithm(OnPolicyAlgorithm):
+class KLPenaltyAlgorithm(DistributedAlgorithm):
     """
     Holds the arguments and the state of the penalty.
 
@@ -64,7 +64,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
         check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
-        super().__init__(*args, **kwargs, _init_setup_model=False)  # type: ignore[misc]  # mypy lets *args fill every parameter
+        super().__init__(*args, **kwargs, _init_setup_model=False)
         self.clip_range = clip_range
         self.target_kl = target_kl
         self.init_kl_coef = init_kl_coef

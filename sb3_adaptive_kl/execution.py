@@ -10,6 +10,8 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.distributed.ranks import is_parallel
+from sb3_adaptive_kl.distributed.step import step_of_all_ranks
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from sb3_adaptive_kl.step import OptimizerStep, StepResult, Update, eager_step, trainable_parameters
@@ -66,7 +68,8 @@ class Execution:
 
     def take_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
         """
-        Take one step on one minibatch: ``eager_step``, or a function with its signature that does the same faster.
+        Take one step on one minibatch: ``eager_step``, or a function with its signature that does the same faster, or does it
+        on all ranks.
 
         :param update: the policy, the old policy and the optimizer
         :param rollout_data: a minibatch of the host's rollout buffer
@@ -74,7 +77,8 @@ class Execution:
         :param settings: the numbers of this step
         :return: metrics and gradient norm
         """
-        return eager_step(update, rollout_data, index, settings)
+        step = step_of_all_ranks if is_parallel() else eager_step
+        return step(update, rollout_data, index, settings)
 
     def pop_compile_seconds(self) -> float:
         """Return the seconds spent compiling since the last call."""

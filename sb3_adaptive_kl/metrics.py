@@ -10,6 +10,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_adaptive_kl.distributed.ranks import gather
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 
 
@@ -133,7 +134,7 @@ def log_progress(
     seconds_compiling: float,
 ) -> None:
     """
-    Log the state of training after an update.
+    Log the state of training after an update. *Collective* where several processes train.
 
     :param logger: the model's logger
     :param buffer: the rollout, with its values and returns
@@ -143,7 +144,8 @@ def log_progress(
     :param seconds_compiling: since the last update
     """
     logger.record("train/undone_updates", undone_updates)
-    logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+    values, returns = (gather(th.from_numpy(part.flatten())).flatten().numpy() for part in (buffer.values, buffer.returns))
+    logger.record("train/explained_variance", explained_variance(values, returns))
     if hasattr(policy, "log_std"):
         logger.record("train/std", th.exp(policy.log_std).mean().item())
     if seconds_compiling > 0:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch as th
 
+from sb3_adaptive_kl.distributed.ranks import sum_over_ranks
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
@@ -126,7 +127,7 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
 def _critic_parameters(old_policy: OldPolicy) -> set[int]:
     """
     Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
-    policy's classes and names. A branch that no probed state takes belongs to neither, and counts as the actor's.
+    policy's classes and names. A branch that no probed state of any rank takes belongs to neither, and counts as the actor's.
 
     :return: their ``id``
     """
@@ -140,14 +141,17 @@ def _critic_parameters(old_policy: OldPolicy) -> set[int]:
             rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED, host.keep_sequences_whole))
             new = evaluate(policy, host, rollout_data, needs_distribution=False)
             reached = [_reached(output.sum(), parameters) for output in (new.values, new.log_prob)]
+            by_value, by_action = sum_over_ranks(th.tensor(reached)).bool()
     finally:
         policy.set_training_mode(was_training)
         th.backends.cudnn.enabled = cudnn
-    return reached[0] - reached[1]
+    critics = by_value & ~by_action
+    return {id(parameter) for parameter, is_critics in zip(parameters, critics, strict=True) if is_critics}
 
 
-def _reached(output: th.Tensor, parameters: Sequence[th.Tensor]) -> set[int]:
+def _reached(output: th.Tensor, parameters: Sequence[th.Tensor]) -> list[int]:
+    """Mark the parameters that an output depends on with 1, the others with 0."""
     if not output.requires_grad:  # all that it depends on is frozen
-        return set()
+        return [0] * len(parameters)
     gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-    return {id(parameter) for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    return [int(gradient is not None) for gradient in gradients]

@@ -12,13 +12,18 @@ diverged; adapt β, and the learning rate, for the next one.
 
 import math
 import warnings
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch as th
 
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
 from sb3_adaptive_kl.arguments import check_settings, kl_coef_limits, learning_rate_rule, penalty_rule, settings_at
 from sb3_adaptive_kl.control import SegmentedControl, next_kl_coef, rollouts_at_bound, warn_at_bound
+from sb3_adaptive_kl.distributed.minibatches import minibatches_of_all_ranks
+from sb3_adaptive_kl.distributed.ranks import is_parallel
+from sb3_adaptive_kl.distributed.synchronization import average_buffers, pool_kl
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
@@ -96,9 +101,11 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self._optimize(old_policy, settings, metrics)
         except ValueError:
             # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
-            # diverged, and the error was something else
-            if math.isfinite(self._measure_kl(old_policy).mean):
+            # diverged, and the error was something else. (step_of_all_ranks does the same for its step)
+            if is_parallel() or math.isfinite(self._measure_kl(old_policy).mean):
                 raise
+        if is_parallel():
+            average_buffers(self.policy)
         return self._measure_kl(old_policy)
 
     def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -113,7 +120,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             for epoch in range(self.n_epochs):
                 metrics.start_epoch()
                 self._n_updates += 1
-                for rollout_data, index in self._execution.minibatches(self.rollout_buffer, self.batch_size):
+                for rollout_data, index in self._minibatches(settings):
                     result = self._execution.take_step(update, rollout_data, index, settings)
                     metrics.add(result.metrics, result.grad_norm)
                     if result.grad_norm is None:
@@ -125,6 +132,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         self.kl_coef = control.next_kl_coef(self.kl_coef, kls, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
 
+    def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
+        mine = self._execution.minibatches(self.rollout_buffer, self.batch_size)
+        return minibatches_of_all_ranks(mine, self._host, settings.normalize_advantage) if is_parallel() else mine
+
     @property
     def _penalty_rule(self) -> PenaltyRule:
         return penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
@@ -135,15 +146,19 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
     @property
     def _steps_per_update(self) -> int:
-        n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
-        return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
+        return self.n_epochs * math.ceil(self._n_transitions / (self.batch_size or self._n_transitions))
+
+    @property
+    def _n_transitions(self) -> int:
+        return self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         try:
-            return old_policy.kl()
+            kl = old_policy.kl()
         except ValueError:
             # The old policy passed this very sweep before the update, so it is the update that broke the policy
-            return RolloutKL(math.nan, math.nan)
+            kl = RolloutKL(math.nan, math.nan)
+        return pool_kl(kl, self._n_transitions) if is_parallel() else kl
 
     def _print_early_stop(self, epoch: int, kl: th.Tensor) -> None:
         if self.verbose >= 1:

@@ -38,12 +38,13 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it, and the exceptions named below
 LAYERS = (
-    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot"),
-    ("objective", "control"),
+    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot", "distributed.ranks"),
+    ("objective", "control", "distributed.callbacks", "distributed.failure"),
     ("rollout.hosts", "rollout.minibatches", "rollout.distributions"),
-    ("rollout.evaluation", "arguments", "metrics"),
+    ("rollout.evaluation", "arguments", "metrics", "distributed.minibatches"),
     ("rollout.old_policy",),
-    ("step",),
+    ("step", "distributed.synchronization"),
+    ("distributed.step", "distributed.algorithm"),
     ("execution", "step_back"),
     ("algorithm",),
     ("training",),
@@ -62,8 +63,11 @@ def test_modules_import_only_the_layers_below(module):
 
 
 def test_every_module_has_its_layer():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {f"rollout.{path.stem}" for path in PACKAGE.glob("rollout/*.py")}
-    assert modules - {"__init__", "cli", "rollout.__init__"} == {module for layer in LAYERS for module in layer}
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    modules |= {f"{folder}.{path.stem}" for folder in ("rollout", "distributed") for path in PACKAGE.glob(f"{folder}/*.py")}
+    assert modules - {"__init__", "cli", "rollout.__init__", "distributed.__init__"} == {
+        module for layer in LAYERS for module in layer
+    }
 
 
 def test_the_mathematics_is_free_of_the_framework():

@@ -5,6 +5,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.distributed.step import step_of_all_ranks, weighted_gradients
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled
 from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep, FusedAdam
 from sb3_adaptive_kl.objective import Settings
@@ -23,6 +24,7 @@ class CompiledSteps:
     def __init__(self, compilation: Compilation) -> None:
         self._compiled_gradients = Compiled(clipped_gradients, compilation)
         self._compiled_step = Compiled(_step, compilation)
+        self._compiled_weighted_gradients = Compiled(weighted_gradients, compilation)
         self._settings: tuple[Settings, Settings] | None = None
 
     def whole_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
@@ -42,6 +44,11 @@ class CompiledSteps:
             policy, host, old_policy, optimizer.parameters, rollout_data, index, self._tensors(policy, settings)
         )
         return finish_step(optimizer, gradients, metrics, grad_norm, settings)
+
+    def step_of_all_ranks(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
+        """Compile the loss and its gradients. The sum over the ranks and all that follows stay outside."""
+        tensors = self._tensors(update.policy, settings)
+        return step_of_all_ranks(update, rollout_data, index, tensors, self._compiled_weighted_gradients)
 
     def _tensors(self, policy: ActorCriticPolicy, settings: Settings) -> Settings:
         """

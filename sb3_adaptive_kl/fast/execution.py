@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.distributed.ranks import is_parallel
 from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.fast.collection import act, fast_collection
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
@@ -16,7 +17,7 @@ from sb3_adaptive_kl.fast.minibatches import minibatches_in_blocks
 from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep
 from sb3_adaptive_kl.fast.sb3_policies import EVALUATING, make_compilable, preprocessing_outside, without_validation
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.step import StepResult, Update, eager_step, trainable_parameters
+from sb3_adaptive_kl.step import StepResult, Update, trainable_parameters
 
 
 class FastExecution(Execution):
@@ -62,21 +63,23 @@ class FastExecution(Execution):
         return minibatches_in_blocks(buffer, batch_size)
 
     def take_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
-        """Choose between the three ways to step. All have the signature of ``eager_step``."""
+        """Choose between the ways to step. All have the signature of ``eager_step``."""
         if self.compilation is None or self._preprocess is None:
-            return eager_step(update, rollout_data, index, settings)
+            return super().take_step(update, rollout_data, index, settings)
 
         rollout_data = rollout_data._replace(observations=self._preprocess(rollout_data.observations))
         optimizer = update.optimizer
         assert isinstance(optimizer, FastOptimizerStep)  # see optimizer_step
         if self.compilation.failed or optimizer.needs_first_step:
-            return eager_step(update, rollout_data, index, settings)
+            return super().take_step(update, rollout_data, index, settings)
         try:
+            if is_parallel():
+                return self.compiled_steps.step_of_all_ranks(update, rollout_data, index, settings)
             if optimizer.fused_adam is None or settings.kl_stop_factor is not None:
                 return self.compiled_steps.step_with_compiled_gradients(update, rollout_data, index, settings)
             return self.compiled_steps.whole_step(update, rollout_data, index, settings)
         except NotCompiled:
-            return eager_step(update, rollout_data, index, settings)
+            return super().take_step(update, rollout_data, index, settings)
 
     def pop_compile_seconds(self) -> float:
         return 0.0 if self.compilation is None else self.compilation.pop_seconds()

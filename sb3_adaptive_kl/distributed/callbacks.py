@@ -1,0 +1,48 @@
+"""Which callbacks run on which rank, and the count of time steps that they see."""
+
+from collections.abc import Iterator
+
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    ProgressBarCallback,
+)
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from sb3_adaptive_kl.distributed.ranks import rank, world_size
+
+# They write files or draw, and what they evaluate is the same on all ranks
+ONLY_ON_RANK_0 = (CheckpointCallback, EvalCallback, ProgressBarCallback)
+
+
+class CountAllRanks(BaseCallback):
+    """Adds the time steps of the other ranks to ``num_timesteps``, before the callbacks after it see it."""
+
+    def _on_step(self) -> bool:
+        self.model.num_timesteps += (world_size() - 1) * self.training_env.num_envs
+        self.num_timesteps = self.model.num_timesteps
+        return True
+
+
+def callbacks_of_this_rank(callback: MaybeCallback) -> CallbackList:
+    """
+    Select the callbacks that run on this rank: all on rank 0, on the others all but those that write files.
+
+    :param callback: as the user gave it to ``learn()``
+    :return: a list that begins with ``CountAllRanks``
+    """
+    mine = [one for one in _flat(callback) if rank() == 0 or not isinstance(one, ONLY_ON_RANK_0)]
+    return CallbackList([CountAllRanks(), *mine])
+
+
+def _flat(callback: MaybeCallback) -> Iterator[BaseCallback]:
+    if callback is None:
+        return
+    if isinstance(callback, list) or type(callback) is CallbackList:
+        for one in callback if isinstance(callback, list) else callback.callbacks:
+            yield from _flat(one)
+    else:
+        yield callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)

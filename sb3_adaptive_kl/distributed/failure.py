@@ -1,0 +1,94 @@
+"""
+When a rank fails, all end, soon, and say whose fault it was.
+
+A rank that fails writes the reason to the group's store and leaves the group. That breaks the collective in which the others
+wait; they look up the reason, and raise an error with it. A killed rank writes nothing: it is the one that is missing when all
+others have reported to the store.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from sb3_adaptive_kl.distributed.ranks import LostRanks, is_parallel, rank, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+# How long ranks that lost another one wait for its reason, or for the reports of the others
+GRACE_SECONDS = 3.0
+POLL_SECONDS = 0.05
+
+
+class RankFailure(RuntimeError):
+    """Training has ended because another rank failed. The message names the rank and the cause."""
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """
+    End all ranks if one of them raises.
+
+    :raises RankFailure: if another rank has raised, was killed, or did not arrive within the group's timeout
+    """
+    if not is_parallel():
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store  # torch can be built without
+
+    store = _get_default_store()
+    try:
+        yield
+    except LostRanks as error:
+        message = f"{_find_cause(store)} All ranks have ended; nothing was trained since the last completed update."
+        _leave_group()
+        raise RankFailure(message) from error
+    except BaseException as error:
+        _report(store, "".join(traceback.format_exception_only(error)).strip())
+        _leave_group()
+        raise
+
+
+def _key(of_rank: int) -> str:
+    return f"sb3_adaptive_kl/failure/{of_rank}"
+
+
+def _report(store: "Store", reason: str) -> None:
+    """Write why this rank ends: ``""`` if it lost another one."""
+    with suppress(RuntimeError):  # the rank that held the store has gone: there is nobody left to read it
+        store.set(_key(rank()), reason)
+
+
+def _find_cause(store: "Store") -> str:
+    """Find the rank because of which the others end, and its reason."""
+    others = [other for other in range(world_size()) if other != rank()]
+    _report(store, "")
+    deadline = time.monotonic() + GRACE_SECONDS
+    silent = others
+    try:
+        while silent and time.monotonic() < deadline:
+            silent = [other for other in others if not store.check([_key(other)])]
+            for other in set(others) - set(silent):
+                reason = store.get(_key(other)).decode()
+                if reason:
+                    return f"Rank {other} of {world_size()} failed: {reason}."
+            time.sleep(POLL_SECONDS)
+    except RuntimeError:
+        return "The rank that holds the group's store (rank 0, unless torchrun holds it) has ended without a message."
+    if not silent:
+        return "The connection between the ranks was lost, though all of them are alive."
+    named = ", ".join(map(str, silent))
+    return (
+        f"Rank {named} of {world_size()} has ended without a message (killed, perhaps for lack of memory), or did not arrive "
+        "within the group's timeout."
+    )
+
+
+def _leave_group() -> None:
+    """Close the connections to the other ranks, which wakes them up."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Processes for tests of distributed training: ranks on the loopback address, which run functions of the tests."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=60)
+
+
+class Ranks:
+    """
+    Processes that run a function in one process group.
+
+    :param folder: where the ranks find each other
+    :param n: how many
+    """
+
+    def __init__(self, folder: Path, n: int = 2) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+        self._folder = folder
+        self._n_groups = 0
+        self.processes = []
+        self._connections: list[Connection] = []
+        for rank in range(n):
+            mine, its = context.Pipe()
+            self.processes.append(context.Process(target=_serve, args=(its, rank, n), daemon=True))
+            self._connections.append(mine)
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT) -> list[Any]:
+        """
+        Run a function of a module on all ranks, in a new group.
+
+        :param function: called with ``args``
+        :param timeout: the group's
+        :return: what it returned on each rank, or the exception that it raised; ``None`` for a killed rank
+        """
+        self._n_groups += 1
+        store = f"file://{self._folder / f'group_{self._n_groups}'}"
+        for connection in self._connections:
+            connection.send((function, args, store, timeout))
+        return [_received(connection) for connection in self._connections]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _received(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
+
+
+def _serve(connection: Connection, rank: int, n: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    th.set_num_threads(1)
+    while True:
+        function, args, store, timeout = connection.recv()
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
+        try:
+            result = function(*args)
+        except Exception as error:
+            traceback.print_exc()
+            result = type(error)(*map(str, error.args))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.send(result)
