@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,19 +36,29 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT) -> list[Any]:
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: timedelta = TIMEOUT,
+        ends: bool = False,
+        awaited: Collection[int] | None = None,
+    ) -> list[Any]:
         """
         Run a function of a module on all ranks, in a new group.
 
         :param function: called with ``args``
         :param timeout: the group's
-        :return: what it returned on each rank, or the exception that it raised; ``None`` for a killed rank
+        :param ends: whether the processes end afterwards, as those of a script would
+        :param awaited: the ranks to wait for, None for all
+        :return: what it returned on each rank, or the exception that it raised; None for a rank that was killed or not awaited
         """
         self._n_groups += 1
         store = f"file://{self._folder / f'group_{self._n_groups}'}"
         for connection in self._connections:
-            connection.send((function, args, store, timeout))
-        return [_received(connection) for connection in self._connections]
+            connection.send((function, args, store, timeout, ends))
+        ranks = range(len(self._connections)) if awaited is None else awaited
+        return [_received(connection) if rank in ranks else None for rank, connection in enumerate(self._connections)]
 
     def stop(self) -> None:
         """End the processes."""
@@ -68,13 +78,14 @@ def _serve(connection: Connection, rank: int, n: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     th.set_num_threads(1)
     while True:
-        function, args, store, timeout = connection.recv()
+        function, args, store, timeout, ends = connection.recv()
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
         try:
             result = function(*args)
         except Exception as error:
             traceback.print_exc()
             result = type(error)(*map(str, error.args))
-        if dist.is_initialized():
-            dist.destroy_process_group()
         connection.send(result)
+        if ends:
+            return
+        dist.destroy_process_group()

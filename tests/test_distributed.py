@@ -1,6 +1,9 @@
 """Several processes train one policy, as one process would with all of their environments."""
 
+import math
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -8,11 +11,17 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
+import sb3_adaptive_kl
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.distributed.synchronization import RanksDisagree, pooled
+from sb3_adaptive_kl.execution import Execution
 from tests.ranks import Ranks
 
 N_STEPS = 32
@@ -82,19 +91,21 @@ def test_two_ranks_equal_one_process(ranks: Ranks, arguments: dict[str, Any]) ->
         assert their_log == pytest.approx(logged, rel=1e-3, abs=1e-6)
 
 
-def learned(algorithm: str, folder: str | None = None, callback: Any = None, **arguments: Any) -> dict[str, Any]:
+def learned(
+    algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Train on this rank, and tell what it is left with."""
-    import sb3_adaptive_kl
-
     policy, env = ("MlpLstmPolicy" if "Recurrent" in algorithm else "MlpPolicy"), make_vec_env(make_env, 2)
-    if folder is not None:
+    if normalize:
         env = VecNormalize(env)
-    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 5, "device": "cpu", "verbose": 1, **arguments}
+    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 5, "device": "cpu", "verbose": 1}
     model = getattr(sb3_adaptive_kl, algorithm)(policy, env, **settings)
-    callbacks = [] if callback is None else [callback]
-    if folder is not None:
-        callbacks.append(CheckpointCallback(64, folder, save_vecnormalize=True))
-    model.learn(512, callback=callbacks)
+    model.learn(512, callback=callback() if callable(callback) else callback)
+    return outcome(model)
+
+
+def outcome(model: AdaptiveKLPPO) -> dict[str, Any]:
+    normalized = model.get_vec_normalize_env()
     return {
         "parameters": th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]),
         "optimizer": model.policy.optimizer.state_dict()["state"][0]["exp_avg"],
@@ -103,9 +114,9 @@ def learned(algorithm: str, folder: str | None = None, callback: Any = None, **a
         "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer],
         "undone": model._undone_updates,
         "observations": model.rollout_buffer.observations,
-        "statistics": env.obs_rms if folder is not None else None,
-        "seeds": env.seed(None) and [one.unwrapped.np_random_seed for one in env.unwrapped.envs],
-        "logged": model.logger.output_formats != [],
+        "statistics": None if normalized is None else vars(normalized.obs_rms),
+        "seeds": [env.unwrapped.np_random_seed for env in model.get_env().unwrapped.envs],
+        "logs": model.logger.output_formats != [],
     }
 
 
@@ -120,15 +131,200 @@ class Masked(gym.Wrapper):
         return np.ones(2, dtype=bool)
 
 
+def check_same_model(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert th.equal(first["parameters"], second["parameters"])
+    assert th.equal(first["optimizer"], second["optimizer"])
+    for name in ("kl_coef", "num_timesteps", "episodes", "undone"):
+        assert repr(first[name]) == repr(second[name]), name  # NaN is not equal to itself
+
+
 @pytest.mark.parametrize("algorithm", ["AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
 def test_all_ranks_hold_the_same_model(ranks: Ranks, algorithm: str) -> None:
     first, second = ranks.run(learned, algorithm)
-    assert th.equal(first["parameters"], second["parameters"])
-    assert th.equal(first["optimizer"], second["optimizer"])
-    assert first["kl_coef"] == second["kl_coef"]
-    assert first["num_timesteps"] == second["num_timesteps"] == 512
-    # Each collects its own transitions, and logs all episodes
+    check_same_model(first, second)
+    assert first["num_timesteps"] == 512
+    assert len(first["episodes"]) > 0
+    # Each rank collects its own transitions, from environments of its own; one of them logs
     assert not np.array_equal(first["observations"], second["observations"])
-    assert first["episodes"] == second["episodes"] != []
-    assert first["logged"]
-    assert not second["logged"]
+    assert (first["seeds"], second["seeds"]) == ([5, 6], [7, 8])
+    assert (first["logs"], second["logs"]) == (True, False)
+
+
+def test_statistics_of_vec_normalize_are_pooled(ranks: Ranks) -> None:
+    first, second = (one["statistics"] for one in ranks.run(learned, "AdaptiveKLPPO", None, True))
+    assert first["count"] == second["count"] == pytest.approx(512 + 2 * 2, abs=1e-3)  # and what reset() returned
+    np.testing.assert_array_equal(first["mean"], second["mean"])
+    np.testing.assert_array_equal(first["var"], second["var"])
+
+
+def test_pooled_statistics_are_those_of_all_the_data() -> None:
+    data = np.random.default_rng(0).normal(1e4, 3.0, size=(4, 100, 2))
+    before, alone = RunningMeanStd(shape=(2,)), RunningMeanStd(shape=(2,))
+    before.update(data[0])
+    after = [before.copy() for _ in range(3)]
+    for one, its_data in zip(after, data[1:], strict=True):
+        one.update(its_data)
+    alone.update(data.reshape(-1, 2))
+    result = pooled(before, after)
+    assert result.count == pytest.approx(alone.count)
+    np.testing.assert_allclose(result.mean, alone.mean, rtol=1e-12)
+    np.testing.assert_allclose(result.var, alone.var, rtol=1e-6)
+
+
+class StopsOnOneRank(BaseCallback):
+    """Stops rank 1 in the middle of its second rollout."""
+
+    def _on_step(self) -> bool:
+        return not (dist.get_rank() == 1 and self.n_calls == 80)
+
+
+def test_a_callback_that_stops_one_rank_stops_all(ranks: Ranks) -> None:
+    first, second = ranks.run(learned, "AdaptiveKLPPO", StopsOnOneRank)
+    check_same_model(first, second)
+    assert first["num_timesteps"] == 2 * 2 * 2 * 64
+
+
+class ChangesOneRank(BaseCallback):
+    """Sets an attribute of the model on rank 1 only."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        self.name, self.value = name, value
+
+    def _on_rollout_end(self) -> None:
+        if dist.get_rank() == 1:
+            setattr(self.model, self.name, self.value)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class MovesOneRank(BaseCallback):
+    """Changes the last bits of a parameter on rank 1 only."""
+
+    def _on_rollout_start(self) -> None:
+        if dist.get_rank() == 1:
+            with th.no_grad():
+                next(self.model.policy.parameters()).mul_(1 + 1e-6)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (ChangesOneRank("n_epochs", 3), "n_epochs is 2 on rank 0, but 3 on rank 1"),
+        (ChangesOneRank("target_kl", 0.5), "target_kl is 0.01 on rank 0, but 0.5 on rank 1"),
+        (MovesOneRank(), "the checksum of the parameters is "),
+    ],
+)
+def test_ranks_that_disagree_all_say_where(ranks: Ranks, callback: BaseCallback, message: str) -> None:
+    for error in ranks.run(learned, "AdaptiveKLPPO", callback):
+        assert isinstance(error, RanksDisagree)
+        assert message in str(error)
+
+
+def learned_for_different_times() -> None:
+    AdaptiveKLPPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128 + 128 * dist.get_rank())
+
+
+def test_ranks_must_train_for_the_same_time(ranks: Ranks) -> None:
+    for error in ranks.run(learned_for_different_times):
+        assert isinstance(error, RanksDisagree)
+        assert "total_timesteps is 128 on rank 0, but 256 on rank 1" in str(error)
+
+
+class OneRewardIsNaN(gym.Wrapper):
+    """Gives one NaN as a reward, on rank 1 only."""
+
+    n_calls = 0
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = super().step(action)
+        self.n_calls += 1
+        return observation, math.nan if dist.get_rank() == 1 and self.n_calls == 20 else reward, *rest
+
+
+def learned_from_nan(without_fast: bool) -> dict[str, Any]:
+    model = AdaptiveKLPPO("MlpPolicy", OneRewardIsNaN(make_env()), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
+    if without_fast:
+        model._execution = Execution()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The update at 128 timesteps produced a non-finite")
+        model.learn(256)
+    return outcome(model)
+
+
+@pytest.mark.parametrize("without_fast", [False, True])
+def test_nan_on_one_rank_undoes_the_update_on_all(ranks: Ranks, without_fast: bool) -> None:
+    first, second = ranks.run(learned_from_nan, without_fast)
+    check_same_model(first, second)
+    assert first["undone"] == 1
+    assert first["parameters"].isfinite().all()
+
+
+class FailsOnOneRank(ActorCriticPolicy):
+    """Cannot be evaluated on rank 1, in the second minibatch of the first update, as if its distributions were invalid."""
+
+    n_calls = 0
+
+    def evaluate_actions(self, *args: Any) -> Any:
+        self.n_calls += 1
+        if dist.get_rank() == 1 and self.n_calls in (
+            3,
+            4,
+        ):  # in a step, and in the sweep that asks whether it can be evaluated
+            raise ValueError("invalid distribution")
+        return super().evaluate_actions(*args)
+
+
+def learned_with_failing_policy() -> dict[str, Any]:
+    model = AdaptiveKLPPO(FailsOnOneRank, make_env(), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The update at 128 timesteps produced a non-finite")
+        model.learn(256)
+    return outcome(model)
+
+
+def test_a_policy_that_diverged_on_one_rank_undoes_the_update_on_all(ranks: Ranks) -> None:
+    first, second = ranks.run(learned_with_failing_policy)
+    check_same_model(first, second)
+    assert first["undone"] == 1
+
+
+def resumed(path: str) -> dict[str, Any]:
+    model = AdaptiveKLPPO.load(path, make_vec_env(make_env, 2), device="cpu")
+    model.learn(256, reset_num_timesteps=False)
+    return outcome(model)
+
+
+def saved(path: str) -> None:
+    model = AdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
+    model.learn(256, callback=CheckpointCallback(64, path, name_prefix="all"))
+    model.save(f"{path}/end")
+
+
+def test_checkpoints_are_ordinary_ones(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(saved, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all_256_steps.zip", "end.zip"]
+    assert resumed(str(tmp_path / "end"))["num_timesteps"] == 512
+    assert PPO.load(tmp_path / "end", device="cpu", custom_objects={"clip_range": 0.2}).num_timesteps == 256
+    first, second = ranks.run(resumed, str(tmp_path / "all_256_steps.zip"))
+    check_same_model(first, second)
+    assert first["num_timesteps"] == 512
+
+
+def learned_with_model_older_than_group() -> dict[str, Any]:
+    """The model is made as if there was no group, with one seed for all ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        model = AdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), n_steps=64, batch_size=32, seed=5, device="cpu")
+    model.learn(256)
+    return outcome(model)
+
+
+def test_a_model_older_than_the_group_gets_the_seeds_of_its_rank(ranks: Ranks) -> None:
+    first, second = ranks.run(learned_with_model_older_than_group)
+    check_same_model(first, second)
+    assert not np.array_equal(first["observations"], second["observations"])

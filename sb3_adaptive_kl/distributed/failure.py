@@ -1,9 +1,9 @@
 """
 When a rank fails, all end, soon, and say whose fault it was.
 
-A rank that fails writes the reason to the group's store and leaves the group. That breaks the collective in which the others
-wait; they look up the reason, and raise an error with it. A killed rank writes nothing: it is the one that is missing when all
-others have reported to the store.
+A rank that fails writes the reason to the group's store, and its process ends. That breaks the collective in which the others
+wait; they look up the reason, and raise an error with it. (If the process lives on, they wait until the group's timeout.) A
+killed rank writes nothing: it is the one that is missing when all others have reported to the store.
 """
 
 import time
@@ -11,8 +11,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
-
-import torch.distributed as dist
 
 from sb3_adaptive_kl.distributed.ranks import LostRanks, is_parallel, rank, world_size
 
@@ -44,12 +42,9 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except LostRanks as error:
-        message = f"{_find_cause(store)} All ranks have ended; nothing was trained since the last completed update."
-        _leave_group()
-        raise RankFailure(message) from error
+        raise RankFailure(f"{_find_cause(store)} Training has ended on all ranks: continue from a checkpoint.") from error
     except BaseException as error:
         _report(store, "".join(traceback.format_exception_only(error)).strip())
-        _leave_group()
         raise
 
 
@@ -86,9 +81,3 @@ def _find_cause(store: "Store") -> str:
         f"Rank {named} of {world_size()} has ended without a message (killed, perhaps for lack of memory), or did not arrive "
         "within the group's timeout."
     )
-
-
-def _leave_group() -> None:
-    """Close the connections to the other ranks, which wakes them up."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
