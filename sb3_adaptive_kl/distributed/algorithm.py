@@ -7,6 +7,7 @@ step (``step.py``) and everything that is decided in it are the same on all rank
 
 import os
 from dataclasses import is_dataclass
+from inspect import signature
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,10 @@ from sb3_adaptive_kl.distributed.synchronization import PooledNormalization, bro
 
 # Compare the parameters of all ranks once in this many rollouts
 ROLLOUTS_BETWEEN_CHECKSUMS = 10
-# Attributes that may differ between ranks, and that change nothing in the update
-OF_ONE_RANK = ("verbose", "seed", "tensorboard_log", "start_time", "_custom_logger", "_rank_of_seed")
+# Arguments that may differ between ranks, since they change nothing in the update
+OF_ONE_RANK = ("seed", "verbose", "tensorboard_log")
+# What the update depends on besides arguments
+STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
 
 SelfDistributedAlgorithm = TypeVar("SelfDistributedAlgorithm", bound="DistributedAlgorithm")
 Episodes = list[tuple[int, list[dict[str, Any]], list[bool]]]  # time step, infos and dones of those that ended
@@ -122,8 +125,8 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if is_parallel():
-            callback = callbacks_of_this_rank(callback)
-        return super()._init_callback(callback, progress_bar and rank() == 0)
+            callback, progress_bar = callbacks_of_this_rank(callback, progress_bar), False
+        return super()._init_callback(callback, progress_bar)
 
     def _start_together(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
         """
@@ -166,8 +169,9 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def _facts(self) -> dict[str, Any]:
         """Collect the numbers and names that decide about an update: arguments and state."""
-
-        facts = {name: value for name, value in vars(self).items() if name not in OF_ONE_RANK and _says_all(value)}
+        names = {*signature(type(self)).parameters, *STATE}.difference(OF_ONE_RANK)
+        values = {name: getattr(self, name, None) for name in sorted(names)}
+        facts = {name: value for name, value in values.items() if _says_all(value)}
         for name in ("learning_rate", "target_kl", "clip_range", "clip_range_vf"):
             value = getattr(self, name, None)
             if callable(value):

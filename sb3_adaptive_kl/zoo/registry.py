@@ -12,6 +12,7 @@ from types import ModuleType
 from sb3_adaptive_kl.zoo.hyperparameters import use_packaged_hyperparameters
 from sb3_adaptive_kl.zoo.programs import provide_programs, record_training_is_running
 from sb3_adaptive_kl.zoo.search_space import penalty_sampler
+from sb3_adaptive_kl.zoo.torchrun import join_group
 from sb3_adaptive_kl.zoo.trust_region_strings import accept_trust_region_strings
 
 # Lower case, since the zoo's plot scripts lower-case folder names
@@ -35,6 +36,7 @@ def complete_registry(module: ModuleType) -> None:
         # All scripts import this module first, record_training included
         if record_training_is_running():
             provide_programs()
+        join_group(tuple(ALGORITHMS))
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         for algo, host in HOSTS.items():
             module.HYPERPARAMS_SAMPLER.setdefault(algo, penalty_sampler(module.HYPERPARAMS_SAMPLER[host]))

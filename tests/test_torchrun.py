@@ -1,0 +1,74 @@
+"""torchrun: the zoo's own command, and a script that continues by itself after a rank was killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+
+REPOSITORY = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+# The last is for restarts: see examples/distributed.py
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
+def run(folder: Path, *arguments: str) -> str:
+    command = [*TORCHRUN, *arguments]
+    child = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    return child.stdout + child.stderr
+
+
+def test_the_zoo_trains_one_agent_in_one_folder(tmp_path: Path) -> None:
+    train = "-m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -n 6144 --eval-freq 2048 --eval-episodes 2 -f logs -P"
+    output = run(tmp_path, *train.split(), "--save-freq", "2048")
+    assert "8,192/6,144" in output
+    assert len(re.findall("Saving to logs/ppo_kl/CartPole-v1_1", output)) == 1
+    (folder,) = (tmp_path / "logs" / "ppo_kl").iterdir()
+    assert sorted(path.name for path in folder.glob("*.zip")) == [
+        "CartPole-v1.zip",
+        "best_model.zip",
+        "rl_model_4096_steps.zip",
+        "rl_model_8192_steps.zip",
+    ]
+    assert AdaptiveKLPPO.load(folder / "CartPole-v1.zip", device="cpu").num_timesteps == 8192
+    arguments = yaml.unsafe_load((folder / "CartPole-v1" / "args.yml").read_text())
+    assert arguments["seed"] == int(re.search(r"Seed: (\d+)", output)[1])
+
+
+def test_the_zoo_refuses_to_optimize_under_torchrun(tmp_path: Path) -> None:
+    command = [*TORCHRUN, *["-m", "rl_zoo3.train", "--algo", "ppo_kl", "--env", "CartPole-v1", "-optimize"]]
+    child = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert child.returncode != 0
+    assert "-optimize cannot be run by torchrun" in child.stderr
+
+
+def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    script = str(REPOSITORY / "examples" / "distributed.py")
+    arguments = ["--max-restarts", "1", script, "--env", "CartPole-v1", "-n", "24576", "--n-envs", "2", "-o", "out"]
+    with subprocess.Popen(
+        [*TORCHRUN, *arguments], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as agent:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = subprocess.run(["pgrep", "-P", str(agent.pid), "-f", "distributed.py"], capture_output=True, text=True)
+        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+        output, _ = agent.communicate(timeout=180)
+    assert agent.returncode == 0, output
+    assert AdaptiveKLPPO.load(tmp_path / "out" / "final", device="cpu").num_timesteps == 24576
+    # It did not begin again
+    totals = [int(total) for total in re.findall(r"total_timesteps\s*\|\s*(\d+)", output)]
+    assert totals.count(1024) == 1
+    assert not list((tmp_path / "out").glob(".*"))
