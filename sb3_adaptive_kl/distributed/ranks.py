@@ -14,8 +14,8 @@ import torch as th
 import torch.distributed as dist
 
 T = TypeVar("T")
-# Gloo's all_reduce takes several rounds of messages. Up to so many numbers per rank, sending them to all others takes a third
-# of its time (docs/distributed.md)
+# Gloo's all_reduce takes several rounds of messages. Up to so many numbers per rank, sending them to all others is faster
+# (docs/distributed.md)
 MAX_EXCHANGED = 2**18
 
 
