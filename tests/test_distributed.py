@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_adaptive_kl
@@ -291,6 +292,33 @@ def test_a_policy_that_diverged_on_one_rank_undoes_the_update_on_all(ranks: Rank
     first, second = ranks.run(learned_with_failing_policy)
     check_same_model(first, second)
     assert first["undone"] == 1
+
+
+class Normalized(FlattenExtractor):
+    """A feature extractor with a batch normalization, whose running statistics are buffers."""
+
+    def __init__(self, observation_space: gym.spaces.Space) -> None:
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(observations))
+
+
+def learned_with_batch_norm() -> tuple[dict[str, Any], th.Tensor]:
+    sizes = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "kl_ceiling": 1.0}
+    model = AdaptiveKLPPO(
+        "MlpPolicy", make_env(), policy_kwargs={"features_extractor_class": Normalized}, device="cpu", **sizes
+    )
+    model.learn(512)
+    return outcome(model), model.policy.features_extractor.norm.running_mean
+
+
+def test_running_statistics_of_the_policy_are_the_same_on_all_ranks(ranks: Ranks) -> None:
+    (first, mean), (second, their_mean) = ranks.run(learned_with_batch_norm)
+    check_same_model(first, second)
+    assert th.equal(mean, their_mean)
+    assert (mean != 0).all()
 
 
 def resumed(path: str) -> dict[str, Any]:
