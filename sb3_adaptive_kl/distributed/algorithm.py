@@ -83,8 +83,11 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
             return
         target = Path(path) if Path(path).suffix else Path(f"{path}.zip")  # as SB3 completes it
         unfinished = target.with_name(f".{target.name}.unfinished")
-        super().save(unfinished, *args, **kwargs)
-        os.replace(unfinished, target)
+        try:
+            super().save(unfinished, *args, **kwargs)
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect as the host does, then exchange with the other ranks what all have to know before the update."""
