@@ -21,8 +21,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_adaptive_kl
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.distributed.synchronization import RanksDisagree, pooled
 from sb3_adaptive_kl.execution import Execution
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from sb3_adaptive_kl.step import Update
 from tests.ranks import Ranks
 
 N_STEPS = 32
@@ -90,6 +93,27 @@ def test_two_ranks_equal_one_process(ranks: Ranks, arguments: dict[str, Any]) ->
             assert th.allclose(theirs[name], parameters[name], rtol=0, atol=1e-6), name
         assert their_kl_coef == pytest.approx(kl_coef, rel=1e-4)
         assert their_log == pytest.approx(logged, rel=1e-3, abs=1e-6)
+
+
+def stepped(ends: list[int]) -> tuple[list[float], dict[str, th.Tensor], float]:
+    """Take one step on a part of the transitions: those up to this rank's end that are not the previous rank's."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = filled(4, 0, normalize_advantage=False, ent_coef=0.1, policy_kwargs={"optimizer_class": th.optim.SGD})
+    old_policy = OldPolicy(model.policy, model.rollout_buffer, model._host)
+    index = th.arange(*([0, *ends][rank : rank + 2]))
+    update = Update(model.policy, model._host, old_policy, model._execution.optimizer_step(model.policy))
+    settings = settings_at(model, 1.0)
+    result = model._execution.take_step(update, model.rollout_buffer._get_samples(index.numpy()), index, settings)
+    return result.metrics.tolist(), model.policy.state_dict(), result.grad_norm.item()
+
+
+def test_every_transition_counts_the_same_on_whatever_rank(ranks: Ranks) -> None:
+    metrics, parameters, grad_norm = stepped([100])
+    for their_metrics, theirs, their_grad_norm in ranks.run(stepped, [10, 100]):
+        assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        assert their_grad_norm == pytest.approx(grad_norm, rel=1e-4)
+        for name in parameters:
+            assert th.allclose(theirs[name], parameters[name], rtol=0, atol=1e-6), name
 
 
 def learned(
