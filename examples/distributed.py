@@ -29,13 +29,13 @@ def main() -> None:
     args = parser.parse_args()
 
     if dist.is_torchelastic_launched():
-        dist.init_process_group()
+        dist.init_process_group("gloo")  # "nccl" for models on GPUs
     env = make_vec_env(args.env, args.n_envs)
     checkpoint = newest_checkpoint(args.output)
     if checkpoint is None:
         model = AdaptiveKLPPO("MlpPolicy", env, n_steps=256, seed=0, device="cpu", verbose=1)
     else:
-        model = AdaptiveKLPPO.load(checkpoint, env)  # on all ranks, from a folder that all of them see
+        model = AdaptiveKLPPO.load(checkpoint, env, device="cpu")  # on all ranks, from a folder that all of them see
     if model.num_timesteps < args.n_timesteps:
         model.learn(
             args.n_timesteps - model.num_timesteps,

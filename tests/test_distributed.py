@@ -296,10 +296,8 @@ class FailsOnOneRank(ActorCriticPolicy):
 
     def evaluate_actions(self, *args: Any) -> Any:
         self.n_calls += 1
-        if dist.get_rank() == 1 and self.n_calls in (
-            3,
-            4,
-        ):  # in a step, and in the sweep that asks whether it can be evaluated
+        # In a step, and in the sweep that then asks about the policy
+        if dist.get_rank() == 1 and self.n_calls in (3, 4):
             raise ValueError("invalid distribution")
         return super().evaluate_actions(*args)
 

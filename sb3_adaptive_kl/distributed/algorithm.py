@@ -72,22 +72,22 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def save(self, path: str | Path | BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """
-        Save as SB3 does, on rank 0 only. The file appears when it is complete: a process that is killed leaves no half of one.
+        Save as SB3 does; within a process group, a file on rank 0 only, under its name when it is complete: a process that is
+        killed leaves no half of one.
 
         :param path: path to the file, or a file-like object
         """
-        if rank() > 0:
-            return
-        if not isinstance(path, str | Path):
+        if not is_parallel() or not isinstance(path, str | Path):
             super().save(path, *args, **kwargs)
-            return
-        target = Path(path) if Path(path).suffix else Path(f"{path}.zip")  # as SB3 completes it
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        try:
-            super().save(unfinished, *args, **kwargs)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        elif rank() == 0:
+            path = Path(path)
+            target = path if path.suffix else Path(f"{path}.zip")  # as SB3 completes it
+            unfinished = target.with_name(f".{target.name}.unfinished")
+            try:
+                super().save(unfinished, *args, **kwargs)
+                os.replace(unfinished, target)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect as the host does, then exchange with the other ranks what all have to know before the update."""
@@ -151,6 +151,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
         )
         broadcast_policy(self.policy)
+        self._n_rollouts = 0
         if self.seed is not None and self._rank_of_seed != rank():  # the model is older than the group
             self.set_random_seed(self.seed)
         self._normalization = PooledNormalization(self.get_vec_normalize_env())
@@ -172,7 +173,10 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def _facts(self) -> dict[str, Any]:
         """Collect the numbers and names that decide about an update: arguments and state."""
-        names = {*signature(type(self)).parameters, *STATE}.difference(OF_ONE_RANK)
+        # A subclass of the user's may hide the arguments in its **kwargs
+        constructors = [vars(base)["__init__"] for base in type(self).__mro__[:-1] if "__init__" in vars(base)]
+        arguments = [name for constructor in constructors for name in signature(constructor).parameters]
+        names = {*arguments, *STATE}.difference(OF_ONE_RANK)
         values = {name: getattr(self, name, None) for name in sorted(names)}
         facts = {name: value for name, value in values.items() if _says_all(value)}
         for name in ("learning_rate", "target_kl", "clip_range", "clip_range_vf"):

@@ -39,6 +39,7 @@ def ending_together() -> Iterator[None]:
     from torch.distributed.distributed_c10d import _get_default_store  # torch can be built without
 
     store = _get_default_store()
+    store.delete_key(_key(rank()))  # of an earlier failure that the caller has caught
     try:
         yield
     except LostRanks as error:

@@ -121,5 +121,6 @@ def _completing() -> Iterator[None]:
 
 
 def _device_for(tensor: th.Tensor) -> th.device:
-    """Where the group's backend can reach a tensor: NCCL only sees GPUs."""
-    return th.device("cuda", th.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
+    """Where one of the group's backends can reach a tensor: NCCL only sees GPUs, and may be the only one."""
+    reaches_cpu = "cpu:" in dist.get_backend_config()
+    return tensor.device if reaches_cpu or tensor.is_cuda else th.device("cuda", th.cuda.current_device())

@@ -57,7 +57,9 @@ def weighted_gradients(
     gradients = th.autograd.grad(loss, parameters, retain_graph=has_hinge, allow_unused=True)
     weighted = _flattened(gradients, parameters)
     if has_hinge:
-        weighted += _flattened(th.autograd.grad(kl.mean(), parameters, allow_unused=True), parameters)
+        moves = kl.requires_grad  # not if the actor is frozen
+        of_kl = th.autograd.grad(kl.mean(), parameters, allow_unused=True) if moves else [None] * len(parameters)
+        weighted += _flattened(of_kl, parameters)
     forget_distribution(policy)  # as in clipped_gradients
     present = [gradient is not None for gradient in gradients]
     unweighted = kl.new_tensor([*present, len(kl)])

@@ -39,7 +39,7 @@ def join_group(algorithms: tuple[str, ...]) -> None:
         )
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % th.cuda.device_count())
-    dist.init_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if th.cuda.is_available() else "gloo")
     atexit.register(dist.destroy_process_group)
     if args.seed < 0:
         sys.argv += ["--seed", str(gather_objects(int(np.random.randint(2**31)))[0])]
