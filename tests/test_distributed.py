@@ -12,7 +12,15 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -22,6 +30,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_adaptive_kl
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
 from sb3_adaptive_kl.distributed.synchronization import RanksDisagree, pooled
 from sb3_adaptive_kl.execution import Execution
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -194,6 +203,30 @@ def test_pooled_statistics_are_those_of_all_the_data() -> None:
     assert result.count == pytest.approx(alone.count)
     np.testing.assert_allclose(result.mean, alone.mean, rtol=1e-12)
     np.testing.assert_allclose(result.var, alone.var, rtol=1e-6)
+
+
+def test_callbacks_that_write_files_run_on_rank_0_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoints, mine = CheckpointCallback(10, str(tmp_path)), StopTrainingOnMaxEpisodes(5)
+    evaluation, nested = EvalCallback(make_env()), EveryNTimesteps(10, CheckpointCallback(1, str(tmp_path)))
+    harmless = EveryNTimesteps(10, StopTrainingOnMaxEpisodes(5))
+    callback = [checkpoints, CallbackList([mine, evaluation]), nested, harmless]
+    first = callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:]
+    assert first[:-1] == [checkpoints, mine, evaluation, nested, harmless]
+    assert isinstance(first[-1], ProgressBarCallback)
+    monkeypatch.setattr("sb3_adaptive_kl.distributed.callbacks.rank", lambda: 1)
+    assert callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:] == [mine, harmless]
+
+
+def learned_with_one_normalized() -> None:
+    env = make_vec_env("CartPole-v1", 1)
+    model = AdaptiveKLPPO("MlpPolicy", VecNormalize(env) if dist.get_rank() == 0 else env, n_steps=64, device="cpu")
+    model.learn(128)
+
+
+def test_ranks_must_agree_on_normalization(ranks: Ranks) -> None:
+    for error in ranks.run(learned_with_one_normalized):
+        assert isinstance(error, RanksDisagree)
+        assert "the use of VecNormalize is True on rank 0, but False on rank 1" in str(error)
 
 
 class StopsOnOneRank(BaseCallback):

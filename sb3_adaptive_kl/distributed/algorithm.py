@@ -9,6 +9,7 @@ import os
 from dataclasses import is_dataclass
 from inspect import signature
 from io import BufferedIOBase
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,6 +147,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
                 "observation_space": self.observation_space,
                 "action_space": self.action_space,
                 "the shapes of the policy's parameters": shapes,
+                "the use of VecNormalize": self.get_vec_normalize_env() is not None,
                 **self._facts(),
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
@@ -179,6 +181,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         names = {*arguments, *STATE}.difference(OF_ONE_RANK)
         values = {name: getattr(self, name, None) for name in sorted(names)}
         facts = {name: value for name, value in values.items() if _says_all(value)}
+        facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
         for name in ("learning_rate", "target_kl", "clip_range", "clip_range_vf"):
             value = getattr(self, name, None)
             if callable(value):
@@ -193,4 +196,4 @@ def _says_all(value: Any) -> bool:
     """Whether the ``repr`` of a value says all there is to it, as that of a number or of one of our rules does."""
     if type(value) in (tuple, list):
         return all(map(_says_all, value))
-    return value is None or isinstance(value, bool | int | float | str) or is_dataclass(value)
+    return value is None or isinstance(value, Real | str) or is_dataclass(value)

@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import (
     CheckpointCallback,
     ConvertCallback,
     EvalCallback,
+    EventCallback,
     ProgressBarCallback,
 )
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -47,8 +48,15 @@ def callbacks_of_this_rank(callback: MaybeCallback, progress_bar: bool) -> Callb
     :return: a list that begins with ``CountAllRanks``
     """
     all_of_them = [*_flat(callback), *([ProgressBarCallback()] if progress_bar and rank() == 0 else [])]
-    mine = [one for one in all_of_them if rank() == 0 or not isinstance(one, ONLY_ON_RANK_0)]
+    mine = [one for one in all_of_them if rank() == 0 or not _is_only_on_rank_0(one)]
     return CallbackList([CountAllRanks([one for one in mine if isinstance(one, ProgressBarCallback)]), *mine])
+
+
+def _is_only_on_rank_0(callback: BaseCallback) -> bool:
+    """Whether a callback, or the one that it calls on its event, belongs on rank 0."""
+    if isinstance(callback, EventCallback) and callback.callback is not None and _is_only_on_rank_0(callback.callback):
+        return True
+    return isinstance(callback, ONLY_ON_RANK_0)
 
 
 def _flat(callback: MaybeCallback) -> Iterator[BaseCallback]:

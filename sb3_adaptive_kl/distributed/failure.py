@@ -77,8 +77,7 @@ def _find_cause(store: "Store") -> str:
         return "The rank that holds the group's store (rank 0, unless torchrun holds it) has ended without a message."
     if not silent:
         return "The connection between the ranks was lost, though all of them are alive."
-    named = ", ".join(map(str, silent))
+    named = f"Rank {silent[0]} of {world_size()} has" if len(silent) == 1 else f"Ranks {silent} of {world_size()} have"
     return (
-        f"Rank {named} of {world_size()} has ended without a message (killed, perhaps for lack of memory), or did not arrive "
-        "within the group's timeout."
+        f"{named} ended without a message (killed, perhaps for lack of memory), or did not arrive within the group's timeout."
     )
