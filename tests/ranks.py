@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
+import socket
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,7 +43,7 @@ class Ranks:
         *args: Any,
         timeout: timedelta = TIMEOUT,
         ends: bool = False,
-        awaited: Collection[int] | None = None,
+        rank_0_holds_store: bool = False,
     ) -> list[Any]:
         """
         Run a function of a module on all ranks, in a new group.
@@ -50,21 +51,26 @@ class Ranks:
         :param function: called with ``args``
         :param timeout: the group's
         :param ends: whether the processes end afterwards, as those of a script would
-        :param awaited: the ranks to wait for, None for all
-        :return: what it returned on each rank, or the exception that it raised; None for a rank that was killed or not awaited
+        :param rank_0_holds_store: whether the group's store goes with rank 0; otherwise it is a file
+        :return: what it returned on each rank, or the exception that it raised; None for a rank that was killed
         """
         self._n_groups += 1
-        store = f"file://{self._folder / f'group_{self._n_groups}'}"
+        store = f"tcp://127.0.0.1:{_free_port()}" if rank_0_holds_store else f"file://{self._folder / f'{self._n_groups}'}"
         for connection in self._connections:
             connection.send((function, args, store, timeout, ends))
-        ranks = range(len(self._connections)) if awaited is None else awaited
-        return [_received(connection) if rank in ranks else None for rank, connection in enumerate(self._connections)]
+        return [_received(connection) for connection in self._connections]
 
     def stop(self) -> None:
         """End the processes."""
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _received(connection: Connection) -> Any:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,36 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.distributed.failure import RankFailure
 from tests.ranks import Ranks
 
-SECONDS_TO_END = 20
+SECONDS_ALIVE = 6
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    processes = Ranks(tmp_path_factory.mktemp("ranks"), 3)
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture
-def three_ranks(tmp_path: Path) -> Iterator[Ranks]:
+def mortal_ranks(tmp_path: Path) -> Iterator[Ranks]:
     processes = Ranks(tmp_path, 3)
+    processes.run(dist.barrier)  # they have started
     yield processes
     processes.stop()
 
 
 class Failing(gym.Wrapper):
-    """Calls a function in its 100th step on rank 1."""
+    """Calls a function in its 100th step on one rank."""
 
     n_calls = 0
 
-    def __init__(self, env: gym.Env, fail: Any) -> None:
+    def __init__(self, env: gym.Env, rank: int, fail: Callable[[], None]) -> None:
         super().__init__(env)
-        self.fail = fail
+        self.rank, self.fail = rank, fail
 
     def step(self, action: Any) -> Any:
         self.n_calls += 1
-        if dist.get_rank() == 1 and self.n_calls == 100:
+        if dist.get_rank() == self.rank and self.n_calls == 100:
             self.fail()
         return super().step(action)
 
@@ -53,31 +61,81 @@ def kill() -> None:
 
 
 def hang() -> None:
-    time.sleep(3600)
+    time.sleep(SECONDS_ALIVE)
 
 
-def learn(fail: Any, checkpoints: str | None = None) -> None:
-    env = Monitor(Failing(gym.make("CartPole-v1"), fail))
+def sleep_briefly() -> None:
+    time.sleep(1)
+
+
+def learn(rank: int, fail: Callable[[], None], checkpoints: str | None = None) -> None:
+    env = Monitor(Failing(gym.make("CartPole-v1"), rank, fail))
     callback = None if checkpoints is None else CheckpointCallback(64, checkpoints)
     AdaptiveKLPPO("MlpPolicy", env, n_steps=64, batch_size=32, n_epochs=2, device="cpu").learn(10_000, callback=callback)
 
 
-def test_an_exception_on_one_rank_ends_all_with_its_message(three_ranks: Ranks) -> None:
-    three_ranks.run(dist.barrier)
-    start = time.monotonic()
-    first, second, third = three_ranks.run(learn, raise_error, ends=True)
-    assert time.monotonic() - start < SECONDS_TO_END
-    assert isinstance(second, KeyError)
-    for error in (first, third):
+def end_of_learning(rank: int, fail: Callable[[], None]) -> tuple[str, str, float]:
+    """Tell how ``learn()`` ended and when, after the process has lived on for some time."""
+    try:
+        learn(rank, fail)
+    except (KeyError, RankFailure) as error:
+        end = time.monotonic()
+        time.sleep(SECONDS_ALIVE)
+        return type(error).__name__, str(error), end
+    raise AssertionError("learn() did not fail")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_exception_ends_all_at_once_though_its_process_lives_on(three_ranks: Ranks, failing: int) -> None:
+    ends = three_ranks.run(end_of_learning, failing, raise_error)
+    times = [end for _, _, end in ends]
+    assert max(times) - min(times) < SECONDS_ALIVE / 2
+    for rank, (error, message, _) in enumerate(ends):
+        if rank == failing:
+            assert (error, message) == ("KeyError", "'no such joint'")
+        else:
+            assert error == "RankFailure"
+            assert f"Rank {failing} of 3 failed: KeyError: 'no such joint'" in message
+
+
+def learn_after_failure() -> int:
+    """Train again, in the same process group."""
+    try:
+        learn(1, raise_error)
+    except (KeyError, RankFailure):
+        model = AdaptiveKLPPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, n_epochs=2, device="cpu").learn(192)
+    return model.num_timesteps
+
+
+def test_a_caught_failure_does_not_disturb_the_next_learn(three_ranks: Ranks) -> None:
+    assert three_ranks.run(learn_after_failure) == [192, 192, 192]
+
+
+def fail_and_exit() -> None:
+    """Fail on rank 0, whose process is gone as soon as ``learn()`` has raised, while the others are in their rollouts."""
+    try:
+        learn(dist.get_rank(), raise_error if dist.get_rank() == 0 else sleep_briefly)
+    except KeyError:
+        os._exit(1)
+
+
+def test_the_reason_of_rank_0_is_read_before_its_store_is_gone(mortal_ranks: Ranks) -> None:
+    first, *others = mortal_ranks.run(fail_and_exit, ends=True, rank_0_holds_store=True)
+    assert first is None
+    for error in others:
         assert isinstance(error, RankFailure)
-        assert "Rank 1 of 3 failed: KeyError: 'no such joint'" in str(error)
+        assert "Rank 0 of 3 failed: KeyError: 'no such joint'" in str(error)
 
 
-def test_a_killed_rank_is_named_by_all_others(three_ranks: Ranks, tmp_path: Path) -> None:
-    three_ranks.run(dist.barrier)
-    start = time.monotonic()
-    first, second, third = three_ranks.run(learn, kill, str(tmp_path / "checkpoints"), ends=True)
-    assert time.monotonic() - start < SECONDS_TO_END
+def learn_while_another_is_slow(checkpoints: str, grace: float) -> None:
+    """Rank 1 is killed while rank 2 is in the middle of a long rollout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sb3_adaptive_kl.distributed.failure.GRACE_SECONDS", grace)
+        learn(dist.get_rank(), {0: sleep_briefly, 1: kill, 2: hang}[dist.get_rank()], checkpoints)
+
+
+def test_a_killed_rank_is_named_by_all_others(mortal_ranks: Ranks, tmp_path: Path) -> None:
+    first, second, third = mortal_ranks.run(learn_while_another_is_slow, str(tmp_path / "checkpoints"), 0.5, ends=True)
     assert second is None
     for error in (first, third):
         assert isinstance(error, RankFailure)
@@ -88,16 +146,24 @@ def test_a_killed_rank_is_named_by_all_others(three_ranks: Ranks, tmp_path: Path
     assert [AdaptiveKLPPO.load(path, device="cpu").num_timesteps for path in checkpoints] == [192, 384]
 
 
+def test_a_killed_rank_0_takes_its_store_with_it(mortal_ranks: Ranks) -> None:
+    first, *others = mortal_ranks.run(learn, 0, kill, ends=True, rank_0_holds_store=True)
+    assert first is None
+    for error in others:
+        assert isinstance(error, RankFailure)
+        assert "The rank that holds the group's store (rank 0, unless torchrun holds it) has ended" in str(error)
+
+
 def learn_unless_rank_1() -> None:
     if dist.get_rank() == 1:
-        time.sleep(10)
+        time.sleep(SECONDS_ALIVE)
     else:
         AdaptiveKLPPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
 
 
-@pytest.mark.parametrize(("function", "arguments"), [(learn_unless_rank_1, ()), (learn, (hang,))])
+@pytest.mark.parametrize(("function", "arguments"), [(learn_unless_rank_1, ()), (learn, (1, hang))])
 def test_a_rank_that_does_not_arrive_is_named(three_ranks: Ranks, function: Any, arguments: tuple[Any, ...]) -> None:
-    first, _, third = three_ranks.run(function, *arguments, timeout=timedelta(seconds=4), ends=True, awaited=(0, 2))
+    first, _, third = three_ranks.run(function, *arguments, timeout=timedelta(seconds=2))
     for error in (first, third):
         assert isinstance(error, RankFailure)
         assert "Rank 1 of 3 has ended without a message (killed, perhaps for lack of memory), or did not arrive" in str(error)

@@ -5,18 +5,24 @@ Without a group there is one rank, and every function returns what it is given. 
 ranks, so that all of them must call it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import reduce
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch as th
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 # Gloo's all_reduce takes several rounds of messages. Up to so many numbers per rank, sending them to all others is faster
 # (docs/distributed.md)
 MAX_EXCHANGED = 2**18
+
+_group: "ProcessGroup | None" = None  # that of connected_ranks(); None stands for the default group
 
 
 class LostRanks(RuntimeError):
@@ -38,6 +44,45 @@ def rank() -> int:
     return dist.get_rank() if is_parallel() else 0
 
 
+@contextmanager
+def connected_ranks() -> Iterator[None]:
+    """
+    Connect the ranks by a group of our own, in which the collectives within take place, and disconnect this rank at the end:
+    ranks that still wait for it notice at once. (Destroying the default group would not be ours to do.) *Collective.*
+
+    :raises LostRanks: if another rank has ended, or does not arrive in time
+    """
+    global _group
+    everything = dist.get_backend_config()
+    with _completing():
+        dist.barrier()  # fails if a rank has ended, where new_group() would wait for it
+        # NCCL only sees GPUs; the numbers on which decisions depend are on the CPU
+        backend = None if "cpu:" in everything else f"cpu:gloo,{everything}"
+        group = _group = dist.new_group(backend=backend, timeout=_default_timeout())
+    try:
+        yield
+    finally:
+        _group = None
+        dist.destroy_process_group(group)
+
+
+def disconnected(others: Sequence[int]) -> list[int]:
+    """
+    Find the ranks to which the connection is closed: their processes have ended, or they have left ``connected_ranks``. After
+    a timeout, gloo closes all connections of a rank.
+
+    :param others: the ranks to ask about
+    :return: those of them without a connection to this one
+    """
+    closed = []
+    for other in others:
+        try:
+            dist.irecv(th.empty(1), other, group=_group)  # for a message that never comes
+        except RuntimeError:
+            closed.append(other)
+    return closed
+
+
 def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
     """
     Add up a tensor over all ranks. *Collective.*
@@ -47,12 +92,12 @@ def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
     """
     if not is_parallel():
         return tensor
-    mine = tensor.to(_device_for(tensor), copy=True)
+    mine = tensor.clone()
     with _completing():
         if mine.device.type == "cpu" and (world_size() - 1) * mine.numel() <= MAX_EXCHANGED:
             return _exchanged_sum(mine)
-        dist.all_reduce(mine)
-    return mine.to(tensor.device)
+        dist.all_reduce(mine, group=_group)
+    return mine
 
 
 def gather(numbers: th.Tensor) -> th.Tensor:
@@ -64,11 +109,10 @@ def gather(numbers: th.Tensor) -> th.Tensor:
     """
     if not is_parallel():
         return numbers[None]
-    numbers_there = numbers.to(_device_for(numbers))
-    parts = [th.empty_like(numbers_there) for _ in range(world_size())]
+    parts = [th.empty_like(numbers) for _ in range(world_size())]
     with _completing():
-        dist.all_gather(parts, numbers_there)
-    return th.stack(parts).to(numbers.device)
+        dist.all_gather(parts, numbers, group=_group)
+    return th.stack(parts)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -82,7 +126,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     values: list[T] = [value] * world_size()
     with _completing():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_group)
     return values
 
 
@@ -94,18 +138,19 @@ def broadcast(tensor: th.Tensor) -> None:
     """
     if not is_parallel():
         return
-    there = tensor.detach().to(_device_for(tensor), copy=True)
+    received = tensor.detach().clone(memory_format=th.contiguous_format)
     with _completing():
-        dist.broadcast(there, src=0)
+        dist.broadcast(received, src=0, group=_group)
     with th.no_grad():
-        tensor.copy_(there)
+        tensor.copy_(received)
 
 
 def _exchanged_sum(mine: th.Tensor) -> th.Tensor:
     """Send a vector to every other rank, and add up all vectors in the order of the ranks: the same on each of them."""
     vectors = [mine if other == rank() else th.empty_like(mine) for other in range(world_size())]
     others = [other for other in range(world_size()) if other != rank()]
-    works = [dist.irecv(vectors[other], other) for other in others] + [dist.isend(mine, other) for other in others]
+    works = [dist.irecv(vectors[other], other, group=_group) for other in others]
+    works += [dist.isend(mine, other, group=_group) for other in others]
     for work in works:
         assert work is not None  # None is for processes outside of the group
         work.wait()
@@ -120,7 +165,9 @@ def _completing() -> Iterator[None]:
         raise LostRanks(str(error)) from error
 
 
-def _device_for(tensor: th.Tensor) -> th.device:
-    """Where one of the group's backends can reach a tensor: NCCL only sees GPUs, and may be the only one."""
-    reaches_cpu = "cpu:" in dist.get_backend_config()
-    return tensor.device if reaches_cpu or tensor.is_cuda else th.device("cuda", th.cuda.current_device())
+def _default_timeout() -> timedelta:
+    """Read the default group's timeout: new_group() would take torch's default."""
+    world = dist.group.WORLD
+    assert world is not None
+    timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout  # type: ignore[attr-defined]
+    return timeout
