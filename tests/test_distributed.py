@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
+from rl_zoo3.callbacks import RawStatisticsCallback, SaveVecNormalizeCallback
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -205,16 +206,26 @@ def test_pooled_statistics_are_those_of_all_the_data() -> None:
     np.testing.assert_allclose(result.var, alone.var, rtol=1e-6)
 
 
+class ListOfUser(CallbackList):
+    """Has a class of its own, and perhaps a behavior of its own."""
+
+
 def test_callbacks_that_write_files_run_on_rank_0_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoints, mine = CheckpointCallback(10, str(tmp_path)), StopTrainingOnMaxEpisodes(5)
-    evaluation, nested = EvalCallback(make_env()), EveryNTimesteps(10, CheckpointCallback(1, str(tmp_path)))
+    nested = EveryNTimesteps(10, CheckpointCallback(1, str(tmp_path)))
     harmless = EveryNTimesteps(10, StopTrainingOnMaxEpisodes(5))
-    callback = [checkpoints, CallbackList([mine, evaluation]), nested, harmless]
+    of_zoo = [SaveVecNormalizeCallback(1, str(tmp_path)), RawStatisticsCallback()]
+    in_list = ListOfUser([mine, EvalCallback(make_env())])
+    callback = [checkpoints, in_list, nested, harmless, *of_zoo]
     first = callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:]
-    assert first[:-1] == [checkpoints, mine, evaluation, nested, harmless]
+    assert first[:-1] == callback
     assert isinstance(first[-1], ProgressBarCallback)
     monkeypatch.setattr("sb3_adaptive_kl.distributed.callbacks.rank", lambda: 1)
-    assert callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:] == [mine, harmless]
+    reduced, *rest = callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:]
+    assert type(reduced) is ListOfUser
+    assert reduced.callbacks == [mine]
+    assert rest == [harmless]
+    assert len(in_list.callbacks) == 2  # that of the user has not changed
 
 
 def learned_with_one_normalized() -> None:

@@ -22,7 +22,13 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
 from sb3_adaptive_kl.distributed.failure import ending_together
 from sb3_adaptive_kl.distributed.ranks import gather_objects, is_parallel, rank
-from sb3_adaptive_kl.distributed.synchronization import PooledNormalization, broadcast_policy, check_agreement, checksum
+from sb3_adaptive_kl.distributed.synchronization import (
+    PooledNormalization,
+    average_buffers,
+    broadcast_policy,
+    check_agreement,
+    checksum,
+)
 
 # Compare the parameters of all ranks once in this many rollouts
 ROLLOUTS_BETWEEN_CHECKSUMS = 10
@@ -30,6 +36,9 @@ ROLLOUTS_BETWEEN_CHECKSUMS = 10
 OF_ONE_RANK = ("seed", "verbose", "tensorboard_log")
 # What the update depends on besides arguments
 STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
+
+CHECKSUM = "the checksum of the parameters"
+HOW_THEY_COME_TO_DIFFER = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
 SelfDistributedAlgorithm = TypeVar("SelfDistributedAlgorithm", bound="DistributedAlgorithm")
 Episodes = list[tuple[int, list[dict[str, Any]], list[bool]]]  # time step, infos and dones of those that ended
@@ -67,9 +76,13 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         Train as the host does, together with all other ranks.
 
         :raises RankFailure: if another rank has failed
+        :raises RanksDisagree: if the ranks were given different arguments, or do not end with the same parameters
         """
         with ending_together():
-            return super().learn(*args, **kwargs)
+            super().learn(*args, **kwargs)
+            if is_parallel():
+                check_agreement({CHECKSUM: checksum(self.policy)}, HOW_THEY_COME_TO_DIFFER)
+        return self
 
     def save(self, path: str | Path | BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """
@@ -108,6 +121,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         ):
             super()._update_info_buffer(infos, np.array(dones))
         self._normalization.pool()
+        average_buffers(self.policy)
         self._check_agreement()
         return all_go_on
 
@@ -169,9 +183,9 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         """
         facts = self._facts()
         if self._n_rollouts % ROLLOUTS_BETWEEN_CHECKSUMS == 0:
-            facts["the checksum of the parameters"] = checksum(self.policy)
+            facts[CHECKSUM] = checksum(self.policy)
         self._n_rollouts += 1
-        check_agreement(facts, "a callback has changed it on some ranks only, or their machines do not compute the same")
+        check_agreement(facts, HOW_THEY_COME_TO_DIFFER)
 
     def _facts(self) -> dict[str, Any]:
         """Collect the numbers and names that decide about an update: arguments and state."""

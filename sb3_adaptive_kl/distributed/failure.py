@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, disconnected, is_parallel, rank, world_size
+from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, is_disconnected, is_parallel, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -39,8 +39,7 @@ def ending_together() -> Iterator[None]:
     if not is_parallel():
         yield
         return
-    from torch.distributed import PrefixStore  # torch can be built without
-    from torch.distributed.distributed_c10d import _get_default_store
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # torch can be built without
 
     store = PrefixStore(f"sb3_adaptive_kl/{next(_sessions)}", _get_default_store())
     try:
@@ -87,7 +86,7 @@ def _find_cause(store: "Store") -> str:
     if reason:
         return reason
     # A slow rank that has not noticed yet is still connected
-    lost = disconnected(silent) or silent
+    lost = [other for other in silent if is_disconnected(other)] or silent
     if not lost:
         return "The connection between the ranks was lost, though all of them are alive."
     named = f"Rank {lost[0]} of {world_size()} has" if len(lost) == 1 else f"Ranks {lost} of {world_size()} have"

@@ -5,7 +5,7 @@ Without a group there is one rank, and every function returns what it is given. 
 ranks, so that all of them must call it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
@@ -66,21 +66,18 @@ def connected_ranks() -> Iterator[None]:
         dist.destroy_process_group(group)
 
 
-def disconnected(others: Sequence[int]) -> list[int]:
+def is_disconnected(other: int) -> bool:
     """
-    Find the ranks to which the connection is closed: their processes have ended, or they have left ``connected_ranks``. After
-    a timeout, gloo closes all connections of a rank.
+    Tell whether the connection to another rank is closed: its process has ended, or it has left ``connected_ranks``. After a
+    timeout, gloo closes all connections of a rank.
 
-    :param others: the ranks to ask about
-    :return: those of them without a connection to this one
+    :param other: the rank to ask about
     """
-    closed = []
-    for other in others:
-        try:
-            dist.irecv(th.empty(1), other, group=_group)  # for a message that never comes
-        except RuntimeError:
-            closed.append(other)
-    return closed
+    try:
+        dist.irecv(th.empty(1), other, group=_group)  # for a message that never comes
+    except RuntimeError:
+        return True
+    return False
 
 
 def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
@@ -169,5 +166,5 @@ def _default_timeout() -> timedelta:
     """Read the default group's timeout: new_group() would take torch's default."""
     world = dist.group.WORLD
     assert world is not None
-    timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout  # type: ignore[attr-defined]
+    timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout
     return timeout

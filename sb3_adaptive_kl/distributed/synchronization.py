@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl.distributed.ranks import broadcast, gather, gather_objects, rank, sum_over_ranks, world_size
+from sb3_adaptive_kl.distributed.ranks import broadcast, gather, gather_objects, rank
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
 
@@ -41,7 +41,7 @@ def check_agreement(facts: Mapping[str, Any], remedy: str) -> None:
 
 def checksum(policy: ActorCriticPolicy) -> int:
     """
-    Digest the parameters and the optimizer's state.
+    Digest the parameters and the optimizer's state. (Buffers are averaged before each update, and may differ in between.)
 
     :param policy: the policy
     :return: a number that is the same on ranks where every bit of them is
@@ -83,8 +83,11 @@ def average_buffers(policy: ActorCriticPolicy) -> None:
     """
     for tensor in policy.buffers():
         if tensor.is_floating_point():
+            of_ranks = gather(tensor.flatten())
+            # Not the mean of the values, whose rounding would move a buffer that is the same on all ranks
+            mean = of_ranks[0] + (of_ranks - of_ranks[0]).mean(dim=0)
             with th.no_grad():
-                tensor.copy_(sum_over_ranks(tensor) / world_size())
+                tensor.copy_(mean.view_as(tensor))
 
 
 def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
