@@ -1,6 +1,6 @@
 """What all tests share: one torch thread per process, and the algorithm on every kind of space and policy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,11 +22,19 @@ from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.objective import MinibatchMetrics, objective
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from tests.ranks import Ranks
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     th.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    processes = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.stop()
 
 
 class Case(NamedTuple):

@@ -1,4 +1,4 @@
-"""Processes for tests of distributed training: ranks on the loopback address, which run functions of the tests."""
+"""For tests of distributed training: ranks on the loopback address, which run functions of the tests, and one that trains."""
 
 import multiprocessing
 import os
@@ -10,8 +10,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch as th
 import torch.distributed as dist
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+import sb3_adaptive_kl
+from sb3_adaptive_kl import AdaptiveKLPPO
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -95,3 +102,51 @@ def _serve(connection: Connection, rank: int, n: int) -> None:
         if ends:
             return
         dist.destroy_process_group()
+
+
+def learned(algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train on this rank, and tell what it is left with."""
+    policy, env = ("MlpLstmPolicy" if "Recurrent" in algorithm else "MlpPolicy"), make_vec_env(make_env, 2)
+    if normalize is not None:
+        env = VecNormalize(env, **normalize)
+    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 5, "device": "cpu", "verbose": 1}
+    model = getattr(sb3_adaptive_kl, algorithm)(policy, env, **settings)
+    model.learn(512, callback=callback() if callable(callback) else callback)
+    return outcome(model)
+
+
+def outcome(model: AdaptiveKLPPO) -> dict[str, Any]:
+    of_env = vars(model.get_vec_normalize_env() or model)
+    return {
+        "parameters": th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]),
+        "optimizer": model.policy.optimizer.state_dict()["state"][0]["exp_avg"],
+        "kl_coef": model.kl_coef,
+        "num_timesteps": model.num_timesteps,
+        "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer],
+        "undone": model._undone_updates,
+        "observations": model.rollout_buffer.observations,
+        "statistics": {name: vars(value) for name, value in of_env.items() if name in ("obs_rms", "ret_rms")},
+        "seeds": [env.unwrapped.np_random_seed for env in model.get_env().unwrapped.envs],
+        "logs": model.logger.output_formats != [],
+    }
+
+
+def make_env() -> gym.Env:
+    return Masked(gym.make("CartPole-v1"))
+
+
+class Masked(gym.Wrapper):
+    """Forbids one of the two actions in every third step, for MaskablePPO."""
+
+    n_calls = 0
+
+    def action_masks(self) -> np.ndarray:
+        self.n_calls += 1
+        return np.array([True, self.n_calls % 3 != 0])
+
+
+def check_same_model(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert th.equal(first["parameters"], second["parameters"])
+    assert th.equal(first["optimizer"], second["optimizer"])
+    for name in ("kl_coef", "num_timesteps", "episodes", "undone"):
+        assert repr(first[name]) == repr(second[name]), name  # NaN is not equal to itself
