@@ -107,13 +107,14 @@ def learned(n_ranks: int, name: str, seed: int) -> tuple[float, float]:
     return float(np.mean([episode["r"] for episode in model.ep_info_buffer])), float(final)
 
 
-def on_ranks(n_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function in new processes, one per rank, and return the result of rank 0."""
+def on_ranks(n_ranks: int, function: Callable[..., Any], *args: Any, connected: bool = True) -> Any:
+    """Run a function in new processes, one per rank, in a process group or each by itself; return the result of rank 0."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run, args=(results, folder, rank, n_ranks, function, args)) for rank in range(n_ranks)
+            context.Process(target=_run, args=(results, folder, rank, n_ranks if connected else 1, function, (n_ranks, *args)))
+            for rank in range(n_ranks)
         ]
         for process in ranks:
             process.start()
@@ -128,7 +129,7 @@ def _run(results: Any, folder: str, rank: int, n_ranks: int, function: Callable[
     th.set_num_threads(1)
     if n_ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
-    result = function(n_ranks, *args)
+    result = function(*args)
     if rank == 0:
         results.put(result)
     if n_ranks > 1:
@@ -136,17 +137,24 @@ def _run(results: Any, folder: str, rank: int, n_ranks: int, function: Callable[
 
 
 def print_speed(n_ranks: int, rounds: int) -> None:
-    """Print time steps per second of one process and of several, and their ratio."""
-    print(f"{'learn(), time steps per second':40} 1 rank   {n_ranks} ranks   ratio")
+    """
+    Print time steps per second of one process and of several, and their ratio; and the ratio that would be reached if
+    exchanging gradients and waiting for each other took no time: that of as many processes which train by themselves.
+    """
+    print(f"{'learn(), time steps per second':32} 1 rank   {n_ranks} ranks   ratio   without exchange")
     for name in SPEED:
         for compile in (False, True):
-            one, several = [], []
-            for _ in range(rounds):
-                one.append(on_ranks(1, learn_speed, name, compile))
-                several.append(on_ranks(n_ranks, learn_speed, name, compile))
-            before, after = statistics.median(one), statistics.median(several)
+            speeds = [
+                (
+                    on_ranks(1, learn_speed, name, compile),
+                    on_ranks(n_ranks, learn_speed, name, compile),
+                    on_ranks(n_ranks, learn_speed, name, compile, connected=False),
+                )
+                for _ in range(rounds)
+            ]
+            one, together, apart = map(statistics.median, zip(*speeds, strict=True))
             title = f"{name}, {'compiled' if compile else 'default'}"
-            print(f"{title:40} {before:6.0f} {after:9.0f} {after / before:7.2f}", flush=True)
+            print(f"{title:32} {one:6.0f} {together:9.0f} {together / one:7.2f} {apart / one:18.2f}", flush=True)
     for policy, length in LENGTHS.items():
         print(
             f"sum over {n_ranks} ranks, {policy}, {length:,} numbers: {on_ranks(n_ranks, sum_time, length):.0f} µs", flush=True

@@ -5,24 +5,25 @@ Without a group there is one rank, and every function returns what it is given. 
 ranks, so that all of them must call it.
 """
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import reduce
 from typing import TYPE_CHECKING, TypeVar
 
 import torch as th
 import torch.distributed as dist
 
+from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory, make_folder
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-# Gloo's all_reduce takes several rounds of messages. Up to so many numbers per rank, sending them to all others is faster
-# (docs/distributed.md)
-MAX_EXCHANGED = 2**18
 
-_group: "ProcessGroup | None" = None  # that of connected_ranks(); None stands for the default group
+# Of connected_ranks(). Without a group of our own, the default one is used
+_group: "ProcessGroup | None" = None
+_shared_memory: SharedMemory | None = None
 
 
 class LostRanks(RuntimeError):
@@ -48,22 +49,41 @@ def rank() -> int:
 def connected_ranks() -> Iterator[None]:
     """
     Connect the ranks by a group of our own, in which the collectives within take place, and disconnect this rank at the end:
-    ranks that still wait for it notice at once. (Destroying the default group would not be ours to do.) *Collective.*
+    ranks that still wait for it notice at once. (The default group is not ours to destroy.) *Collective.*
 
     :raises LostRanks: if another rank has ended, or does not arrive in time
     """
-    global _group
-    everything = dist.get_backend_config()
+    global _group, _shared_memory
+    backends, timeout = dist.get_backend_config(), _default_timeout()
     with _completing():
         dist.barrier()  # fails if a rank has ended, where new_group() would wait for it
         # NCCL only sees GPUs; the numbers on which decisions depend are on the CPU
-        backend = None if "cpu:" in everything else f"cpu:gloo,{everything}"
-        group = _group = dist.new_group(backend=backend, timeout=_default_timeout())
+        group = _group = dist.new_group(backend=None if "cpu:" in backends else f"cpu:gloo,{backends}", timeout=timeout)
     try:
+        _shared_memory = _share_memory(timeout)
         yield
     finally:
-        _group = None
+        if _shared_memory is not None:
+            _shared_memory.close()
+        _group = _shared_memory = None
         dist.destroy_process_group(group)
+
+
+def _share_memory(timeout: timedelta) -> SharedMemory | None:
+    """Connect ranks by shared memory, if all are on one machine. *Collective.*"""
+    mine = None
+    if rank() == 0:
+        with suppress(OSError):  # gloo will do
+            mine = make_folder(world_size())
+    try:
+        folder = gather_objects(mine)[0]
+        if folder is None or not all(gather_objects(folder.is_dir())):
+            return None
+        with _completing():
+            return SharedMemory(folder, rank(), world_size(), timeout.total_seconds(), lambda: gather_objects(None))
+    finally:
+        if mine is not None:
+            shutil.rmtree(mine)
 
 
 def is_disconnected(other: int) -> bool:
@@ -89,12 +109,12 @@ def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
     """
     if not is_parallel():
         return tensor
-    mine = tensor.clone()
     with _completing():
-        if mine.device.type == "cpu" and (world_size() - 1) * mine.numel() <= MAX_EXCHANGED:
-            return _exchanged_sum(mine)
-        dist.all_reduce(mine, group=_group)
-    return mine
+        if _shared_memory is not None and tensor.device.type == "cpu" and tensor.nbytes <= SLOT:
+            return _shared_memory.sum(tensor)
+        total = tensor.clone()
+        dist.all_reduce(total, group=_group)
+    return total
 
 
 def gather(numbers: th.Tensor) -> th.Tensor:
@@ -142,23 +162,11 @@ def broadcast(tensor: th.Tensor) -> None:
         tensor.copy_(received)
 
 
-def _exchanged_sum(mine: th.Tensor) -> th.Tensor:
-    """Send a vector to every other rank, and add up all vectors in the order of the ranks: the same on each of them."""
-    vectors = [mine if other == rank() else th.empty_like(mine) for other in range(world_size())]
-    others = [other for other in range(world_size()) if other != rank()]
-    works = [dist.irecv(vectors[other], other, group=_group) for other in others]
-    works += [dist.isend(mine, other, group=_group) for other in others]
-    for work in works:
-        assert work is not None  # None is for processes outside of the group
-        work.wait()
-    return reduce(th.add, vectors)
-
-
 @contextmanager
 def _completing() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # the only type that gloo has for it
+    except (RuntimeError, OSError) as error:  # gloo has no type of its own for it; OSError is that of shared memory
         raise LostRanks(str(error)) from error
 
 
