@@ -27,7 +27,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.distributed.ranks import sum_over_ranks
+from sb3_adaptive_kl.distributed.ranks import connected_ranks, sum_over_ranks
 
 # How many numbers a step sums over the ranks: MlpPolicy on HalfCheetah-v5, and CnnPolicy on Atari with six actions
 LENGTHS = {"MlpPolicy": 11_106, "CnnPolicy": 1_687_739}
@@ -92,10 +92,11 @@ def sum_time(n_ranks: int, length: int) -> float:
     """Measure the sum over the ranks of one minibatch, in microseconds."""
     vector = th.ones(length)
     times = []
-    for _ in range(220):
-        start = time.perf_counter()
-        sum_over_ranks(vector)
-        times.append(time.perf_counter() - start)
+    with connected_ranks():
+        for _ in range(220):
+            start = time.perf_counter()
+            sum_over_ranks(vector)
+            times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[20:])
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.distributed.failure import RankFailure
@@ -96,6 +97,37 @@ def test_an_exception_ends_all_at_once_though_its_process_lives_on(three_ranks: 
         else:
             assert error == "RankFailure"
             assert f"Rank {failing} of 3 failed: KeyError: 'no such joint'" in message
+
+
+class FailingInUpdate(ActorCriticPolicy):
+    """Calls a function on rank 1 in the third minibatch of the first update."""
+
+    n_calls = 0
+
+    def __init__(self, *args: Any, fail: Callable[[], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fail = fail
+
+    def evaluate_actions(self, *args: Any) -> Any:
+        self.n_calls += 1
+        if dist.get_rank() == 1 and self.n_calls == 4:  # a sweep over the rollout comes first
+            self.fail()
+        return super().evaluate_actions(*args)
+
+
+def learn_with_failing_policy(fail: Callable[[], None]) -> None:
+    kwargs = {"policy_kwargs": {"fail": fail}, "n_steps": 64, "batch_size": 16, "device": "cpu"}
+    AdaptiveKLPPO(FailingInUpdate, "CartPole-v1", **kwargs).learn(192)
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"), [(raise_error, "Rank 1 of 3 failed: KeyError: 'no such joint'"), (hang, "Rank 1 of 3 has ended")]
+)
+def test_a_failure_within_an_update_ends_all(three_ranks: Ranks, fail: Callable[[], None], message: str) -> None:
+    first, _, third = three_ranks.run(learn_with_failing_policy, fail, timeout=timedelta(seconds=2))
+    for error in (first, third):
+        assert isinstance(error, RankFailure)
+        assert message in str(error)
 
 
 def learn_after_failure() -> int:

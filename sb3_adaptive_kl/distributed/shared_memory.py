@@ -9,6 +9,7 @@ sum takes part: it writes its vector, sends one byte to each other process, and 
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch as th
 # Bytes of the longest vector. Two vectors per process: the next sum must not overwrite what another process still adds up
 SLOT = 2**20
 IN_MEMORY = Path("/dev/shm")
+SECONDS_AWAKE = 1e-4
 
 
 def make_folder(n_processes: int) -> Path:
@@ -47,6 +49,7 @@ class SharedMemory:
 
     def __init__(self, folder: Path, rank: int, n_processes: int, timeout: float, barrier: Callable[[], object]) -> None:
         self.rank = rank
+        self.timeout = timeout
         self.n_sums = 0
         size = 2 * n_processes * SLOT
         memory = th.from_file(str(folder / "memory"), shared=True, size=size, dtype=th.uint8)
@@ -63,7 +66,7 @@ class SharedMemory:
                 self.others.append(listener.accept()[0])
             barrier()
         for other in self.others:
-            other.settimeout(timeout)
+            other.setblocking(False)
 
     def sum(self, tensor: th.Tensor) -> th.Tensor:
         """
@@ -79,11 +82,30 @@ class SharedMemory:
         for other in self.others:
             other.sendall(b"+")
         for other in self.others:
-            if not other.recv(1):
-                raise ConnectionError("another process has closed its connection")
+            self._wait_for(other)
         return slots.sum(dim=0).view(tensor.shape)
 
     def close(self) -> None:
         """Disconnect: processes that wait for this one raise ``OSError``."""
         for other in self.others:
             other.close()
+
+    def _wait_for(self, other: socket.socket) -> None:
+        """Wait for a byte: actively at first, since it takes longer to wake up than most waits last."""
+        received = None
+        awake = time.perf_counter() + SECONDS_AWAKE
+        while received is None and time.perf_counter() < awake:
+            received = _received_so_far(other)
+        if received is None:
+            other.settimeout(self.timeout)
+            received = other.recv(1)
+            other.setblocking(False)
+        if not received:
+            raise ConnectionError("another process has closed its connection")
+
+
+def _received_so_far(other: socket.socket) -> bytes | None:
+    try:
+        return other.recv(1)
+    except BlockingIOError:
+        return None
