@@ -10,7 +10,7 @@ import torch as th
 import torch.distributed as dist
 
 from sb3_adaptive_kl.distributed import ranks as distributed_ranks
-from sb3_adaptive_kl.distributed.ranks import connected_ranks, sum_over_ranks
+from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, sum_over_ranks
 from sb3_adaptive_kl.distributed.shared_memory import IN_MEMORY, SLOT
 from tests.ranks import Ranks
 
@@ -53,3 +53,18 @@ def test_sums_over_ranks(ranks: Ranks, function: Callable[..., object], argument
             assert result.dtype == correct.dtype
             th.testing.assert_close(result, correct, rtol=1e-6, atol=0)
     assert not list(IN_MEMORY.glob("sb3_adaptive_kl-*"))
+
+
+def sum_without_partner() -> str | None:
+    """Rank 1 leaves while rank 0 waits for it."""
+    with connected_ranks():
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+            return None
+        with pytest.raises(LostRanks) as error:
+            sum_over_ranks(th.ones(3))
+        return str(error.value)
+
+
+def test_a_rank_that_leaves_is_noticed_before_its_vector_is_used(ranks: Ranks) -> None:
+    assert ranks.run(sum_without_partner) == ["another process has closed its connection", None]

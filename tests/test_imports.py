@@ -38,9 +38,9 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it, and the exceptions named below
 LAYERS = (
-    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot", "distributed.ranks"),
-    ("objective", "control", "distributed.callbacks", "distributed.failure"),
-    ("rollout.hosts", "rollout.minibatches", "rollout.distributions"),
+    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot", "distributed.shared_memory"),
+    ("objective", "control", "distributed.ranks"),
+    ("rollout.hosts", "rollout.minibatches", "rollout.distributions", "distributed.callbacks", "distributed.failure"),
     ("rollout.evaluation", "arguments", "metrics", "distributed.minibatches"),
     ("rollout.old_policy",),
     ("step", "distributed.synchronization"),
