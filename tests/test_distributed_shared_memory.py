@@ -55,16 +55,15 @@ def test_sums_over_ranks(ranks: Ranks, function: Callable[..., object], argument
     assert not list(IN_MEMORY.glob("sb3_adaptive_kl-*"))
 
 
-def sum_without_partner() -> str | None:
+def sum_without_partner() -> None:
     """Rank 1 leaves while rank 0 waits for it."""
     with connected_ranks():
-        if dist.get_rank() == 1:
-            time.sleep(0.5)
-            return None
-        with pytest.raises(LostRanks) as error:
+        if dist.get_rank() == 0:
             sum_over_ranks(th.ones(3))
-        return str(error.value)
+        time.sleep(0.5)
 
 
-def test_a_rank_that_leaves_is_noticed_before_its_vector_is_used(ranks: Ranks) -> None:
-    assert ranks.run(sum_without_partner) == ["another process has closed its connection", None]
+def test_a_rank_that_leaves_is_noticed_in_the_sum_that_waits_for_it(ranks: Ranks) -> None:
+    first, second = ranks.run(sum_without_partner)
+    assert isinstance(first, LostRanks)
+    assert second is None
