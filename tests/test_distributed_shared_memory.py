@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,9 @@ import torch as th
 import torch.distributed as dist
 
 from sb3_adaptive_kl.distributed import ranks as distributed_ranks
+from sb3_adaptive_kl.distributed import shared_memory
 from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, sum_over_ranks
-from sb3_adaptive_kl.distributed.shared_memory import IN_MEMORY, SLOT
+from sb3_adaptive_kl.distributed.shared_memory import SLOT
 from tests.ranks import Ranks
 
 TENSORS = (
@@ -23,36 +23,30 @@ TENSORS = (
 )
 
 
-def sums(is_jerky: bool) -> tuple[list[th.Tensor], bool]:
+def sums(folder: Path, is_jerky: bool) -> tuple[list[th.Tensor], bool]:
     """Add up multiples of each tensor several times; a rank that is late must still find what the others wrote."""
-    with connected_ranks():
-        results = []
-        for factor in range(1, 9):
-            for tensor in TENSORS:
-                if is_jerky and random.random() < 0.2:
-                    time.sleep(0.002)
-                results.append(sum_over_ranks(tensor * factor * (1 + dist.get_rank())))
-        return results, distributed_ranks._shared_memory is not None
-
-
-def sums_without_room() -> tuple[list[th.Tensor], bool]:
-    def no_room(_: int) -> Path:
-        raise OSError("no space left on device")
-
+    results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed_ranks, "make_folder", no_room)
-        return sums(is_jerky=False)
+        patch.setattr(shared_memory, "IN_MEMORY", folder)
+        with connected_ranks():
+            for factor in range(1, 9):
+                for tensor in TENSORS:
+                    if is_jerky and random.random() < 0.2:
+                        time.sleep(0.002)
+                    results.append(sum_over_ranks(tensor * factor * (1 + dist.get_rank())))
+            return results, distributed_ranks._shared_memory is not None
 
 
-@pytest.mark.parametrize(("function", "arguments", "shares"), [(sums, (True,), True), (sums_without_room, (), False)])
-def test_sums_over_ranks(ranks: Ranks, function: Callable[..., object], arguments: tuple[bool, ...], shares: bool) -> None:
+@pytest.mark.parametrize("shares", [True, False])
+def test_sums_over_ranks(ranks: Ranks, tmp_path: Path, shares: bool) -> None:
+    folder = tmp_path if shares else tmp_path / "missing"
     expected = [3 * tensor * factor for factor in range(1, 9) for tensor in TENSORS]
-    for results, shared in ranks.run(function, *arguments):
+    for results, shared in ranks.run(sums, folder, shares):
         assert shared == shares
         for result, correct in zip(results, expected, strict=True):
             assert result.dtype == correct.dtype
             th.testing.assert_close(result, correct, rtol=1e-6, atol=0)
-    assert not list(IN_MEMORY.glob("sb3_adaptive_kl-*"))
+    assert not list(tmp_path.iterdir())
 
 
 def sum_without_partner() -> None:
@@ -67,3 +61,11 @@ def test_a_rank_that_leaves_is_noticed_in_the_sum_that_waits_for_it(ranks: Ranks
     first, second = ranks.run(sum_without_partner)
     assert isinstance(first, LostRanks)
     assert second is None
+
+
+def test_nothing_is_left_behind_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_memory, "IN_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "SLOT", 2**50)
+    with pytest.raises(OSError, match=r"No space left|too large"):
+        shared_memory.make_folder(2)
+    assert not list(tmp_path.iterdir())

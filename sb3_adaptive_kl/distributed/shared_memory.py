@@ -7,6 +7,7 @@ sum takes part: it writes its vector, sends one byte to each other process, and 
 """
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -30,8 +31,12 @@ def make_folder(n_processes: int) -> Path:
     :raises OSError: if there is no room for it in memory, or no such folder: only Linux has it
     """
     folder = Path(tempfile.mkdtemp(prefix="sb3_adaptive_kl-", dir=IN_MEMORY))
-    with (folder / "memory").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 2 * n_processes * SLOT)  # without room, writing to it would kill the process
+    try:
+        with (folder / "memory").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 2 * n_processes * SLOT)  # without room, writing to it would kill the process
+    except OSError:
+        shutil.rmtree(folder)
+        raise
     return folder
 
 

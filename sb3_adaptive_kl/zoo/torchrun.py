@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from sb3_adaptive_kl.distributed.ranks import gather_objects, rank
+from sb3_adaptive_kl.distributed.ranks import gather_objects, rank, world_size
 
 # Flags of train.py that only rank 0 may have
 ONLY_ON_RANK_0 = ("-P", "--progress", "--track")
@@ -22,8 +22,8 @@ def join_group(algorithms: tuple[str, ...]) -> None:
     """
     Join the process group if torchrun has started this process to train one of our algorithms with others.
 
-    The zoo reads its arguments afterwards: all ranks get the same seed, and the others than rank 0 neither evaluate nor print,
-    and write their log folder where it is deleted.
+    The zoo reads its arguments afterwards: all ranks get the same seed, frequencies count the time steps of all ranks, and the
+    others than rank 0 neither evaluate nor print, and write their log folder where it is deleted.
 
     :param algorithms: names of ours in the zoo
     :raises SystemExit: if hyperparameters are to be optimized, which would need one process group per trial
@@ -39,11 +39,18 @@ def join_group(algorithms: tuple[str, ...]) -> None:
         )
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % th.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if th.cuda.is_available() else "gloo")
+    # NCCL refuses to let two ranks share a GPU
+    has_own_gpu = th.cuda.is_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= th.cuda.device_count()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_own_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
     if args.seed < 0:
         sys.argv += ["--seed", str(gather_objects(int(np.random.randint(2**31)))[0])]
-    if rank() > 0:
+    if rank() == 0:
+        # The zoo's count the steps of one process
+        for flag, steps in (("--eval-freq", args.eval_freq), ("--save-freq", args.save_freq)):
+            if steps > 0:
+                sys.argv += [flag, str(max(steps // world_size(), 1))]
+    else:
         folder = tempfile.mkdtemp(prefix=f"rank-{rank()}-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in ONLY_ON_RANK_0]
@@ -61,8 +68,11 @@ def train_is_running() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Read these arguments as the zoo's ``train`` does."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo", default="ppo")
     parser.add_argument("--seed", type=int, default=-1)
+    parser.add_argument("--eval-freq", type=int, default=25_000)
+    parser.add_argument("--save-freq", type=int, default=-1)
     parser.add_argument("-optimize", "--optimize-hyperparameters", action="store_true")
     return parser
