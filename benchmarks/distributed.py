@@ -88,15 +88,19 @@ def learn_speed(n_ranks: int, name: str, compile: bool) -> float:
     return 2 * per_iteration / (clock.times[4] - clock.times[2])
 
 
-def sum_time(n_ranks: int, length: int) -> float:
-    """Measure the sum over the ranks of one minibatch, in microseconds."""
+def sum_times(n_ranks: int, length: int) -> tuple[float, float]:
+    """Measure the sum over the ranks of one minibatch, in microseconds: as a step takes it, and gloo's."""
     vector = th.ones(length)
-    times = []
     with connected_ranks():
-        for _ in range(220):
-            start = time.perf_counter()
-            sum_over_ranks(vector)
-            times.append(time.perf_counter() - start)
+        return _median_time(lambda: sum_over_ranks(vector)), _median_time(lambda: dist.all_reduce(vector.clone()))
+
+
+def _median_time(function: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(220):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[20:])
 
 
@@ -156,10 +160,13 @@ def print_speed(n_ranks: int, rounds: int) -> None:
             one, together, apart = map(statistics.median, zip(*speeds, strict=True))
             title = f"{name}, {'compiled' if compile else 'default'}"
             print(f"{title:32} {one:6.0f} {together:9.0f} {together / one:7.2f} {apart / one:18.2f}", flush=True)
+
+
+def print_sums(n_ranks: int) -> None:
+    """Print how long the ranks take to sum a vector, while they do nothing else."""
     for policy, length in LENGTHS.items():
-        print(
-            f"sum over {n_ranks} ranks, {policy}, {length:,} numbers: {on_ranks(n_ranks, sum_time, length):.0f} µs", flush=True
-        )
+        mine, gloo = on_ranks(n_ranks, sum_times, length)
+        print(f"sum over {n_ranks} ranks, {policy}, {length:,} numbers: {mine:.0f} µs, by gloo {gloo:.0f} µs", flush=True)
 
 
 def print_learning(n_ranks: int, seeds: int) -> None:
@@ -183,6 +190,7 @@ def main() -> None:
         print_learning(args.ranks, args.seeds)
     else:
         print_speed(args.ranks, args.rounds)
+        print_sums(args.ranks)
 
 
 if __name__ == "__main__":
