@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SHELL = bash
 .SHELLFLAGS = -eu -o pipefail -c
 
-.PHONY: demo test lint type format benchmark clean
+.PHONY: demo test lint type format docs benchmark clean
 
 # Train, evaluate over 100 episodes and record a video with RL Baselines3 Zoo's own commands, then plot the
 # training run and compare with PPO on a few seeds
@@ -40,11 +40,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site in docs/_build/html. The notebook is executed unless its outputs are in the cache beside it
+docs: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build
 
 # Install torch first and by itself: the user chooses the build (CPU, CUDA), and the newest may bring gigabytes of CUDA packages.
 # Reinstall when the start-up hook changes, because an editable installation copies it.

@@ -1,0 +1,48 @@
+"""Run the Python blocks of README and documentation with fewer time steps, and check that their lists are complete."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from stable_baselines3 import PPO
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from tests.conftest import CASES, logged
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCKS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL) for path in PAGES}
+
+
+@pytest.mark.parametrize(("page", "timesteps"), [("README.md", 4096), ("guide.md", 4096), ("coming_from.md", 0)])
+def test_python_blocks_run(page, timesteps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in BLOCKS[page]:
+        exec(re.sub(r"learn\(\d+_000", "learn(4096", block), namespace)
+    assert namespace.get("model") is None or namespace["model"].num_timesteps == timesteps
+
+
+def test_no_page_with_python_blocks_is_left_out():
+    assert {page for page, blocks in BLOCKS.items() if blocks} == {"README.md", "guide.md", "coming_from.md"}
+
+
+def test_all_arguments_are_documented():
+    documented = re.findall(r"^\s*:param (\w+):", inspect.getdoc(AdaptiveKLPPO), flags=re.MULTILINE)
+    assert documented == list(inspect.signature(AdaptiveKLPPO).parameters)
+
+
+def test_log_key_table_is_complete():
+    options = {"kl_ceiling": 1.5, "learning_rate_rule": "adaptive"}
+    ours = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, **options).learn(64)
+    theirs = CASES["discrete"].build(PPO, n_steps=64).learn(64)
+    table = (REPOSITORY / "docs" / "logs.md").read_text()
+    for key in logged(ours).keys() - logged(theirs).keys():
+        assert re.search(rf"^\| .*`{key}`.* \|", table, flags=re.MULTILINE), key
+
+
+def test_relative_links_lead_somewhere():
+    for path in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
