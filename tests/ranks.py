@@ -104,13 +104,15 @@ def _serve(connection: Connection, rank: int, n: int) -> None:
         dist.destroy_process_group()
 
 
-def learned(algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: dict[str, Any] | None = None) -> dict[str, Any]:
+def learned(
+    algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: dict[str, Any] | None = None, **arguments: Any
+) -> dict[str, Any]:
     """Train on this rank, and tell what it is left with."""
     policy, env = ("MlpLstmPolicy" if "Recurrent" in algorithm else "MlpPolicy"), make_vec_env(make_env, 2)
     if normalize is not None:
         env = VecNormalize(env, **normalize)
     settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 5, "device": "cpu", "verbose": 1}
-    model = getattr(sb3_adaptive_kl, algorithm)(policy, env, **settings)
+    model = getattr(sb3_adaptive_kl, algorithm)(policy, env, **settings, **arguments)
     model.learn(512, callback=callback() if callable(callback) else callback)
     return outcome(model)
 

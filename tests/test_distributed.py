@@ -129,6 +129,17 @@ def test_all_ranks_hold_the_same_model(ranks: Ranks, algorithm: str) -> None:
     assert (first["logs"], second["logs"]) == (True, False)
 
 
+def learned_compiled_on_one_rank() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.config.disable", dist.get_rank() == 1)
+        return learned(compile=True)
+
+
+def test_ranks_stay_the_same_where_only_one_can_compile(ranks: Ranks) -> None:
+    first, second = ranks.run(learned_compiled_on_one_rank)
+    check_same_model(first, second)
+
+
 def learned_twice() -> dict[str, Any]:
     """Train, freeze the actor, and train again, with a progress bar."""
     model = AdaptiveKLPPO(
@@ -179,6 +190,8 @@ def test_checkpoints_are_ordinary_ones(ranks: Ranks, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all_256_steps.zip", "end.zip"]
     assert resumed(str(tmp_path / "end"))["num_timesteps"] == 512
     assert PPO.load(tmp_path / "end", device="cpu", custom_objects={"clip_range": 0.2}).num_timesteps == 256
-    first, second = ranks.run(resumed, str(tmp_path / "all_256_steps.zip"))
-    check_same_model(first, second)
-    assert first["num_timesteps"] == 512
+    saved(str(tmp_path / "alone"))
+    for checkpoint in (tmp_path / "all_256_steps.zip", tmp_path / "alone" / "end.zip"):
+        first, second = ranks.run(resumed, str(checkpoint))
+        check_same_model(first, second)
+        assert first["num_timesteps"] == 512

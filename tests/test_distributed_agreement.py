@@ -97,18 +97,22 @@ def test_ranks_that_disagree_all_say_where(ranks: Ranks, callback: BaseCallback,
 
 
 class Subclass(AdaptiveKLPPO):
-    """As users write them: the constructor's arguments are hidden in **kwargs."""
+    """As users write them: the constructor's arguments are hidden in **kwargs, and there is one that may differ."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+        self.folder = folder
         super().__init__(*args, **kwargs)
 
 
-def learned_with_different_epochs() -> None:
-    Subclass("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=2 + dist.get_rank(), device="cpu").learn(128)
+def learned_with_different_epochs(difference: int) -> None:
+    n_epochs = 2 + difference * dist.get_rank()
+    model = Subclass("MlpPolicy", "CartPole-v1", folder=f"rank-{dist.get_rank()}", n_steps=64, n_epochs=n_epochs, device="cpu")
+    model.learn(128)
 
 
 def test_arguments_of_a_subclass_are_compared(ranks: Ranks) -> None:
-    for error in ranks.run(learned_with_different_epochs):
+    assert ranks.run(learned_with_different_epochs, 0) == [None, None]
+    for error in ranks.run(learned_with_different_epochs, 1):
         assert isinstance(error, RanksDisagree)
         assert "n_epochs is 2 on rank 0, but 3 on rank 1" in str(error)
 

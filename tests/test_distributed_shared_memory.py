@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sb3_adaptive_kl.distributed import ranks as distributed_ranks
 from sb3_adaptive_kl.distributed import shared_memory
 from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, sum_over_ranks
-from sb3_adaptive_kl.distributed.shared_memory import SLOT
+from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory
 from tests.ranks import Ranks
 
 TENSORS = (
@@ -34,7 +34,25 @@ def sums(folder: Path, is_jerky: bool) -> tuple[list[th.Tensor], bool]:
                     if is_jerky and random.random() < 0.2:
                         time.sleep(0.002)
                     results.append(sum_over_ranks(tensor * factor * (1 + dist.get_rank())))
-            return results, distributed_ranks._shared_memory is not None
+            return results, distributed_ranks._connection.shared_memory is not None
+
+
+def sums_with_failing_step(folder: Path, step: str) -> tuple[list[th.Tensor], bool]:
+    def fail(_: SharedMemory) -> None:
+        raise OSError(24, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(SharedMemory, step, fail)
+        return sums(folder, is_jerky=False)
+
+
+@pytest.mark.parametrize("step", ["map", "listen", "connect", "accept"])
+def test_gloo_sums_where_one_rank_cannot_share_memory(ranks: Ranks, tmp_path: Path, step: str) -> None:
+    for results, shared in ranks.run(sums_with_failing_step, tmp_path, step):
+        assert not shared
+        assert th.equal(results[0], 3 * TENSORS[0])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -34,6 +34,7 @@ from sb3_adaptive_kl.distributed.synchronization import (
 ROLLOUTS_BETWEEN_CHECKSUMS = 10
 # Arguments that may differ between ranks, since they change nothing in the update
 OF_ONE_RANK = ("seed", "verbose", "tensorboard_log")
+PACKAGES_OF_ARGUMENTS = ("sb3_adaptive_kl", "stable_baselines3", "sb3_contrib")
 # What the update depends on besides arguments
 STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
 
@@ -189,8 +190,9 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def _facts(self) -> dict[str, Any]:
         """Collect the numbers and names that decide about an update: arguments and state."""
-        # A subclass of the user's may hide the arguments in its **kwargs
-        constructors = [vars(base)["__init__"] for base in type(self).__mro__[:-1] if "__init__" in vars(base)]
+        # Of all classes: a subclass of the user's may hide the arguments in its **kwargs. Its own are the user's to compare
+        known = [base for base in type(self).__mro__ if base.__module__.split(".")[0] in PACKAGES_OF_ARGUMENTS]
+        constructors = [vars(base)["__init__"] for base in known if "__init__" in vars(base)]
         arguments = [name for constructor in constructors for name in signature(constructor).parameters]
         names = {*arguments, *STATE}.difference(OF_ONE_RANK)
         values = {name: getattr(self, name, None) for name in sorted(names)}

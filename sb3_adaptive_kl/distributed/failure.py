@@ -7,17 +7,19 @@ connection that has not reported to the store.
 """
 
 import itertools
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, is_disconnected, is_parallel, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+T = TypeVar("T")
 # How long ranks that lost another one wait for its reason and the reports of the others, and rank 0 for its reason to be read
 GRACE_SECONDS = 3.0
 POLL_SECONDS = 0.05
@@ -49,15 +51,16 @@ def ending_together() -> Iterator[None]:
             except LostRanks as error:
                 raise _failure(store) from error
             except BaseException as error:
-                _report(store, "".join(traceback.format_exception_only(error)).strip())
+                _report(store, _reason(error))  # before the others notice that this rank disconnects
                 raise
-    except LostRanks as error:  # while connecting
-        raise _failure(store) from error
     except RankFailure:
         raise
-    except BaseException:
+    except LostRanks as error:  # while connecting
+        raise _failure(store) from error
+    except BaseException as error:
+        _report(store, _reason(error))  # while connecting, or once more
         if rank() == 0:  # it may hold the store, which goes when its process ends
-            _wait_for_reports(store)
+            _ask(lambda: _wait_for_reports(store))
         raise
 
 
@@ -65,24 +68,22 @@ def _failure(store: "Store") -> RankFailure:
     return RankFailure(f"{_find_cause(store)} Training has ended on all ranks: continue from a checkpoint.")
 
 
+def _reason(error: BaseException) -> str:
+    # A store takes what can be encoded, which file names in messages need not be
+    return "".join(traceback.format_exception_only(error)).strip().encode(errors="backslashreplace").decode()
+
+
 def _report(store: "Store", reason: str) -> None:
     """Write why this rank ends: ``""`` if it lost another one."""
-    with suppress(RuntimeError):  # the rank that held the store has gone: there is nobody left to read it
-        store.set(str(rank()), reason)
+    _ask(lambda: store.set(str(rank()), reason))
 
 
 def _find_cause(store: "Store") -> str:
     """Find the rank because of which the others end, and its reason."""
-    others = [other for other in range(world_size()) if other != rank()]
-    try:
-        silent, reason = _read_reports(store, others)
-        _report(store, "")  # not before: rank 0 ends when all have reported
-        deadline = time.monotonic() + GRACE_SECONDS
-        while silent and not reason and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            silent, reason = _read_reports(store, others)
-    except RuntimeError:
-        return "The rank that holds the group's store (rank 0, unless torchrun holds it) has ended without a message."
+    answer = _ask(lambda: _await_reports(store))
+    if answer is None:
+        return "The rank that holds the group's store (rank 0, unless torchrun holds it) has ended or does not answer."
+    silent, reason = answer
     if reason:
         return reason
     # A slow rank that has not noticed yet is still connected
@@ -93,6 +94,32 @@ def _find_cause(store: "Store") -> str:
     return (
         f"{named} ended without a message (killed, perhaps for lack of memory), or did not arrive within the group's timeout."
     )
+
+
+def _ask(function: Callable[[], T]) -> T | None:
+    """Call a function that asks the store; return ``None`` if the store has gone, or does not answer."""
+    answers: list[T] = []
+
+    def call() -> None:
+        with suppress(RuntimeError):
+            answers.append(function())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(2 * GRACE_SECONDS)
+    return answers[0] if answers else None
+
+
+def _await_reports(store: "Store") -> tuple[list[int], str]:
+    """Wait, for a limited time, for a reason or for the reports of all; return the ranks without report, and the reason."""
+    others = [other for other in range(world_size()) if other != rank()]
+    silent, reason = _read_reports(store, others)
+    store.set(str(rank()), "")  # not before: rank 0 ends when all have reported
+    deadline = time.monotonic() + GRACE_SECONDS
+    while silent and not reason and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        silent, reason = _read_reports(store, others)
+    return silent, reason
 
 
 def _read_reports(store: "Store", others: Sequence[int]) -> tuple[list[int], str]:
@@ -106,6 +133,5 @@ def _read_reports(store: "Store", others: Sequence[int]) -> tuple[list[int], str
 def _wait_for_reports(store: "Store") -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     everyone = [str(other) for other in range(world_size())]
-    with suppress(RuntimeError):
-        while not store.check(everyone) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+    while not store.check(everyone) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)

@@ -6,10 +6,10 @@ ranks, so that all of them must call it.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Of connected_ranks(). Without a group of our own, the default one is used
-_group: "ProcessGroup | None" = None
-_shared_memory: SharedMemory | None = None
+
+class Connection(NamedTuple):
+    """How collectives reach the other ranks: a process group, ``None`` for the default one, and memory for short sums."""
+
+    group: "ProcessGroup | None" = None
+    shared_memory: SharedMemory | None = None
+
+
+_connection = Connection()
 
 
 class LostRanks(RuntimeError):
@@ -53,37 +59,53 @@ def connected_ranks() -> Iterator[None]:
 
     :raises LostRanks: if another rank has ended, or does not arrive in time
     """
-    global _group, _shared_memory
+    global _connection
+    outer = _connection  # where a callback trains another model
     backends, timeout = dist.get_backend_config(), _default_timeout()
     with _completing():
         dist.barrier()  # fails if a rank has ended, where new_group() would wait for it
         # NCCL only sees GPUs; the numbers on which decisions depend are on the CPU
-        group = _group = dist.new_group(backend=None if "cpu:" in backends else f"cpu:gloo,{backends}", timeout=timeout)
+        group = dist.new_group(backend=None if "cpu:" in backends else f"cpu:gloo,{backends}", timeout=timeout)
+    shared_memory = None
     try:
-        _shared_memory = _share_memory(timeout)
+        _connection = Connection(group)
+        shared_memory = _share_memory(timeout)
+        _connection = Connection(group, shared_memory)
         yield
     finally:
-        if _shared_memory is not None:
-            _shared_memory.close()
-        _group = _shared_memory = None
+        _connection = outer
+        if shared_memory is not None:
+            shared_memory.close()
         dist.destroy_process_group(group)
+        del group  # an exception's traceback would keep it, and its connections, alive
 
 
 def _share_memory(timeout: timedelta) -> SharedMemory | None:
-    """Connect ranks by shared memory, if all are on one machine. *Collective.*"""
+    """Connect the ranks by shared memory, if that succeeds on all of them. *Collective.*"""
     mine = None
     if rank() == 0:
-        with suppress(OSError):  # gloo will do
+        with suppress(OSError):  # without it, sums take longer
             mine = make_folder(world_size())
     try:
         folder = gather_objects(mine)[0]
-        if folder is None or not all(gather_objects(folder.is_dir())):
+        if folder is None:
             return None
-        with _completing():
-            return SharedMemory(folder, rank(), world_size(), timeout.total_seconds(), lambda: gather_objects(None))
+        memory = SharedMemory(folder, rank(), world_size(), timeout.total_seconds())
+        if all(_succeeds_on_all_ranks(step) for step in (memory.map, memory.listen, memory.connect, memory.accept)):
+            return memory
+        memory.close()
+        return None
     finally:
         if mine is not None:
             shutil.rmtree(mine)
+
+
+def _succeeds_on_all_ranks(step: Callable[[], None]) -> bool:
+    try:
+        step()
+    except OSError:
+        return all(gather_objects(False))
+    return all(gather_objects(True))
 
 
 def is_disconnected(other: int) -> bool:
@@ -94,7 +116,7 @@ def is_disconnected(other: int) -> bool:
     :param other: the rank to ask about
     """
     try:
-        dist.irecv(th.empty(1), other, group=_group)  # for a message that never comes
+        dist.irecv(th.empty(1), other, group=_connection.group)  # for a message that never comes
     except RuntimeError:
         return True
     return False
@@ -110,10 +132,11 @@ def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
     if not is_parallel():
         return tensor
     with _completing():
-        if _shared_memory is not None and tensor.device.type == "cpu" and tensor.nbytes <= SLOT:
-            return _shared_memory.sum(tensor)
+        shared_memory = _connection.shared_memory
+        if shared_memory is not None and tensor.device.type == "cpu" and tensor.nbytes <= SLOT:
+            return shared_memory.sum(tensor)
         total = tensor.clone()
-        dist.all_reduce(total, group=_group)
+        dist.all_reduce(total, group=_connection.group)
     return total
 
 
@@ -128,7 +151,7 @@ def gather(numbers: th.Tensor) -> th.Tensor:
         return numbers[None]
     parts = [th.empty_like(numbers) for _ in range(world_size())]
     with _completing():
-        dist.all_gather(parts, numbers, group=_group)
+        dist.all_gather(parts, numbers, group=_connection.group)
     return th.stack(parts)
 
 
@@ -143,7 +166,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     values: list[T] = [value] * world_size()
     with _completing():
-        dist.all_gather_object(values, value, group=_group)
+        dist.all_gather_object(values, value, group=_connection.group)
     return values
 
 
@@ -157,7 +180,7 @@ def broadcast(tensor: th.Tensor) -> None:
         return
     received = tensor.detach().clone(memory_format=th.contiguous_format)
     with _completing():
-        dist.broadcast(received, src=0, group=_group)
+        dist.broadcast(received, src=0, group=_connection.group)
     with th.no_grad():
         tensor.copy_(received)
 

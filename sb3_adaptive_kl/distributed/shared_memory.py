@@ -11,7 +11,6 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch as th
@@ -42,34 +41,66 @@ def make_folder(n_processes: int) -> Path:
 
 class SharedMemory:
     """
-    Connects the processes that see a folder.
+    Connects the processes that see a folder. The steps of connecting, ``map``, ``listen``, ``connect`` and ``accept``, do not
+    wait for other processes; each of them needs that all have finished the one before.
 
     :param folder: of ``make_folder``, the same for all processes
     :param rank: number of this process
     :param n_processes: how many there are
-    :param timeout: how long to wait for the others, in seconds
-    :param barrier: waits for all processes
-    :raises OSError: if the connection fails
+    :param timeout: how long to wait for the others in a sum, in seconds
     """
 
-    def __init__(self, folder: Path, rank: int, n_processes: int, timeout: float, barrier: Callable[[], object]) -> None:
+    def __init__(self, folder: Path, rank: int, n_processes: int, timeout: float) -> None:
+        self.folder = folder
         self.rank = rank
+        self.n_processes = n_processes
         self.timeout = timeout
         self.n_sums = 0
-        size = 2 * n_processes * SLOT
-        memory = th.from_file(str(folder / "memory"), shared=True, size=size, dtype=th.uint8)
-        self.slots = memory.view(2, n_processes, SLOT)
+        self.listener = socket.socket(socket.AF_UNIX)
         self.others: list[socket.socket] = []
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(folder / str(rank)))
-            listener.listen(n_processes)
-            barrier()
-            for lower in range(rank):
-                self.others.append(socket.socket(socket.AF_UNIX))
-                self.others[-1].connect(str(folder / str(lower)))
-            for _ in range(rank + 1, n_processes):
-                self.others.append(listener.accept()[0])
-            barrier()
+
+    def map(self) -> None:
+        """
+        Map the shared memory.
+
+        :raises OSError: if this process does not see it
+        """
+        size = 2 * self.n_processes * SLOT
+        if not (self.folder / "memory").exists():
+            raise FileNotFoundError(f"{self.folder} is on another machine, or in another container")
+        memory = th.from_file(str(self.folder / "memory"), shared=True, size=size, dtype=th.uint8)
+        self.slots = memory.view(2, self.n_processes, SLOT)
+
+    def listen(self) -> None:
+        """
+        Let the processes of higher ranks connect.
+
+        :raises OSError: if the system refuses it
+        """
+        self.listener.bind(str(self.folder / str(self.rank)))
+        self.listener.listen(self.n_processes)
+        self.listener.setblocking(False)
+
+    def connect(self) -> None:
+        """
+        Connect to the processes of lower ranks, whether or not they have accepted.
+
+        :raises OSError: if the system refuses it
+        """
+        for lower in range(self.rank):
+            other = socket.socket(socket.AF_UNIX)
+            self.others.append(other)
+            other.connect(str(self.folder / str(lower)))
+
+    def accept(self) -> None:
+        """
+        Accept the connections of higher ranks, which are there already.
+
+        :raises OSError: if the system refuses it
+        """
+        for _ in range(self.rank + 1, self.n_processes):
+            self.others.append(self.listener.accept()[0])
+        self.listener.close()
         for other in self.others:
             other.setblocking(False)
 
@@ -92,8 +123,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """Disconnect: processes that wait for this one raise ``OSError``."""
-        for other in self.others:
-            other.close()
+        for each in (self.listener, *self.others):
+            each.close()
 
     def _wait_for(self, other: socket.socket) -> None:
         """Wait for a byte: actively at first, since it takes longer to wake up than most waits last."""

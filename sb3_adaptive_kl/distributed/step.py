@@ -18,7 +18,7 @@ from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.hosts import Host
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import Gradients, OptimizerStep, StepResult, Update, finish_step
+from sb3_adaptive_kl.step import Gradients, StepResult, Update, finish_step
 
 
 class WeightedGradients(NamedTuple):
@@ -66,27 +66,12 @@ def weighted_gradients(
     return WeightedGradients(th.cat([len(kl) * th.cat([*weighted, metrics.stack()]), unweighted]), all(present))
 
 
-def finish_together(optimizer: OptimizerStep, total: th.Tensor, complete: bool, settings: Settings) -> StepResult:
-    """
-    Step along the mean gradients of all ranks, unless their KL ends the update.
-
-    :param optimizer: takes the step
-    :param total: the sum of all ranks' vectors
-    :param complete: whether this rank's loss depends on all parameters
-    :param settings: the numbers of this step
-    :return: metrics and gradient norm, the same on all ranks
-    """
-    gradients, metrics, grad_norm = clipped_mean(total, complete, optimizer.parameters, settings)
-    return finish_step(optimizer, gradients, metrics, grad_norm, settings)
-
-
 def step_of_all_ranks(
     update: Update,
     rollout_data: Any,
     index: th.Tensor,
     settings: Settings,
     weighted_gradients: Callable[..., WeightedGradients] = weighted_gradients,
-    finish: Callable[..., StepResult] = finish_together,
 ) -> StepResult:
     """
     Take one step on the minibatches of all ranks, or none if their KL is too large already. *Collective.*
@@ -96,7 +81,6 @@ def step_of_all_ranks(
     :param index: indices of its B valid transitions in the flattened rollout
     :param settings: the numbers of this step
     :param weighted_gradients: ``weighted_gradients``, or a compiled version of it
-    :param finish: ``finish_together``, or a compiled version of it
     :return: metrics and gradient norm, the same on all ranks
     """
     policy, host, old_policy, optimizer = update
@@ -108,10 +92,12 @@ def step_of_all_ranks(
         if _can_be_evaluated(old_policy):
             raise
         mine = _not_a_number(optimizer.parameters, settings)
-    return finish(optimizer, sum_over_ranks(mine.vector), mine.complete, settings)
+    total = sum_over_ranks(mine.vector)
+    gradients, metrics, grad_norm = _clipped_mean(total, mine.complete, optimizer.parameters, settings)
+    return finish_step(optimizer, gradients, metrics, grad_norm, settings)
 
 
-def clipped_mean(
+def _clipped_mean(
     total: th.Tensor, complete: bool, parameters: Sequence[th.Tensor], settings: Settings
 ) -> tuple[Gradients, th.Tensor, th.Tensor]:
     """

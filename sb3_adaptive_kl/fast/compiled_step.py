@@ -1,18 +1,17 @@
-"""The compiled ways to take a minibatch step: the whole step, all of it but the optimizer, or around a sum over the ranks."""
+"""The compiled ways to take a step: all of it, all but the optimizer, or what precedes the sum over the ranks."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.distributed.step import clipped_mean, finish_together, step_of_all_ranks, weighted_gradients
-from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
+from sb3_adaptive_kl.distributed.step import step_of_all_ranks, weighted_gradients
+from sb3_adaptive_kl.fast.compilation import Compilation, Compiled
 from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep, FusedAdam
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.hosts import Host
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import OptimizerStep, StepResult, Update, clipped_gradients, finish_step
+from sb3_adaptive_kl.step import StepResult, Update, clipped_gradients, finish_step
 
 
 class CompiledSteps:
@@ -26,7 +25,6 @@ class CompiledSteps:
         self._compiled_gradients = Compiled(clipped_gradients, compilation)
         self._compiled_step = Compiled(_step, compilation)
         self._compiled_weighted_gradients = Compiled(weighted_gradients, compilation)
-        self._compiled_finish = Compiled(_finish, compilation)
         self._settings: tuple[Settings, Settings] | None = None
 
     def whole_step(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
@@ -48,18 +46,12 @@ class CompiledSteps:
         return finish_step(optimizer, gradients, metrics, grad_norm, settings)
 
     def step_of_all_ranks(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
-        """Compile what comes before the sum over the ranks, and what comes after it."""
+        """
+        Compile the loss and its gradients. What follows the sum over the ranks stays outside: if it was not compiled on one of
+        them, their parameters would differ by rounding.
+        """
         tensors = self._tensors(update.policy, settings)
-        return step_of_all_ranks(
-            update, rollout_data, index, tensors, self._compiled_weighted_gradients, self._finish_together
-        )
-
-    def _finish_together(self, optimizer: OptimizerStep, total: th.Tensor, complete: bool, settings: Settings) -> StepResult:
-        assert isinstance(optimizer, FastOptimizerStep)
-        if complete and optimizer.fused_adam is not None and settings.kl_stop_factor is None:
-            with suppress(NotCompiled):  # the others wait for no second sum
-                return self._compiled_finish(optimizer.fused_adam, total, settings)
-        return finish_together(optimizer, total, complete, settings)
+        return step_of_all_ranks(update, rollout_data, index, tensors, self._compiled_weighted_gradients)
 
     def _tensors(self, policy: ActorCriticPolicy, settings: Settings) -> Settings:
         """
@@ -105,11 +97,5 @@ def _step(
     settings: Settings,
 ) -> StepResult:
     gradients, metrics, grad_norm = clipped_gradients(policy, host, old_policy, adam.parameters, rollout_data, index, settings)
-    adam.take(gradients)
-    return StepResult(metrics, grad_norm)
-
-
-def _finish(adam: FusedAdam, total: th.Tensor, settings: Settings) -> StepResult:
-    gradients, metrics, grad_norm = clipped_mean(total, True, adam.parameters, settings)
     adam.take(gradients)
     return StepResult(metrics, grad_norm)
