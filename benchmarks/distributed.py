@@ -55,7 +55,7 @@ SPEED = {
     "HalfCheetah-v5": Task("HalfCheetah-v5", 8, 2048, 256, normalize=True),
     "CartPole-v1": Task("CartPole-v1", 8, 2048, 256),
 }
-# With the hyperparameters of RL Baselines3 Zoo for PPO
+# RL Baselines3 Zoo's hyperparameters for PPO, with a constant learning rate and without the clip range
 LEARNING = {
     "CartPole-v1": Task(
         "CartPole-v1", 8, 32, 256, arguments={"gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 0.001}
@@ -143,8 +143,8 @@ def _run(results: Any, folder: str, rank: int, n_ranks: int, function: Callable[
 
 def print_speed(n_ranks: int, rounds: int) -> None:
     """
-    Print time steps per second of one process and of several, and their ratio; and the ratio that would be reached if
-    exchanging gradients and waiting for each other took no time: that of as many processes which train by themselves.
+    Print time steps per second of one process and of several, and their ratio; and that of as many processes that train
+    without exchange, which bounds the ratio.
     """
     print(f"{'learn(), time steps per second':32} 1 rank   {n_ranks} ranks   ratio   without exchange")
     for name in SPEED:

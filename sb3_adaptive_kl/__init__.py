@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
     from sb3_adaptive_kl.ppo_recurrent import RecurrentAdaptiveKLPPO as RecurrentAdaptiveKLPPO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Without the variants: `from sb3_adaptive_kl import *` has to work where sb3-contrib is not installed
 __all__ = [

@@ -38,9 +38,9 @@ class Ranks:
         self.processes = []
         self._connections: list[Connection] = []
         for rank in range(n):
-            mine, its = context.Pipe()
-            self.processes.append(context.Process(target=_serve, args=(its, rank, n), daemon=True))
-            self._connections.append(mine)
+            connection, remote = context.Pipe()
+            self.processes.append(context.Process(target=_serve, args=(remote, rank, n), daemon=True))
+            self._connections.append(connection)
         for process in self.processes:
             process.start()
 
@@ -107,7 +107,7 @@ def _serve(connection: Connection, rank: int, n: int) -> None:
 def learned(
     algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: dict[str, Any] | None = None, **arguments: Any
 ) -> dict[str, Any]:
-    """Train on this rank, and tell what it is left with."""
+    """Train on this rank, and return the state of its model."""
     policy, env = ("MlpLstmPolicy" if "Recurrent" in algorithm else "MlpPolicy"), make_vec_env(make_env, 2)
     if normalize is not None:
         env = VecNormalize(env, **normalize)

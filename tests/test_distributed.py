@@ -107,7 +107,7 @@ def stepped(rollout: dict[str, np.ndarray], ends: list[int]) -> tuple[list[float
     return result.metrics.tolist(), model.policy.state_dict(), result.grad_norm.item()
 
 
-def test_every_transition_counts_the_same_on_whatever_rank(ranks: Ranks) -> None:
+def test_transitions_are_weighted_equally_across_ranks(ranks: Ranks) -> None:
     rollout = rollout_of("AdaptiveKLPPO")
     metrics, parameters, grad_norm = stepped(rollout, [100])
     for their_metrics, theirs, their_grad_norm in ranks.run(stepped, rollout, [10, 100]):

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.distributed.synchronization import RanksDisagree
+from sb3_adaptive_kl.distributed import RanksDisagree
 from sb3_adaptive_kl.execution import Execution
 from tests.ranks import Ranks, check_same_model, learned, make_env, outcome
 

@@ -1,6 +1,7 @@
 """Callbacks that write files run on rank 0 only, the others on all ranks; each can stop all of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
     StopTrainingOnMaxEpisodes,
 )
+from stable_baselines3.common.env_util import make_vec_env
 
+from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
-from tests.ranks import Ranks, check_same_model, learned, make_env
+from tests.ranks import Ranks, check_same_model, make_env, outcome
 
 
 class ListOfUser(CallbackList):
@@ -48,7 +51,12 @@ class StopsOnOneRank(BaseCallback):
         return not (dist.get_rank() == 1 and self.n_calls == 80)
 
 
+def stopped() -> dict[str, Any]:
+    model = AdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
+    return outcome(model.learn(10_000, callback=StopsOnOneRank()))
+
+
 def test_a_callback_that_stops_one_rank_stops_all(ranks: Ranks) -> None:
-    first, second = ranks.run(learned, "AdaptiveKLPPO", StopsOnOneRank)
+    first, second = ranks.run(stopped)
     check_same_model(first, second)
     assert first["num_timesteps"] == 2 * 2 * 2 * 64

@@ -17,10 +17,12 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.distributed.failure import RankFailure
+from sb3_adaptive_kl.distributed import RankFailure
+from sb3_adaptive_kl.distributed.failure import GRACE_SECONDS
 from tests.ranks import Ranks
 
 SECONDS_ALIVE = 4
+TIMEOUT = timedelta(seconds=2)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def kill() -> None:
 
 
 def hang() -> None:
-    time.sleep(SECONDS_ALIVE)
+    time.sleep(TIMEOUT.total_seconds() + GRACE_SECONDS + 3)  # until the others have given up
 
 
 def sleep_briefly() -> None:
@@ -157,7 +159,7 @@ def learn_with_failing_policy(fail: Callable[[], None]) -> None:
     ("fail", "message"), [(raise_error, "Rank 1 of 3 failed: KeyError: 'no such joint'"), (hang, "Rank 1 of 3 has ended")]
 )
 def test_a_failure_within_an_update_ends_all(three_ranks: Ranks, fail: Callable[[], None], message: str) -> None:
-    first, _, third = three_ranks.run(end_of, learn_with_failing_policy, fail, timeout=timedelta(seconds=2))
+    first, _, third = three_ranks.run(end_of, learn_with_failing_policy, fail, timeout=TIMEOUT)
     for error, told, _ in (first, third):
         assert error == "RankFailure"
         assert message in told
@@ -218,9 +220,9 @@ def stop() -> None:
 
 @pytest.mark.parametrize("fail", [kill, stop])
 def test_a_rank_0_that_was_lost_takes_its_store_with_it(mortal_ranks: Ranks, fail: Callable[[], None]) -> None:
-    threading.Timer(14, mortal_ranks.processes[0].kill).start()  # a stopped process would not send its result either
-    timeout = timedelta(seconds=2)
-    first, *others = mortal_ranks.run(learn, 0, fail, ends=True, rank_0_holds_store=True, timeout=timeout)
+    # A stopped process would not send its result. The others end after the timeout, and twice the grace period for the store
+    threading.Timer(TIMEOUT.total_seconds() + 2 * GRACE_SECONDS + 6, mortal_ranks.processes[0].kill).start()
+    first, *others = mortal_ranks.run(learn, 0, fail, ends=True, rank_0_holds_store=True, timeout=TIMEOUT)
     assert first is None
     for error in others:
         assert isinstance(error, RankFailure)
@@ -245,14 +247,14 @@ def test_a_rank_that_ends_in_setup_is_named(mortal_ranks: Ranks) -> None:
 
 def learn_unless_rank_1() -> None:
     if dist.get_rank() == 1:
-        time.sleep(SECONDS_ALIVE)
+        hang()
     else:
         AdaptiveKLPPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
 
 
 @pytest.mark.parametrize(("function", "arguments"), [(learn_unless_rank_1, ()), (learn, (1, hang))])
 def test_a_rank_that_does_not_arrive_is_named(three_ranks: Ranks, function: Any, arguments: tuple[Any, ...]) -> None:
-    first, _, third = three_ranks.run(function, *arguments, timeout=timedelta(seconds=2))
+    first, _, third = three_ranks.run(function, *arguments, timeout=TIMEOUT)
     for error in (first, third):
         assert isinstance(error, RankFailure)
         assert "Rank 1 of 3 has ended without a message (killed, perhaps for lack of memory), or did not arrive" in str(error)

@@ -3,6 +3,7 @@
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch as th
@@ -10,7 +11,8 @@ import torch.distributed as dist
 
 from sb3_adaptive_kl.distributed import ranks as distributed_ranks
 from sb3_adaptive_kl.distributed import shared_memory
-from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, sum_over_ranks
+from sb3_adaptive_kl.distributed.errors import LostRanks
+from sb3_adaptive_kl.distributed.ranks import connected_ranks, sum_over_ranks
 from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory
 from tests.ranks import Ranks
 
@@ -23,34 +25,36 @@ TENSORS = (
 )
 
 
-def sums(folder: Path, is_jerky: bool) -> tuple[list[th.Tensor], bool]:
+def sums(folder: Path, with_delays: bool) -> tuple[list[th.Tensor], bool]:
     """Add up multiples of each tensor several times; a rank that is late must still find what the others wrote."""
     results = []
+    delays = random.Random(dist.get_rank())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "IN_MEMORY", folder)
         with connected_ranks():
             for factor in range(1, 9):
                 for tensor in TENSORS:
-                    if is_jerky and random.random() < 0.2:
+                    if with_delays and delays.random() < 0.2:
                         time.sleep(0.002)
                     results.append(sum_over_ranks(tensor * factor * (1 + dist.get_rank())))
             return results, distributed_ranks._connection.shared_memory is not None
 
 
 def sums_with_failing_step(folder: Path, step: str) -> tuple[list[th.Tensor], bool]:
-    def fail(_: SharedMemory) -> None:
-        raise OSError(24, "Too many open files")
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap") if step == "from_file" else OSError(24, "Too many open files")
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(SharedMemory, step, fail)
-        return sums(folder, is_jerky=False)
+            patch.setattr(th if step == "from_file" else SharedMemory, step, fail)
+        return sums(folder, with_delays=False)
 
 
-@pytest.mark.parametrize("step", ["map", "listen", "connect", "accept"])
+@pytest.mark.parametrize("step", ["from_file", "map", "listen", "connect", "accept"])
 def test_gloo_sums_where_one_rank_cannot_share_memory(ranks: Ranks, tmp_path: Path, step: str) -> None:
     for results, shared in ranks.run(sums_with_failing_step, tmp_path, step):
         assert not shared
+        assert len(results) == 8 * len(TENSORS)
         assert th.equal(results[0], 3 * TENSORS[0])
     assert not list(tmp_path.iterdir())
 

@@ -108,8 +108,13 @@ def test_average_of_equal_buffers_is_exact(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sb3_adaptive_kl.distributed.synchronization.gather", lambda buffer: buffer.expand(3, -1))
     average_buffers(policy)
     assert th.equal(policy.running_mean, expected)
-    # Those of three ranks: 1, 2 and 3 times as large
-    factors = th.tensor([[1.0], [2.0], [3.0]])
+
+
+def test_unequal_buffers_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = th.nn.BatchNorm1d(10)
+    policy.running_mean.copy_(th.rand(10))
+    expected = 2 * policy.running_mean
+    factors = th.tensor([[1.0], [2.0], [3.0]])  # of three ranks
     monkeypatch.setattr("sb3_adaptive_kl.distributed.synchronization.gather", lambda buffer: factors * buffer)
     average_buffers(policy)
-    th.testing.assert_close(policy.running_mean, 2 * expected)
+    th.testing.assert_close(policy.running_mean, expected)

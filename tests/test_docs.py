@@ -11,7 +11,7 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 from tests.conftest import CASES, logged
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCKS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL) for path in PAGES}
 
 
@@ -19,9 +19,10 @@ BLOCKS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), flags=
 def test_python_blocks_run(page, timesteps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    for block in BLOCKS[page]:
+    included = BLOCKS["README.md"] if page == "guide.md" else []
+    for block in included + BLOCKS[page]:
         exec(re.sub(r"learn\(\d+_000", "learn(4096", block), namespace)
-    assert namespace.get("model") is None or namespace["model"].num_timesteps == timesteps
+    assert namespace["model"].num_timesteps == timesteps
 
 
 def test_no_page_with_python_blocks_is_left_out():
@@ -44,5 +45,8 @@ def test_log_key_table_is_complete():
 
 def test_relative_links_lead_somewhere():
     for path in PAGES:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text()):
+        for target, anchor in re.findall(r"\]\((?!https?:|#)([^)#\s]+)#?([^)\s]*)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", (path.parent / target).read_text(), flags=re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, f"{path.name}: {target}#{anchor}"

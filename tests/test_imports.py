@@ -38,7 +38,8 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it, and the exceptions named below
 LAYERS = (
-    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot", "distributed.shared_memory"),
+    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot"),
+    ("distributed.errors", "distributed.shared_memory"),
     ("objective", "control", "distributed.ranks"),
     ("rollout.hosts", "rollout.minibatches", "rollout.distributions", "distributed.callbacks", "distributed.failure"),
     ("rollout.evaluation", "arguments", "metrics", "distributed.minibatches"),

@@ -20,7 +20,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
-from sb3_adaptive_kl.distributed.failure import ending_together
+from sb3_adaptive_kl.distributed.failure import fail_together
 from sb3_adaptive_kl.distributed.ranks import gather_objects, is_parallel, rank
 from sb3_adaptive_kl.distributed.synchronization import (
     PooledNormalization,
@@ -33,13 +33,13 @@ from sb3_adaptive_kl.distributed.synchronization import (
 # Compare the parameters of all ranks once in this many rollouts
 ROLLOUTS_BETWEEN_CHECKSUMS = 10
 # Arguments that may differ between ranks, since they change nothing in the update
-OF_ONE_RANK = ("seed", "verbose", "tensorboard_log")
-PACKAGES_OF_ARGUMENTS = ("sb3_adaptive_kl", "stable_baselines3", "sb3_contrib")
+RANK_SPECIFIC_ARGUMENTS = ("seed", "verbose", "tensorboard_log")
+COMPARED_PACKAGES = ("sb3_adaptive_kl", "stable_baselines3", "sb3_contrib")
 # What the update depends on besides arguments
-STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
+COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
 
 CHECKSUM = "the checksum of the parameters"
-HOW_THEY_COME_TO_DIFFER = "a callback has changed it on some ranks only, or their machines do not compute the same"
+CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
 SelfDistributedAlgorithm = TypeVar("SelfDistributedAlgorithm", bound="DistributedAlgorithm")
 Episodes = list[tuple[int, list[dict[str, Any]], list[bool]]]  # time step, infos and dones of those that ended
@@ -79,16 +79,16 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         :raises RankFailure: if another rank has failed
         :raises RanksDisagree: if the ranks were given different arguments, or do not end with the same parameters
         """
-        with ending_together():
+        with fail_together():
             super().learn(*args, **kwargs)
             if is_parallel():
-                check_agreement({CHECKSUM: checksum(self.policy)}, HOW_THEY_COME_TO_DIFFER)
+                check_agreement({CHECKSUM: checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
         return self
 
     def save(self, path: str | Path | BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """
-        Save as SB3 does; within a process group, a file on rank 0 only, under its name when it is complete: a process that is
-        killed leaves no half of one.
+        Save as SB3 does. Within a process group, only rank 0 writes to a path, and the file gets its name when it is complete:
+        a killed process leaves ``.NAME.zip.unfinished`` at most.
 
         :param path: path to the file, or a file-like object
         """
@@ -105,16 +105,16 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
                 unfinished.unlink(missing_ok=True)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        """Collect as the host does, then exchange with the other ranks what all have to know before the update."""
+        """Collect as the host does, then pool episodes, statistics and the decision to continue over all ranks."""
         if not is_parallel():
             return super().collect_rollouts(*args, **kwargs)
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
         before = self.ep_info_buffer.copy(), self.ep_success_buffer.copy()  # the same on all ranks
         self._ended_episodes = []
-        goes_on = super().collect_rollouts(*args, **kwargs)
-        of_ranks = gather_objects((goes_on, self.num_timesteps, self._ended_episodes))
-        all_go_on = all(goes_on for goes_on, _, _ in of_ranks)
+        continue_training = super().collect_rollouts(*args, **kwargs)
+        of_ranks = gather_objects((continue_training, self.num_timesteps, self._ended_episodes))
+        all_continue = all(continue_training for continue_training, _, _ in of_ranks)
         self.num_timesteps = max(num_timesteps for _, num_timesteps, _ in of_ranks)
         self.ep_info_buffer, self.ep_success_buffer = before
         for _, infos, dones in sorted(
@@ -123,8 +123,8 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
             super()._update_info_buffer(infos, np.array(dones))
         self._normalization.pool()
         average_buffers(self.policy)
-        self._check_agreement()
-        return all_go_on
+        self._check_same_update()
+        return all_continue
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
@@ -176,7 +176,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
             self.verbose = 0
             self.set_logger(Logger(folder=None, output_formats=[]))
 
-    def _check_agreement(self) -> None:
+    def _check_same_update(self) -> None:
         """
         Check that all ranks are about to make the same update.
 
@@ -186,17 +186,17 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         if self._n_rollouts % ROLLOUTS_BETWEEN_CHECKSUMS == 0:
             facts[CHECKSUM] = checksum(self.policy)
         self._n_rollouts += 1
-        check_agreement(facts, HOW_THEY_COME_TO_DIFFER)
+        check_agreement(facts, CAUSES_OF_DIFFERENCE)
 
     def _facts(self) -> dict[str, Any]:
         """Collect the numbers and names that decide about an update: arguments and state."""
-        # Of all classes: a subclass of the user's may hide the arguments in its **kwargs. Its own are the user's to compare
-        known = [base for base in type(self).__mro__ if base.__module__.split(".")[0] in PACKAGES_OF_ARGUMENTS]
+        # Read the signatures of all base classes: a user's subclass may take **kwargs. Arguments that it adds are not compared
+        known = [base for base in type(self).__mro__ if base.__module__.split(".")[0] in COMPARED_PACKAGES]
         constructors = [vars(base)["__init__"] for base in known if "__init__" in vars(base)]
         arguments = [name for constructor in constructors for name in signature(constructor).parameters]
-        names = {*arguments, *STATE}.difference(OF_ONE_RANK)
+        names = {*arguments, *COMPARED_STATE}.difference(RANK_SPECIFIC_ARGUMENTS)
         values = {name: getattr(self, name, None) for name in sorted(names)}
-        facts = {name: value for name, value in values.items() if _says_all(value)}
+        facts = {name: value for name, value in values.items() if _has_complete_repr(value)}
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
         for name in ("learning_rate", "target_kl", "clip_range", "clip_range_vf"):
             value = getattr(self, name, None)
@@ -208,8 +208,8 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_normalization", "_ended_episodes", "_rank_of_seed", "_n_rollouts"]
 
 
-def _says_all(value: Any) -> bool:
-    """Whether the ``repr`` of a value says all there is to it, as that of a number or of one of our rules does."""
+def _has_complete_repr(value: Any) -> bool:
+    """Whether ``repr(value)`` identifies the value, as that of a number or of one of our rules does."""
     if type(value) in (tuple, list):
-        return all(map(_says_all, value))
+        return all(map(_has_complete_repr, value))
     return value is None or isinstance(value, Real | str) or is_dataclass(value)

@@ -1,5 +1,5 @@
 """
-When a rank fails, all end, soon, and say whose fault it was.
+When a rank fails, all ranks end soon, and name the rank that failed, and why.
 
 A rank that fails writes the reason to the group's store, and closes its connections. That breaks the collective in which the
 others wait; they look up the reason, and raise an error with it. A killed rank writes nothing: it is the one without a
@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from sb3_adaptive_kl.distributed.ranks import LostRanks, connected_ranks, is_disconnected, is_parallel, rank, world_size
+from sb3_adaptive_kl.distributed.errors import LostRanks, RankFailure
+from sb3_adaptive_kl.distributed.ranks import connected_ranks, is_disconnected, is_parallel, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -27,12 +28,8 @@ POLL_SECONDS = 0.05
 _sessions = itertools.count()  # as many on all ranks
 
 
-class RankFailure(RuntimeError):
-    """Training has ended because another rank failed. The message names the rank and the cause."""
-
-
 @contextmanager
-def ending_together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """
     Connect the ranks, and end all of them if one of them raises. *Collective.*
 
@@ -58,7 +55,7 @@ def ending_together() -> Iterator[None]:
     except LostRanks as error:  # while connecting
         raise _failure(store) from error
     except BaseException as error:
-        _report(store, _reason(error))  # while connecting, or once more
+        _report(store, _reason(error))  # not reported yet if it was raised while connecting
         if rank() == 0:  # it may hold the store, which goes when its process ends
             _ask(lambda: _wait_for_reports(store))
         raise
@@ -69,12 +66,12 @@ def _failure(store: "Store") -> RankFailure:
 
 
 def _reason(error: BaseException) -> str:
-    # A store takes what can be encoded, which file names in messages need not be
+    # The store encodes strings as UTF-8, and a message may contain a file name that is not valid UTF-8
     return "".join(traceback.format_exception_only(error)).strip().encode(errors="backslashreplace").decode()
 
 
 def _report(store: "Store", reason: str) -> None:
-    """Write why this rank ends: ``""`` if it lost another one."""
+    """Tell the other ranks why this one failed. (``_await_reports`` writes ``""`` for one that only lost another.)"""
     _ask(lambda: store.set(str(rank()), reason))
 
 

@@ -1,8 +1,8 @@
 """
 The processes that train one policy: the ranks of torch.distributed's default process group.
 
-Without a group there is one rank, and every function returns what it is given. The functions marked *collective* wait for all
-ranks, so that all of them must call it.
+Without a group there is one rank, and nothing is exchanged. The functions marked *collective* wait for all ranks, so that all
+of them must call it.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch as th
 import torch.distributed as dist
 
+from sb3_adaptive_kl.distributed.errors import LostRanks
 from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory, make_folder
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ class Connection(NamedTuple):
 _connection = Connection()
 
 
-class LostRanks(RuntimeError):
-    """A collective could not be completed: another rank has ended, or did not arrive in time."""
-
-
 def is_parallel() -> bool:
     """Tell whether several processes train together."""
     return world_size() > 1
@@ -47,22 +44,22 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number this process among those that train together: 0 to ``world_size() - 1``."""
+    """Return the number of this process, from 0 to ``world_size() - 1``."""
     return dist.get_rank() if is_parallel() else 0
 
 
 @contextmanager
 def connected_ranks() -> Iterator[None]:
     """
-    Connect the ranks by a group of our own, in which the collectives within take place, and disconnect this rank at the end:
-    ranks that still wait for it notice at once. (The default group is not ours to destroy.) *Collective.*
+    Create a process group for the collectives inside the ``with`` block, and destroy it on exit, so that ranks that wait for
+    this one fail at once. (The default group is not ours to destroy.) *Collective.*
 
     :raises LostRanks: if another rank has ended, or does not arrive in time
     """
     global _connection
     outer = _connection  # where a callback trains another model
     backends, timeout = dist.get_backend_config(), _default_timeout()
-    with _completing():
+    with _raising_lost_ranks():
         dist.barrier()  # fails if a rank has ended, where new_group() would wait for it
         # NCCL only sees GPUs; the numbers on which decisions depend are on the CPU
         group = dist.new_group(backend=None if "cpu:" in backends else f"cpu:gloo,{backends}", timeout=timeout)
@@ -131,7 +128,7 @@ def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
     """
     if not is_parallel():
         return tensor
-    with _completing():
+    with _raising_lost_ranks():
         shared_memory = _connection.shared_memory
         if shared_memory is not None and tensor.device.type == "cpu" and tensor.nbytes <= SLOT:
             return shared_memory.sum(tensor)
@@ -150,7 +147,7 @@ def gather(numbers: th.Tensor) -> th.Tensor:
     if not is_parallel():
         return numbers[None]
     parts = [th.empty_like(numbers) for _ in range(world_size())]
-    with _completing():
+    with _raising_lost_ranks():
         dist.all_gather(parts, numbers, group=_connection.group)
     return th.stack(parts)
 
@@ -165,7 +162,7 @@ def gather_objects(value: T) -> list[T]:
     if not is_parallel():
         return [value]
     values: list[T] = [value] * world_size()
-    with _completing():
+    with _raising_lost_ranks():
         dist.all_gather_object(values, value, group=_connection.group)
     return values
 
@@ -179,14 +176,15 @@ def broadcast(tensor: th.Tensor) -> None:
     if not is_parallel():
         return
     received = tensor.detach().clone(memory_format=th.contiguous_format)
-    with _completing():
+    with _raising_lost_ranks():
         dist.broadcast(received, src=0, group=_connection.group)
     with th.no_grad():
         tensor.copy_(received)
 
 
 @contextmanager
-def _completing() -> Iterator[None]:
+def _raising_lost_ranks() -> Iterator[None]:
+    """Turn the errors of a collective that cannot be completed into ``LostRanks``."""
     try:
         yield
     except (RuntimeError, OSError) as error:  # gloo has no type of its own for it; OSError is that of shared memory

@@ -2,8 +2,8 @@
 Sums over processes on one machine, through memory that all of them see.
 
 Gloo's messages pass through threads of its own. Where the cores are busy, these wait for the end of a time slice, which
-takes about 3 ms in newer Linux kernels, in every tenth sum or more (docs/distributed.md). Here, only the thread that needs the
-sum takes part: it writes its vector, sends one byte to each other process, and waits for one byte of each of them.
+takes about 3 ms in newer Linux kernels (docs/distributed.md). Here, only the thread that needs the sum takes part: it writes
+its vector, sends one byte to each other process, and waits for one byte of each of them.
 """
 
 import os
@@ -68,7 +68,10 @@ class SharedMemory:
         size = 2 * self.n_processes * SLOT
         if not (self.folder / "memory").exists():
             raise FileNotFoundError(f"{self.folder} is on another machine, or in another container")
-        memory = th.from_file(str(self.folder / "memory"), shared=True, size=size, dtype=th.uint8)
+        try:
+            memory = th.from_file(str(self.folder / "memory"), shared=True, size=size, dtype=th.uint8)
+        except RuntimeError as error:  # torch's only type
+            raise OSError(str(error)) from error
         self.slots = memory.view(2, self.n_processes, SLOT)
 
     def listen(self) -> None:

@@ -10,20 +10,17 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_adaptive_kl.distributed.errors import RanksDisagree
 from sb3_adaptive_kl.distributed.ranks import broadcast, gather, gather_objects, rank
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
 
-class RanksDisagree(ValueError):
-    """The ranks hold different arguments, or different parameters."""
-
-
-def check_agreement(facts: Mapping[str, Any], remedy: str) -> None:
+def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     """
     Check that all ranks state the same facts. *Collective.*
 
     :param facts: name → value with a ``repr`` that is the same for equal values
-    :param remedy: what to do if they differ, in words
+    :param explanation: ends the message: a cause or a remedy
     :raises RanksDisagree: on all ranks, with the first fact that differs
     """
     stated = {name: repr(value) for name, value in facts.items()}
@@ -35,8 +32,8 @@ def check_agreement(facts: Mapping[str, Any], remedy: str) -> None:
         values = [of_rank.get(name) for of_rank in all_stated]
         if len(set(values)) > 1:
             other = next(i for i, value in enumerate(values) if value != values[0])
-            raise RanksDisagree(f"{name} is {values[0]} on rank 0, but {values[other]} on rank {other}: {remedy}")
-    raise RanksDisagree(f"the ranks do not even agree on what to compare: {remedy}")
+            raise RanksDisagree(f"{name} is {values[0]} on rank 0, but {values[other]} on rank {other}: {explanation}")
+    raise RanksDisagree(f"the ranks do not even agree on what to compare: {explanation}")
 
 
 def checksum(policy: ActorCriticPolicy) -> int:

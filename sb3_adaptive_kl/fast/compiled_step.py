@@ -47,8 +47,8 @@ class CompiledSteps:
 
     def step_of_all_ranks(self, update: Update, rollout_data: Any, index: th.Tensor, settings: Settings) -> StepResult:
         """
-        Compile the loss and its gradients. What follows the sum over the ranks stays outside: if it was not compiled on one of
-        them, their parameters would differ by rounding.
+        Compile the loss and its gradients. What follows the sum over the ranks stays outside: if one of them could not
+        compile it, their parameters would differ by rounding.
         """
         tensors = self._tensors(update.policy, settings)
         return step_of_all_ranks(update, rollout_data, index, tensors, self._compiled_weighted_gradients)

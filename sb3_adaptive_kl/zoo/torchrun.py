@@ -15,15 +15,15 @@ import torch.distributed as dist
 from sb3_adaptive_kl.distributed.ranks import gather_objects, rank, world_size
 
 # Flags of train.py that only rank 0 may have
-ONLY_ON_RANK_0 = ("-P", "--progress", "--track")
+FLAGS_OF_RANK_0 = ("-P", "--progress", "--track")
 
 
 def join_group(algorithms: tuple[str, ...]) -> None:
     """
     Join the process group if torchrun has started this process to train one of our algorithms with others.
 
-    The zoo reads its arguments afterwards: all ranks get the same seed, frequencies count the time steps of all ranks, and the
-    others than rank 0 neither evaluate nor print, and write their log folder where it is deleted.
+    The zoo reads its arguments afterwards: all ranks get the same seed, frequencies count the time steps of all ranks, and
+    ranks other than 0 neither evaluate nor print, and log to a temporary folder.
 
     :param algorithms: names of ours in the zoo
     :raises SystemExit: if hyperparameters are to be optimized, which would need one process group per trial
@@ -46,14 +46,14 @@ def join_group(algorithms: tuple[str, ...]) -> None:
     if args.seed < 0:
         sys.argv += ["--seed", str(gather_objects(int(np.random.randint(2**31)))[0])]
     if rank() == 0:
-        # The zoo's count the steps of one process
+        # The zoo counts the steps of one process
         for flag, steps in (("--eval-freq", args.eval_freq), ("--save-freq", args.save_freq)):
             if steps > 0:
                 sys.argv += [flag, str(max(steps // world_size(), 1))]
     else:
         folder = tempfile.mkdtemp(prefix=f"rank-{rank()}-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in ONLY_ON_RANK_0]
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS_OF_RANK_0]
         sys.argv += ["--log-folder", folder, "--eval-freq", "-1", "--save-freq", "-1", "--verbose", "0"]
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it is needed until the process ends
 
@@ -68,7 +68,7 @@ def train_is_running() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Read these arguments as the zoo's ``train`` does."""
+    """Return a parser of these arguments, with the defaults of the zoo's ``train``."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo", default="ppo")
     parser.add_argument("--seed", type=int, default=-1)
