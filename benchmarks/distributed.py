@@ -123,10 +123,11 @@ def on_ranks(n_ranks: int, function: Callable[..., Any], *args: Any, connected: 
         ]
         for process in ranks:
             process.start()
-        result = results.get()
         for process in ranks:
             process.join()
-    return result
+    if any(process.exitcode for process in ranks):
+        raise SystemExit("A process has failed, for the reason above.")
+    return results.get()
 
 
 def _run(results: Any, folder: str, rank: int, n_ranks: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
