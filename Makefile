@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN = $(VENV)/bin
+MARKDOWN = CHANGELOG.md CONTRIBUTING.md README.md docs zoo_hook
 STAMP = $(VENV)/.installed
 DEMO = runs/demo
 AGENT = --algo ppo_kl --env CartPole-v1 -f $(DEMO)
@@ -14,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SHELL = bash
 .SHELLFLAGS = -eu -o pipefail -c
 
-.PHONY: demo test lint type format docs benchmark clean
+.PHONY: demo test test-oldest lint type format docs dist benchmark clean
 
 # Train, evaluate over 100 episodes and record a video with RL Baselines3 Zoo's own commands, then plot the
 # training run and compare with PPO on a few seeds
@@ -29,9 +30,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
+# With the lower bounds of pyproject.toml, and the interpreter that PYTHON names. swig: gymnasium 1.0 compiles Box2D
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet swig uv
+	PATH="$(abspath $(VENV)-oldest/bin):$$PATH" uv pip install --python $(VENV)-oldest --resolution lowest-direct --editable ".[dev]"
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mdformat --check $(MARKDOWN)
 
 type: $(STAMP)
 	$(BIN)/mypy
@@ -39,22 +48,35 @@ type: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mdformat $(MARKDOWN)
 
 # The site in docs/_build/html. The notebook is executed unless its outputs are in the cache beside it
 docs: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
+# What is published, in dist/: requires `pip install build twine`. In a clone, the extra `zoo` takes the start-up hook from its folder;
+# a published package names its version, which changes only if the hook does
+dist:
+	rm -rf dist
+	mkdir -p dist/source
+	git archive HEAD | tar -x -C dist/source
+	sed 's|zoo @ {root:uri}/zoo_hook|zoo>=1,<2|' pyproject.toml > dist/source/pyproject.toml
+	$(PYTHON) -m build --outdir dist dist/source
+	$(PYTHON) -m build --outdir dist dist/source/zoo_hook
+	rm -r dist/source
+	$(PYTHON) -m twine check --strict dist/*
+
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 
 clean:
-	rm -rf $(VENV) runs docs/_build
+	rm -rf $(VENV) $(VENV)-oldest runs dist docs/_build
 
 # Install torch first and by itself: the user chooses the build (CPU, CUDA), and the newest may bring gigabytes of CUDA packages.
-# Reinstall when the start-up hook changes, because an editable installation copies it.
+# Reinstall when the start-up hook changes, because it is copied.
 # Without --no-compile, pip compiles all modules of all packages; most are never imported. Python compiles the others when they are
 # first imported, and must be allowed to keep them: the tests start many processes
-$(STAMP): pyproject.toml $(wildcard sb3_adaptive_kl/startup/*)
+$(STAMP): pyproject.toml $(wildcard zoo_hook/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"

@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import rl_zoo3.utils
-import sb3_adaptive_kl_zoo_hook as hook
+import sb3_adaptive_kl_zoo as hook
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -182,8 +182,8 @@ def test_hook_lists_the_registries_of_the_package():
 def test_hook_start_file_names_its_entry_point():
     """For Python 3.15; the `.pth` file has the same entry point."""
     files = Path(hook.__file__).parent
-    assert pkgutil.resolve_name((files / "sb3_adaptive_kl_zoo_hook.start").read_text().strip()) is hook.install
-    assert (files / "sb3_adaptive_kl_zoo_hook.pth").read_text().strip().endswith("; sb3_adaptive_kl_zoo_hook.install()")
+    assert pkgutil.resolve_name((files / "sb3_adaptive_kl_zoo.start").read_text().strip()) is hook.install
+    assert (files / "sb3_adaptive_kl_zoo.pth").read_text().strip().endswith("; sb3_adaptive_kl_zoo.install()")
 
 
 def test_hook_takes_less_than_a_millisecond_and_imports_nothing_else(tmp_path):
@@ -192,7 +192,7 @@ def test_hook_takes_less_than_a_millisecond_and_imports_nothing_else(tmp_path):
     for _ in range(3):
         lines = run(tmp_path, "-X", "importtime", "-c", "pass").splitlines()
         assert not [line for line in lines if line.rsplit("|")[-1].strip() in ("sb3_adaptive_kl", "torch", "typing")]
-        (cost,) = [line for line in lines if line.endswith("sb3_adaptive_kl_zoo_hook")]
+        (cost,) = [line for line in lines if line.endswith("sb3_adaptive_kl_zoo")]
         times.append(int(cost.split("|")[1]))
     assert min(times) < 1000  # microseconds, nested imports included
 
@@ -219,11 +219,17 @@ def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, 
 
 
 def test_broken_installation_leaves_the_zoo_working(tmp_path):
-    code = "import sys; sys.modules['sb3_adaptive_kl'] = None; import rl_zoo3; print(sorted(rl_zoo3.ALGOS))"
+    code = "import sys; sys.modules['sb3_adaptive_kl.ppo'] = None; import rl_zoo3; print(sorted(rl_zoo3.ALGOS))"
     output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
     assert output.count("could not register with rl-zoo3") == 1
     assert "'ppo'" in output
     assert "ppo_kl" not in output.splitlines()[-1]
+
+
+def test_hook_is_silent_without_the_package(tmp_path):
+    """It is a distribution of its own, and stays when only the package is uninstalled."""
+    code = "import sys; sys.modules['sb3_adaptive_kl'] = None; import rl_zoo3.exp_manager; print('ppo_kl' in rl_zoo3.ALGOS)"
+    assert run(tmp_path, "-W", "error::UserWarning", "-c", code).splitlines()[-1] == "False"
 
 
 def test_failures_in_nested_imports_leave_the_zoo_working(tmp_path):
