@@ -84,7 +84,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         β is still adapted to the KL measured in the end.
     :param compile: Whether to compile the policy's ``forward`` and the train step with ``torch.compile``, which takes seconds
         to a minute in the first iteration: all of it with torch's Adam and without ``kl_stop_factor``, else all but the
-        optimizer. Where that fails, training goes on uncompiled, with one warning.
+        optimizer. Where that fails, or torch is older than 2.13, training goes on uncompiled, with one warning.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """

@@ -24,6 +24,9 @@ from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from tests.ranks import Ranks
 
+# For tests of compile=True; with an older torch it warns and does not compile
+NEEDS_COMPILER = pytest.mark.skipif(th.__version__ < (2, 13), reason="compile=True needs torch 2.13")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

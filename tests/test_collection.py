@@ -13,10 +13,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from tests.conftest import CASES, FAMILIES, collect
+from tests.conftest import CASES, FAMILIES, NEEDS_COMPILER, collect
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
-COMPILE = pytest.mark.parametrize("compile", [False, True])
+COMPILE = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -197,6 +197,7 @@ def test_wrapper_set_during_a_rollout_is_kept():
         assert model.policy(th.zeros(1, 3))[1] == 3.0
 
 
+@NEEDS_COMPILER
 def test_wrapper_of_evaluate_actions_sees_the_observations_of_the_rollout():
     """Compiled, SB3's own methods are given preprocessed ones; an integer image shows the difference."""
     model = CASES["cnn"].build(AdaptiveKLPPO, compile=True, **SMALL)

@@ -14,8 +14,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from tests.conftest import CASES, Case, collect, logged, parameters
+from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters
 
+pytestmark = NEEDS_COMPILER
 # 60 = 24 + 24 + 12: every epoch ends with a shorter minibatch
 SMALL = {"n_steps": 60, "batch_size": 24, "n_epochs": 2}
 EVERYTHING = {

@@ -16,6 +16,7 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import Update
+from tests.conftest import NEEDS_COMPILER
 from tests.ranks import Ranks, check_same_model, learned, make_env, outcome
 
 N_STEPS, N_ENVS = 32, 4
@@ -75,7 +76,11 @@ def trained(algorithm: str, rollout: dict[str, np.ndarray], n_envs: int, argumen
         ("AdaptiveKLPPO", {"kl_cutoff_coef": 1000.0, "kl_cutoff_factor": 0.1, "target_kl": 1e-4}),
         ("AdaptiveKLPPO", {"kl_stop_factor": 1.0, "normalize_advantage": False, "target_kl": 1e-4}),
         ("AdaptiveKLPPO", {"kl_divergence": "k3", "learning_rate_rule": "adaptive"}),
-        ("AdaptiveKLPPO", {"compile": True, "kl_cutoff_coef": 1000.0, "kl_cutoff_factor": 0.1, "target_kl": 1e-4}),
+        pytest.param(
+            "AdaptiveKLPPO",
+            {"compile": True, "kl_cutoff_coef": 1000.0, "kl_cutoff_factor": 0.1, "target_kl": 1e-4},
+            marks=NEEDS_COMPILER,
+        ),
         ("MaskableAdaptiveKLPPO", {"ent_coef": 0.01}),
         ("RecurrentAdaptiveKLPPO", {"kl_rule": "predictive", "kl_ceiling": 1.5}),
     ],
@@ -135,6 +140,7 @@ def learned_compiled_on_one_rank() -> dict[str, Any]:
         return learned(compile=True)
 
 
+@NEEDS_COMPILER
 def test_ranks_stay_the_same_where_only_one_can_compile(ranks: Ranks) -> None:
     first, second = ranks.run(learned_compiled_on_one_rank)
     check_same_model(first, second)

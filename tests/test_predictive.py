@@ -10,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_adaptive_kl import AdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO, losses
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
-from tests.conftest import CASES, Case, collect, logged, parameters, pendulum
+from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
 BOUNDS = (1 / 32, 32.0)
@@ -218,6 +218,7 @@ def test_padded_sequences_and_a_single_minibatch():
         assert math.isfinite(model.kl_coef)
 
 
+@NEEDS_COMPILER
 def test_compiled_it_takes_the_same_steps_and_compiles_nothing_again():
     kwargs = {"kl_rule": "predictive", "kl_ceiling": 1.5, "clip_range": "outliers", "target_kl": 1e-3, **SMALL}
     eager = CASES["box"].build(AdaptiveKLPPO, **kwargs).learn(5 * 64)

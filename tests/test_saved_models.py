@@ -8,7 +8,7 @@ import pytest
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from tests.conftest import logged, parameters
+from tests.conftest import NEEDS_COMPILER, logged, parameters
 from tests.test_zoo import saved_kl_coef, zoo
 
 SAVED = Path(__file__).parent / "saved"
@@ -30,7 +30,13 @@ def masked():
     ("name", "algorithm", "make_env", "attributes"),
     [
         ("ppo_kl", AdaptiveKLPPO, pendulum, {"kl_rule": AdaptivePenalty(low=0.5, high=2.0), "kl_coef": 0.125}),
-        ("ppo_kl_compile", AdaptiveKLPPO, cartpole, {"compile": True, "kl_cutoff_coef": 10.0, "kl_coef": 1.0}),
+        pytest.param(
+            "ppo_kl_compile",
+            AdaptiveKLPPO,
+            cartpole,
+            {"compile": True, "kl_cutoff_coef": 10.0, "kl_coef": 1.0},
+            marks=NEEDS_COMPILER,
+        ),
         ("ppo_kl_mask", MaskableAdaptiveKLPPO, masked, {"kl_rule": "proportional"}),
         ("ppo_kl_lstm", RecurrentAdaptiveKLPPO, cartpole, {"kl_stop_factor": 4.0}),
     ],

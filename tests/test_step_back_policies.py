@@ -172,6 +172,7 @@ class Doubles(BaseFeaturesExtractor):
         return observations.double()
 
 
+@pytest.mark.skipif(th.__version__ < (2, 13), reason="the mse_loss of torch 2.8, which SB3 uses, too, does not mix precisions")
 @pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
 def test_policies_in_double_precision(kl_divergence):
     case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Doubles}})

@@ -6,6 +6,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
@@ -66,6 +67,13 @@ def test_compiling_without_fast_and_half_of_fast_are_errors(missing, compile, mo
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=missing):
         choose_execution(compile)
+
+
+def test_compiling_with_an_old_torch_warns(monkeypatch):
+    monkeypatch.setattr(th, "compile", lambda model, *, fullgraph: model)
+    with pytest.warns(UserWarning, match=r"compile=True: .*training goes on without it\. It needs torch 2\.13 or newer"):
+        model = AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), compile=True, **SMALL)
+    assert model.learn(64)._n_updates > 0
 
 
 def test_nan_at_the_first_minibatch_is_undone():

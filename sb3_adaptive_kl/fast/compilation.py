@@ -1,5 +1,6 @@
 """Functions compiled by torch where it can, and run uncompiled, after one warning, where it cannot."""
 
+import inspect
 import re
 import time
 import warnings
@@ -33,6 +34,8 @@ class Compilation:
     def __init__(self) -> None:
         self.failed = False
         self.seconds = 0.0  # spent compiling
+        if "isolate_recompiles" not in inspect.signature(th.compile).parameters:
+            self.give_up(f"It needs torch 2.13 or newer, and this is {th.__version__}")
 
     def give_up(self, error: Exception | str) -> None:
         """Compile nothing more for this model, and warn with the reason."""
@@ -54,8 +57,6 @@ class Compilation:
         """Let ``th.autograd.grad`` be compiled: an option of torch's compiler, set for this thread only."""
         import torch._dynamo
 
-        if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad: upgrade torch")
         if self.failed:
             yield
             return
