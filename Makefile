@@ -30,12 +30,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-# With the lower bounds of pyproject.toml, and the interpreter that PYTHON names. swig: gymnasium 1.0 compiles Box2D
+# With the lower bounds of pyproject.toml, and the interpreter that PYTHON names. swig: gymnasium 1.0 compiles Box2D. Warnings of
+# packages about newer ones are no errors here
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet swig uv
 	PATH="$(abspath $(VENV)-oldest/bin):$$PATH" uv pip install --python $(VENV)-oldest --resolution lowest-direct --editable ".[dev]"
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" -W default
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -28,3 +28,5 @@ autodoc_class_signature = "mixed"
 
 html_theme = "furo"
 html_title = f"sb3_adaptive_kl {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
