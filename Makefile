@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN = $(VENV)/bin
-MARKDOWN = CHANGELOG.md CONTRIBUTING.md README.md docs zoo_hook
+MARKDOWN = CHANGELOG.md CONTRIBUTING.md README.md .github docs zoo_hook
 STAMP = $(VENV)/.installed
 DEMO = runs/demo
 AGENT = --algo ppo_kl --env CartPole-v1 -f $(DEMO)
@@ -30,12 +30,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-# With the lower bounds of pyproject.toml, and the interpreter that PYTHON names. swig: gymnasium 1.0 compiles Box2D. Warnings of
-# packages about newer ones are no errors here
+# With the lower bounds of pyproject.toml, and a Python of 3.10 or 3.11, for which their wheels exist: make test-oldest PYTHON=python3.10
+# gymnasium 1.0 compiles Box2D, with swig and a C++ compiler. -W default: old packages warn about newer ones
 test-oldest:
-	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet swig uv
-	PATH="$(abspath $(VENV)-oldest/bin):$$PATH" uv pip install --python $(VENV)-oldest --resolution lowest-direct --editable ".[dev]"
+	PATH="$(abspath $(VENV)-oldest/bin):$$PATH" uv pip install --python $(VENV)-oldest --resolution lowest-direct \
+		--reinstall-package sb3-adaptive-kl-zoo --editable ".[dev]"
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" -W default
 
 lint: $(STAMP)
@@ -55,13 +56,14 @@ format: $(STAMP)
 docs: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-# What is published, in dist/: requires `pip install build twine`. In a clone, the extra `zoo` takes the start-up hook from its folder;
-# a published package names its version, which changes only if the hook does
+# What is published, of the last commit, in dist/: requires `pip install build twine`. In a clone, the extra `zoo` takes the start-up
+# hook from its folder; a published package names its version. If the first replacement fails, the second lets the build fail
 dist:
 	rm -rf dist
 	mkdir -p dist/source
-	git archive HEAD | tar -x -C dist/source
-	sed 's|zoo @ {root:uri}/zoo_hook|zoo>=1,<2|' pyproject.toml > dist/source/pyproject.toml
+	git archive HEAD | tar -xf - -C dist/source
+	git show HEAD:pyproject.toml | sed -e 's|zoo @ {root:uri}/zoo_hook|zoo>=1,<2|' \
+		-e 's|allow-direct-references = true|allow-direct-references = false|' > dist/source/pyproject.toml
 	$(PYTHON) -m build --outdir dist dist/source
 	$(PYTHON) -m build --outdir dist dist/source/zoo_hook
 	rm -r dist/source
@@ -77,7 +79,7 @@ clean:
 # Reinstall when the start-up hook changes, because it is copied.
 # Without --no-compile, pip compiles all modules of all packages; most are never imported. Python compiles the others when they are
 # first imported, and must be allowed to keep them: the tests start many processes
-$(STAMP): pyproject.toml $(wildcard zoo_hook/*)
+$(STAMP): pyproject.toml zoo_hook/pyproject.toml $(wildcard zoo_hook/sb3_adaptive_kl_zoo.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"

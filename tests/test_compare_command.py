@@ -74,6 +74,22 @@ def test_html_report_is_self_contained_and_both_reports_are_complete(completed):
         assert (results / picture).is_file()
 
 
+def test_tables_have_the_labels_that_replace_their_header_on_a_phone(completed):
+    results, _ = completed
+    tables = re.findall(r"<table>(.*?)</table>", (results / "report.html").read_text(), flags=re.DOTALL)
+    headed = [table for table in tables if "<th>" in table]
+    assert len(headed) == 4  # returns, KL, what differed, timings: one environment
+    for table in headed:
+        header = re.findall("<th>(.*?)</th>", table)
+        rows = re.findall(r"<tr>(<td.*?)</tr>", table)
+        assert rows
+        for row in rows:
+            assert re.findall('data-label="(.*?)"', row) == header[1:]
+    assert re.search(
+        r"<td>CartPole-v1</td>.*>ppo_kl<.*>[\d.]+</td>.*>[\d.,]+</td>", headed[-1]
+    )  # seconds and steps per second
+
+
 def test_zoo_scripts_work_on_the_run_folders(completed):
     """Check with plots.all_plots and enjoy."""
     results, _ = completed

@@ -135,7 +135,7 @@ def test_the_scale_is_of_the_last_update():
     assert scales[1:] == [1.0, 0.0]
 
 
-@pytest.mark.skipif(not hasattr(th.backends.cudnn, "conv"), reason="this torch has no such setting")
+@pytest.mark.skipif(not hasattr(th.backends.cudnn, "conv"), reason="torch 2.8 has no cudnn.conv.fp32_precision")
 def test_the_users_precision_of_cudnn_is_no_obstacle():
     precision = th.backends.cudnn.conv.fp32_precision
     th.backends.cudnn.conv.fp32_precision = "ieee"

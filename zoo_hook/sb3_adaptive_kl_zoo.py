@@ -48,11 +48,11 @@ def complete(module: "ModuleType") -> None:
     Add our algorithms to a registry. If this fails, warn: a broken installation of ours must leave the zoo working. If
     `sb3_adaptive_kl` is not installed (any more), do nothing.
     """
-    from importlib.util import find_spec
-
-    if find_spec("sb3_adaptive_kl") is None:
-        return
     try:
+        from importlib.util import find_spec
+
+        if find_spec("sb3_adaptive_kl") is None:
+            return
         from sb3_adaptive_kl.zoo import complete_registry
 
         complete_registry(module)

@@ -26,7 +26,8 @@ class NotCompiled(Exception):
 
 class Compilation:
     """
-    Keeps account of what torch compiles for one model. The first failure ends it for all functions, with one warning.
+    Keeps account of what torch compiles for one model. The first failure, or a torch that is too old, ends it for all
+    functions, with one warning.
 
     torch's compiler is imported inside the methods: it takes a second, which only users of ``compile=True`` should pay.
     """
@@ -34,8 +35,10 @@ class Compilation:
     def __init__(self) -> None:
         self.failed = False
         self.seconds = 0.0  # spent compiling
+        # `_compile` passes this argument, which torch has since 2.13
         if "isolate_recompiles" not in inspect.signature(th.compile).parameters:
-            self.give_up(f"It needs torch 2.13 or newer, and this is {th.__version__}")
+            self.failed = True
+            self.warn(f"torch 2.13 or newer is needed, and this is {th.__version__}; training runs uncompiled")
 
     def give_up(self, error: Exception | str) -> None:
         """Compile nothing more for this model, and warn with the reason."""
@@ -57,6 +60,8 @@ class Compilation:
         """Let ``th.autograd.grad`` be compiled: an option of torch's compiler, set for this thread only."""
         import torch._dynamo
 
+        if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad")
         if self.failed:
             yield
             return
