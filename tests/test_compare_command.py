@@ -78,16 +78,14 @@ def test_tables_have_the_labels_that_replace_their_header_on_a_phone(completed):
     results, _ = completed
     tables = re.findall(r"<table>(.*?)</table>", (results / "report.html").read_text(), flags=re.DOTALL)
     headed = [table for table in tables if "<th>" in table]
-    assert len(headed) == 4  # returns, KL, what differed, timings: one environment
+    assert len(headed) >= 4  # among them returns, KL, what differed and timings
     for table in headed:
         header = re.findall("<th>(.*?)</th>", table)
         rows = re.findall(r"<tr>(<td.*?)</tr>", table)
         assert rows
         for row in rows:
             assert re.findall('data-label="(.*?)"', row) == header[1:]
-    assert re.search(
-        r"<td>CartPole-v1</td>.*>ppo_kl<.*>[\d.]+</td>.*>[\d.,]+</td>", headed[-1]
-    )  # seconds and steps per second
+    assert re.search(r'<td>CartPole-v1</td>.*>ppo_kl<.*"seconds">[\d.]+<.*"steps/s">[\d.,]+<', headed[-1])
 
 
 def test_zoo_scripts_work_on_the_run_folders(completed):
