@@ -1,9 +1,11 @@
 """The command `sb3-adaptive-kl`, a shortcut for the modules of this package that can be run."""
 
 import sys
+from importlib.metadata import version
 
 USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (same as python -m sb3_adaptive_kl.compare)
-       sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (same as python -m sb3_adaptive_kl.zoo)"""
+       sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (same as python -m sb3_adaptive_kl.zoo)
+       sb3-adaptive-kl --version"""
 
 
 def main() -> None:
@@ -15,6 +17,9 @@ def main() -> None:
     command = sys.argv.pop(1) if len(sys.argv) > 1 else None
     if command in ("-h", "--help"):
         print(USAGE)
+        return
+    if command == "--version":
+        print(version("sb3-adaptive-kl"))
         return
     try:
         if command == "compare":

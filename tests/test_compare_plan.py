@@ -4,6 +4,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import yaml
 
@@ -178,6 +179,7 @@ def test_run_folders_are_unique_and_follow_the_zoos_layout():
     ("arguments", "message"),
     [
         ({"environments": ["CartPole-v3"]}, "unknown environment 'CartPole-v3', did you mean 'CartPole-v"),
+        ({"environments": ["Rover-v0"]}, "--gym-packages names a package that registers your own"),
         ({"environments": []}, "no environments to compare"),
         ({"environments": "CartPole-v1"}, "environments must be a list of names"),
         ({"arms": ["pppo"]}, "unknown algorithm 'pppo', did you mean 'ppo'"),
@@ -195,7 +197,7 @@ def test_run_folders_are_unique_and_follow_the_zoos_layout():
         ({"n_timesteps": float("inf")}, "n_timesteps must be an integer"),
         ({"n_timesteps": -5}, "n_timesteps must be"),
         ({"n_eval_episodes": 0}, "n_eval_episodes must be"),
-        ({"gym_packages": ["no_such_package"]}, "gym_packages: ModuleNotFoundError: No module named 'no_such_package'"),
+        ({"gym_packages": ["no_such_package"]}, "No module named 'no_such_package': install it, or add the folder"),
         ({"gym_packages": "minigrid"}, "gym_packages must be a list of names"),
     ],
 )
@@ -237,3 +239,13 @@ def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
     (tmp_path / "plan.yml").write_text(yaml.safe_dump(content))
     with pytest.raises(PlanError, match=message):
         Plan.load(tmp_path / "plan.yml")
+
+
+def test_environment_that_cannot_be_made_is_found_before_the_first_run():
+    gym.register("Broken-v0", "no_such_module:Env")
+    try:
+        plan = Plan.create(environments=["CartPole-v1", "Broken-v0"], arms=["ppo"], seeds=1)
+        with pytest.raises(PlanError, match="Broken-v0 cannot be made: ModuleNotFoundError: No module named 'no_such_module'"):
+            plan.check_environments()
+    finally:
+        del gym.registry["Broken-v0"]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sb3_adaptive_kl import __version__
+from sb3_adaptive_kl.cli import main
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -43,3 +46,9 @@ def test_hook_is_in_the_root_of_its_wheel(tmp_path):
     """Python reads .pth and .start files only in site-packages itself."""
     names = build(REPOSITORY / "zoo_hook", tmp_path).namelist()
     assert {f"sb3_adaptive_kl_zoo.{suffix}" for suffix in ("py", "pth", "start")} < set(names)
+
+
+def test_command_prints_its_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl", "--version"])
+    main()
+    assert capsys.readouterr().out == f"{__version__}\n"

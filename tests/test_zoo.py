@@ -226,6 +226,22 @@ def test_broken_installation_leaves_the_zoo_working(tmp_path):
     assert "ppo_kl" not in output.splitlines()[-1]
 
 
+def test_hook_gets_along_with_another_that_asks_all_finders(tmp_path):
+    """As that of version 0.1.0 does, if it was left behind."""
+    code = """
+import sys
+class Asking:
+    @classmethod
+    def find_spec(cls, *arguments):
+        others = (finder for finder in sys.meta_path if finder is not cls)
+        return next(filter(None, (finder.find_spec(*arguments) for finder in others)), None)
+sys.meta_path.insert(0, Asking)
+import rl_zoo3
+print("ppo_kl" in rl_zoo3.ALGOS)
+"""
+    assert run(tmp_path, "-c", code).splitlines()[-1] == "True"
+
+
 def test_hook_is_silent_without_the_package(tmp_path):
     """It is a distribution of its own, and stays when only the package is uninstalled."""
     code = "import sys; sys.modules['sb3_adaptive_kl'] = None; import rl_zoo3.exp_manager; print('ppo_kl' in rl_zoo3.ALGOS)"

@@ -24,14 +24,20 @@ REGISTRIES = frozenset({"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp
 class RegistryFinder:
     """Find modules as the other finders do, and complete each of the zoo's registries after it was executed."""
 
+    asking_others = False  # one of them may ask all finders, too
+
     @classmethod
     def find_spec(
         cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if fullname not in REGISTRIES:
+        if fullname not in REGISTRIES or cls.asking_others:
             return None
-        others = (finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        cls.asking_others = True
+        try:
+            others = (finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec"))
+            spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        finally:
+            cls.asking_others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

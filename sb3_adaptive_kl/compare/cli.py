@@ -56,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
     parser.add_argument("--first-seed", type=int, metavar="N", help="where seeds are counted from (default: 0)")
-    parser.add_argument("-n", "--n-timesteps", type=int, metavar="N", help="time steps per run (default: the zoo's for PPO)")
+    parser.add_argument(
+        "-n",
+        "--n-timesteps",
+        type=int,
+        metavar="N",
+        help="time steps per run (default: the zoo's for PPO, 1,000,000 where it has none)",
+    )
     parser.add_argument("--n-eval-episodes", type=int, metavar="N", help="episodes that score a final policy (default: 20)")
     parser.add_argument(
         "--own-hyperparameters",
@@ -85,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plan = _plan(args)
         Store.check(args.output, plan)
+        plan.check_environments()
         backend = _backend(args)
         store = Store.create(args.output, plan, _command(arguments))
         carry_out(plan, store, backend)

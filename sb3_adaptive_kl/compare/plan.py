@@ -5,6 +5,7 @@ The resolved plan is written into the results folder. A run depends on nothing e
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -136,6 +137,15 @@ class Plan:
                 _check_counts(n_timesteps=entry.get("n_timesteps", 0))
         return plan
 
+    def check_environments(self) -> None:
+        """
+        Make every environment once, so that a missing dependency is found before the first run, and not hours later.
+
+        :raises PlanError: if one cannot be made
+        """
+        for env in self.environments:
+            _make(env)
+
     def dump(self) -> str:
         """Serialize to yml; ``load`` restores an equal plan."""
         return str(yaml.safe_dump(asdict(self), sort_keys=False))
@@ -204,18 +214,34 @@ def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> li
     if not environments or not arms:
         raise PlanError(f"no {'environments' if not environments else 'arms'} to compare")
     import_module("rl_zoo3.import_envs")  # registers ale-py, minigrid, pybullet, … if installed
-    try:
-        for package in gym_packages:
-            import_module(package)
-    except Exception as error:  # third-party code may raise anything
-        raise PlanError(f"gym_packages: {type(error).__name__}: {error}") from None
+    for package in gym_packages:
+        _import(package)
     for env in environments:
         if env not in gym.registry:
-            raise PlanError(f"unknown environment {env!r}{suggestion(env, gym.registry)}")
+            own = "" if gym_packages else " (--gym-packages names a package that registers your own)"
+            raise PlanError(f"unknown environment {env!r}{suggestion(env, gym.registry)}{own}")
     parsed = [Arm.parse(arm) for arm in arms]
     _check_distinct_folders("environments", [env.replace("/", "-") for env in environments])
     _check_distinct_folders("arms", [arm.folder for arm in parsed])
     return parsed
+
+
+def _import(package: str) -> None:
+    try:
+        import_module(package)
+    except Exception as error:  # third-party code may raise anything
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        hint = ": install it, or add the folder that contains it to PYTHONPATH" if is_missing else ""
+        raise PlanError(f"gym_packages: {type(error).__name__}: {error}{hint}") from None
+
+
+def _make(env: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gym.make(env).close()
+    except Exception as error:
+        raise PlanError(f"{env} cannot be made: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def _check_distinct_folders(kind: str, folders: list[str]) -> None:
