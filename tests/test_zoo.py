@@ -239,13 +239,15 @@ sys.meta_path.insert(0, Asking)
 import rl_zoo3
 print("ppo_kl" in rl_zoo3.ALGOS)
 """
-    assert run(tmp_path, "-c", code).splitlines()[-1] == "True"
+    assert "True" in run(tmp_path, "-c", code).splitlines()
 
 
 def test_hook_is_silent_without_the_package(tmp_path):
     """It is a distribution of its own, and stays when only the package is uninstalled."""
     code = "import sys; sys.modules['sb3_adaptive_kl'] = None; import rl_zoo3.exp_manager; print('ppo_kl' in rl_zoo3.ALGOS)"
-    assert run(tmp_path, "-W", "error::UserWarning", "-c", code).splitlines()[-1] == "False"
+    output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
+    assert "False" in output.splitlines()
+    assert "could not register" not in output
 
 
 def test_failures_in_nested_imports_leave_the_zoo_working(tmp_path):
