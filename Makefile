@@ -30,7 +30,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-# With the lower bounds of pyproject.toml, and a Python of 3.10 or 3.11, for which their wheels exist: make test-oldest PYTHON=python3.10
+# With the lower bounds of pyproject.toml, on Python 3.10 or 3.11, for which their wheels exist: make test-oldest PYTHON=python3.10
 # gymnasium 1.0 compiles Box2D, with swig and a C++ compiler. -W default: old packages warn about newer ones
 test-oldest:
 	$(PYTHON) -m venv --clear $(VENV)-oldest
