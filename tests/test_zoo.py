@@ -238,9 +238,11 @@ def test_strings_of_the_trust_region_are_parsed():
     assert preprocess({"target_kl": "clip_0.2"})["target_kl"] == pytest.approx(0.02)
     schedule = preprocess({"target_kl": "clip_lin_0.2"})["target_kl"]
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.02, 0.005, 0.0])
-    passed = preprocess({"clip_range": "outliers", "learning_rate": "lin_0.1"})
-    assert passed["clip_range"] == "outliers"
-    assert passed["learning_rate"](0.5) == pytest.approx(0.05)
+    for clip_range in ("outliers", None):
+        passed = preprocess({"clip_range": clip_range, "learning_rate": "lin_0.1"})
+        assert passed["clip_range"] == clip_range
+        assert passed["learning_rate"](0.5) == pytest.approx(0.05)
+    assert preprocess({"clip_range": "lin_0.2"})["clip_range"](0.5) == pytest.approx(0.1)  # the zoo's own
     for wrong in (
         "lin_abc",
         "lin_0.02_0.01",

@@ -1,13 +1,14 @@
 """
-The string forms of `target_kl` and `clip_range` in a yml file, or after `-params`.
+The forms of `target_kl` and `clip_range` in a yml file, or after `-params`, that the zoo does not know.
 
     target_kl: lin_0.02         decays linearly from 0.02 to 0
     target_kl: clip_0.2         the target that corresponds to a clip range of 0.2
     target_kl: clip_lin_0.2     the same for a clip range that decays linearly from 0.2 to 0
     clip_range: outliers        the clip range that follows the target
+    clip_range: null            no clipping (`clip_range:None` after `-params`)
 
-The zoo itself turns strings into schedules for `learning_rate`, `clip_range`, `clip_range_vf` and `delta_std` only, and knows
-only `lin_x`.
+The zoo itself turns strings into schedules for `learning_rate`, `clip_range`, `clip_range_vf` and `delta_std` only, knows only
+`lin_x`, and rejects None.
 """
 
 import re
@@ -38,7 +39,7 @@ def parse_target(text: str) -> float | Schedule:
 
 def accept_trust_region_strings(manager: Any) -> None:
     """
-    Let the zoo parse the string forms of ``target_kl``, and pass those of ``clip_range`` that are the algorithm's.
+    Let the zoo parse the string forms of ``target_kl``, and pass ``"outliers"`` and None as a ``clip_range`` unchanged.
 
     :param manager: the zoo's ``ExperimentManager``, modified in place
     """
@@ -48,9 +49,9 @@ def accept_trust_region_strings(manager: Any) -> None:
         target_kl = hyperparams.get("target_kl")
         if isinstance(target_kl, str):
             hyperparams = {**hyperparams, "target_kl": parse_target(target_kl)}
-        if hyperparams.get("clip_range") != OUTLIERS:
+        if "clip_range" not in hyperparams or hyperparams["clip_range"] not in (OUTLIERS, None):
             return preprocess(hyperparams)  # type: ignore[no-any-return]
         others = {name: value for name, value in hyperparams.items() if name != "clip_range"}
-        return {**preprocess(others), "clip_range": OUTLIERS}
+        return {**preprocess(others), "clip_range": hyperparams["clip_range"]}
 
     manager._preprocess_schedules = staticmethod(preprocess_schedules)
