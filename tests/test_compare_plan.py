@@ -22,7 +22,8 @@ def test_only_the_trust_region_differs():
     """Even on environments for which the two files of tuned hyperparameters differ in other ways."""
     plan = create(["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "Swimmer-v5", "PongNoFrameskip-v4"])
     for env in plan.environments:
-        assert set(differing(plan.hyperparameters[env])) <= {"target_kl", "clip_range"}, env
+        trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling"}
+        assert set(differing(plan.hyperparameters[env])) == trust_region, env
     assert plan.hyperparameters["CartPole-v1"]["ppo"]["n_steps"] == 32  # the zoo's value, not the one in our file
     assert plan.hyperparameters["Swimmer-v5"]["ppo"]["gamma"] == 0.9999  # only our file has this environment
     assert plan.hyperparameters["PongNoFrameskip-v4"]["ppo_kl"]["frame_stack"] == 4
@@ -87,8 +88,8 @@ def test_target_kl_is_not_shared_between_algorithms():
 
 
 def test_own_hyperparameters_are_the_entry_of_each_algorithm():
-    arms = create(own_hyperparameters=True).hyperparameters["CartPole-v1"]
-    assert (arms["ppo_kl"]["n_steps"], arms["ppo"]["n_steps"]) == (256, 32)
+    arms = create(arms=["trpo", "ppo"], own_hyperparameters=True).hyperparameters["CartPole-v1"]
+    assert (arms["trpo"]["n_steps"], arms["ppo"]["n_steps"]) == (512, 32)
 
 
 def test_off_policy_algorithms_keep_their_own_entry():
@@ -108,7 +109,7 @@ def test_recurrent_arms_get_ppos_entry_next_to_ppo_and_ppo_lstms_entry_otherwise
     assert next_to_ppo["ppo_kl_lstm"]["n_steps"] == next_to_ppo["ppo"]["n_steps"] == 32
     assert next_to_ppo["ppo_kl_lstm"]["policy"] == "MlpLstmPolicy"
     recurrent_only = create(["CartPoleNoVel-v1"], ["ppo_lstm", "ppo_kl_lstm"]).hyperparameters["CartPoleNoVel-v1"]
-    assert set(differing(recurrent_only)) <= {"target_kl", "clip_range", "kl_cutoff_coef"}
+    assert set(differing(recurrent_only)) == {"target_kl", "clip_range", "kl_rule", "kl_ceiling"}
     assert "lstm_hidden_size" in recurrent_only["ppo_lstm"]["policy_kwargs"]
 
 
@@ -136,11 +137,11 @@ def test_runs_are_ordered_by_seed():
 
 
 def test_effective_hyperparameters_include_compared_defaults():
-    effective = create(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:kl_rule=fixed"]).effective("Pendulum-v1")
-    assert effective["ppo_kl"]["target_kl"] == 0.01  # a default, not in the file
-    assert effective["ppo_kl"]["kl_rule"] == "adaptive"
+    """A default is compared where another arm sets the argument, and left out where the algorithm does not have it."""
+    effective = create(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:init_kl_coef=2"]).effective("Pendulum-v1")
+    assert effective["ppo_kl"]["init_kl_coef"] == 1.0
     assert effective["ppo"]["target_kl"] is None
-    assert "kl_rule" not in effective["ppo"]
+    assert "init_kl_coef" not in effective["ppo"]
 
 
 def test_overrides_are_yml_and_may_contain_brackets():

@@ -6,9 +6,11 @@ from importlib.resources import files
 
 import pytest
 import yaml
+from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.zoo import hyperparameter_file
+from sb3_adaptive_kl.zoo.trust_region_strings import parse_target
 
 ZOO_KEYS = {
     "n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack", "callback", "env_kwargs",
@@ -26,7 +28,6 @@ def test_every_hyperparameter_is_an_argument(algo):
     for env, hyperparameters in HYPERPARAMETERS[algo].items():
         assert hyperparameters.keys() <= arguments | ZOO_KEYS, env
         assert {"n_timesteps", "policy"} <= hyperparameters.keys(), env
-        assert "clip_range" not in hyperparameters, env
 
 
 @pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
@@ -36,12 +37,33 @@ def test_every_environment_of_the_zoo_has_an_entry(algo, host):
     assert {f"{name}-v5" for name in ("Ant", "HalfCheetah", "Hopper", "Swimmer", "Walker2d")} <= HYPERPARAMETERS[algo].keys()
 
 
-@pytest.mark.parametrize(("algo", "n_steps"), [("ppo_kl", 2048), ("ppo_kl_lstm", 128)])
-def test_only_small_rollouts_have_the_hinge(algo, n_steps):
+@pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
+def test_targets_are_one_and_a_half_times_what_the_zoos_clip_ranges_mean(algo, host):
+    theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
+    for env in theirs.keys() - {"Swimmer-v4"}:  # it learns faster with smaller steps
+        means = FloatSchedule(parse_target(f"clip_{theirs[env].get('clip_range', 0.2)}"))
+        holds = FloatSchedule(_target(HYPERPARAMETERS[algo][env]))
+        for progress_remaining in (1.0, 0.3):
+            assert holds(progress_remaining) == pytest.approx(1.5 * means(progress_remaining), rel=0.01), env
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_entry_has_the_settings_that_hold_the_target(algo):
     for env, hyperparameters in HYPERPARAMETERS[algo].items():
-        rollout = hyperparameters.get("n_envs", 1) * hyperparameters.get("n_steps", n_steps)
-        assert (hyperparameters.get("kl_cutoff_coef", 0.0) > 0) == (rollout < 1024), env
-    assert HYPERPARAMETERS[algo]["Swimmer-v5"]["gamma"] == 0.9999  # it cannot be learned with PPO's 0.99
+        settings = {name: hyperparameters.get(name) for name in ("kl_rule", "kl_ceiling", "clip_range")}
+        assert settings == {"kl_rule": "predictive", "kl_ceiling": 1.5, "clip_range": "outliers"}, env
+
+
+@pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
+def test_all_other_values_are_the_zoos(algo, host):
+    theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
+    theirs["default"]["policy"] = "MlpLstmPolicy" if algo == "ppo_kl_lstm" else "MlpPolicy"  # the zoo's MlpPolicy has no LSTM
+    for env, entry in theirs.items():
+        assert _without_trust_region(HYPERPARAMETERS[algo][env]) == _without_trust_region(entry), env
+
+
+def test_swimmer_has_the_discount_factor_without_which_it_is_not_learned():
+    assert HYPERPARAMETERS["ppo_kl"]["Swimmer-v5"]["gamma"] == 0.9999  # PPO's is 0.99
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by environments, rendering libraries and the zoo
@@ -67,3 +89,12 @@ def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
     train()
     assert ("Using 'default' hyperparameters" in capsys.readouterr().out) == (env == "FrozenLake-v1")
     assert (tmp_path / algo / f"{env}_1" / f"{env}.zip").exists()
+
+
+def _target(hyperparameters):
+    target = hyperparameters["target_kl"]
+    return parse_target(target) if isinstance(target, str) else target
+
+
+def _without_trust_region(hyperparameters):
+    return {key: hyperparameters[key] for key in hyperparameters.keys() - {"target_kl", "kl_rule", "kl_ceiling", "clip_range"}}
