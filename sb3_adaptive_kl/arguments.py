@@ -199,7 +199,13 @@ def check_settings(model: Any) -> None:
     if model.kl_stop_factor is not None:
         check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "DPPO uses 4; None never stops early")
     if model.kl_ceiling is not None:
-        check_number("kl_ceiling", model.kl_ceiling, ">= 1", lambda x: x >= 1, "1.5 is natural; None never shortens a step")
+        check_number(
+            "kl_ceiling",
+            model.kl_ceiling,
+            ">= 1",
+            lambda x: x >= 1,
+            "1.5 is the edge of the paper's band; None never shortens a step",
+        )
     learning_rate_rule(model.learning_rate_rule)  # raises if there is no such rule
     check_number("learning_rate_scale", model.learning_rate_scale, "> 0", lambda x: x > 0, "1 is the learning rate itself")
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))

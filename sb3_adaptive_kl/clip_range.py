@@ -2,7 +2,7 @@
 Clip ranges and KL targets that mean the same step.
 
 Where the policy has moved by a KL divergence of t, the log-ratio of its actions has a standard deviation of √(2t), to second
-order (``docs/theory.md``). A clip range of ε therefore speaks of policies at t = ε²/2.
+order (``docs/theory.md``). A clip range of ε is therefore one standard deviation at t = ε²/2.
 """
 
 import math
@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import FloatSchedule
 
 def clip_equivalent_target(clip_range: float | Schedule) -> "float | ClipEquivalentTarget":
     """
-    Give the KL target that corresponds to PPO's clip range: ε²/2, so that ε is one standard deviation of the log-ratio.
+    Return the KL target that corresponds to PPO's clip range: ε²/2, so that ε is one standard deviation of the log-ratio.
 
     :param clip_range: ε > 0, or a function of the remaining progress (from 1 to 0), such as PPO's ``clip_range``
     :return: the target in nats, 0.02 for 0.2, or a schedule of it
@@ -40,18 +40,27 @@ class ClipEquivalentTarget:
     clip_range: Schedule
 
     def __call__(self, progress_remaining: float) -> float:
+        """
+        Return the target.
+
+        :param progress_remaining: from 1 to 0
+        :return: ε²/2 in nats
+        :raises ValueError: if the schedule returns a negative number
+        """
         clip_range = float(self.clip_range(progress_remaining))
         if clip_range < 0:  # its square would hide it
-            raise ValueError(f"clip_range: the schedule returned {clip_range} at progress_remaining={progress_remaining}")
+            raise ValueError(
+                f"clip_range: the schedule returned {clip_range} at progress_remaining={progress_remaining}, it must not be "
+                "negative between 1 and 0"
+            )
         return clip_range**2 / 2
 
 
 def outlier_clip_range(target_kl: float) -> float:
     """
-    Give the clip range at two standard deviations of the log-ratio at the target: it touches only actions whose probability
-    ran away, and leaves all others to the penalty.
+    Return the clip range at two standard deviations of the log-ratio at the target.
 
-    :param target_kl: t in nats, > 0
-    :return: 2·√(2t), 0.4 for 0.02
+    :param target_kl: t in nats, > 0; from 1/8 on, the clip range is 1 or more, and a ratio cannot fall below 1 − ε
+    :return: ε = 2·√(2t), 0.4 for 0.02
     """
     return 2 * math.sqrt(2 * target_kl)

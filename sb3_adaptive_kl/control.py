@@ -30,7 +30,7 @@ def next_kl_coef(
     :return: β for the next update, and the bound that stopped the rule: 1 the upper, −1 the lower, 0 neither
     :raises ValueError: if the rule returned NaN, or something that is not a number
     """
-    return _kept_within(bounds, rule(kl_coef, kl, target_kl), f"{rule!r}", kl_coef, kl, target_kl)
+    return _clip_to_bounds(bounds, rule(kl_coef, kl, target_kl), f"{rule!r}", kl_coef, kl, target_kl)
 
 
 def rollouts_at_bound(count: int, side: int) -> int:
@@ -57,7 +57,7 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
         return
     bound, remedy = "upper", "For a lower divergence lower learning_rate or n_epochs, or raise target_kl."
     if count < 0:
-        bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
+        bound, remedy = "lower", "For a higher divergence raise learning_rate, n_epochs or clip_range, or lower target_kl."
         remedy += (
             " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower learning_rate "
             "instead.)"
@@ -65,7 +65,8 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
     warnings.warn(
         f"kl_coef has been at its {bound} bound {kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "
         f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
-        f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}",
+        "correct this: the length of Adam's step does not depend on the scale of the loss, and a clip range can end an update "
+        f"before the penalty does. {remedy}",
         stacklevel=2,
     )
 
@@ -90,7 +91,7 @@ class SegmentedControl:
 
     def end_segment(self, n_taken: int) -> slice | None:
         """
-        End the current segment, if its steps have been taken, and tell which of the update's steps its KL is to be read from.
+        End the current segment once its steps are taken, and return the steps of the update whose KL measures it.
 
         :param n_taken: steps taken so far in this update
         :return: the later half of the segment, or ``None`` if it has not ended, was the last, or was the first step alone
@@ -119,10 +120,10 @@ class SegmentedControl:
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl
-        return _kept_within(self._bounds, wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl)[0]
+        return _clip_to_bounds(self._bounds, wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl)[0]
 
 
-def _kept_within(
+def _clip_to_bounds(
     bounds: tuple[float, float], wanted: float, source: str, kl_coef: float, kl: float, target_kl: float
 ) -> tuple[float, int]:
     low, high = bounds
@@ -131,5 +132,5 @@ def _kept_within(
             f"kl_rule={source} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
             "it must return a number"
         )
-    wanted = float(wanted)  # a rule may return a number of NumPy's
+    wanted = float(wanted)  # a rule may return a NumPy scalar
     return min(max(wanted, low), high), (wanted > high) - (wanted < low)

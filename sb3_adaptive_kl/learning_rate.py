@@ -18,7 +18,7 @@ class LearningRateRule(Protocol):
 
     def __call__(self, scale: float, kl: float, target_kl: float) -> float:
         """
-        The factor of the learning rate for the next update.
+        Return the factor of the learning rate for the next update.
 
         :param scale: factor used by the update that was just measured, > 0
         :param kl: d in nats as measured after that update on the whole rollout, before any step back, ≥ 0; ``inf`` when the

@@ -38,7 +38,7 @@ def surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: float | 
 
 def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor | None:
     """
-    Count the share of transitions whose ratio lies outside [1 − ε, 1 + ε], for the log.
+    Compute the share of transitions whose ratio lies outside [1 − ε, 1 + ε], for the log.
 
     :param ratio: r, shape (B,)
     :param clip_range: ε > 0, or None for no clipping

@@ -21,7 +21,7 @@ class PenaltyRule(Protocol):
 
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
         """
-        The KL coefficient for the next update; the algorithm clips it to ``kl_coef_bounds``.
+        Return β for the next update; the algorithm clips it to ``kl_coef_bounds``.
 
         :param kl_coef: the last β used by the update that was just measured, > 0
         :param kl: d, the KL divergence in nats measured after that update on the whole rollout, before any step back, ≥ 0;
@@ -40,12 +40,12 @@ class PredictiveRule(PenaltyRule, Protocol):
 
     def within_update(self, kl_coef: float, kl: float, previous_kl: float, segments_left: int, target_kl: float) -> float:
         """
-        The KL coefficient for the rest of the update, or until this is asked again; the algorithm clips it to
-        ``kl_coef_bounds``.
+        Return β for the rest of the update, or until the next call; the algorithm clips it to ``kl_coef_bounds``.
 
         :param kl_coef: β in the segment that has just ended, > 0
-        :param kl: mean KL in nats of the minibatches in the later half of that segment, > 0, or ``inf``. Never NaN.
-        :param previous_kl: the same of the segment before, 0 at the beginning of the update
+        :param kl: mean KL in nats of the minibatches in the later half of that segment, ≥ 0 up to rounding, or ``inf``. Never
+            NaN.
+        :param previous_kl: the same of the segment before, 0 if none was measured before
         :param segments_left: how many of the segments are still to come, ≥ 1
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
@@ -86,10 +86,11 @@ class AdaptivePenalty:
     @classmethod
     def symmetric(cls, tolerance: float, factor: float) -> "AdaptivePenalty":
         """
-        The same band and the same step both ways, in log d and in log β.
+        Build the rule whose band and step are the same both ways, in log d and in log β.
 
         :param tolerance: the band is [target_kl / tolerance, tolerance · target_kl], ≥ 1
         :param factor: multiplies or divides β, > 1
+        :return: the rule
         :raises ValueError: if a number is out of its range
         """
         return cls(low=1 / tolerance, high=tolerance, decrease=1 / factor, increase=factor)
@@ -138,14 +139,14 @@ class PredictivePenalty:
     Moves β several times within an update, towards the KL predicted for its end.
 
     The update's minibatch steps are cut into ``segments`` equal parts. With k the mean minibatch KL in the later half of a
-    segment, the KL at the end of the update is extrapolated, and β moves by a bounded factor::
+    segment, the KL in the later half of the last segment is extrapolated, and β moves by a bounded factor::
 
         d̂ = max(k + (k − k_before) · segments left,  floor · k)
         β ← β · clip(d̂ / d_targ, 1 / max_ratio, max_ratio) ^ gain
 
-    After the last segment d̂ = d, the KL measured on the whole rollout. The minibatch KLs are those that the loss contains:
-    nothing is evaluated for this, and one number per segment is waited for. ``docs/theory.md`` explains why a rule that acts
-    between updates alone cannot hold the target.
+    After the last segment d̂ = d, the KL measured on the whole rollout. The minibatch KLs are those that the loss contains, so
+    this costs no forward pass, and one synchronization with the device per segment. ``docs/theory.md`` explains why a rule
+    that acts between updates alone cannot hold the target. The studies in ``docs/results.md`` used the defaults.
 
     :param segments: parts of an update, ≥ 1; fewer where an update has fewer steps. 1 acts between updates only.
     :param gain: share of the error, in log KL, that one move corrects in log β, in (0, 10]

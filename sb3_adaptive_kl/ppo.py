@@ -23,8 +23,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
 
         L(θ) = E[ r_t(θ) Â_t ] − β · E[ KL( π_old(·|s_t) ‖ π_θ(·|s_t) ) ]
 
-    β is halved for the next update when the KL divergence measured after this one is below ``target_kl / kl_tolerance``, and
-    doubled when it is above ``target_kl · kl_tolerance``.
+    With the default rule, β is halved for the next update when the KL divergence measured after this one is below
+    ``target_kl / kl_tolerance``, and doubled when it is above ``target_kl · kl_tolerance``.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -38,7 +38,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
     :param clip_range: If given, the surrogate is clipped as well (and the penalty stays), as in RLlib: a positive number, or
         a function of the current progress remaining (from 1 to 0). ``"outliers"`` clips at two standard deviations of the
-        log-ratio at the target, 2·√(2·target_kl), which restrains only runaway actions. ``None`` (default): no clipping.
+        log-ratio at the target, 2·√(2·target_kl). It is meant for runaway actions, but with discrete actions it often ends the
+        whole update below the target. ``None`` (default): no clipping.
     :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
         function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
     :param normalize_advantage: Whether to normalize or not the advantage. Without it, β carries the unit of the rewards.
@@ -70,12 +71,14 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param kl_factor: For the adaptive rule: the factor that multiplies or divides β, > 1
     :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalized advantages,
         (1e-6, 1e6) without.
-    :param kl_ceiling: Where an update ends above this times ``target_kl``, shorten the actor's step until it does not: ≥ 1,
-        1.5 is natural (``None``: never). The critic keeps its step; see :func:`~sb3_adaptive_kl.step_back.shorten_step`. The
-        rules for β and the learning rate are given the KL of the whole step.
+    :param kl_ceiling: Where an update ends above this times ``target_kl``, shorten the actor's step until it does not: ≥ 1;
+        1.5 is the upper edge of the paper's band (``None``: never). The critic keeps its step; see
+        :func:`~sb3_adaptive_kl.step_back.shorten_step`. The rules for β and the learning rate are given the KL of the whole
+        step.
     :param learning_rate_rule: How a factor of ``learning_rate`` follows the KL, once per update: ``None`` (default: not at
         all), ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, as in robotics), or any
-        ``LearningRateRule``. The running factor is the attribute ``learning_rate_scale``, which ``save`` keeps.
+        ``LearningRateRule``. Combine it with ``kl_rule="fixed"``, or two controllers answer the same error. The running factor
+        is the attribute ``learning_rate_scale``, which ``save`` keeps.
     :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
         exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − kl_cutoff_factor · target_kl)², ≥ 0 (0: none)

@@ -3,7 +3,7 @@ The step back: a backtracking line search that shortens an update whose KL diver
 
 With θ(α) = θ_old + α · (θ_new − θ_old), the divergence d(α) is close to α² · d(1) for small steps (``docs/theory.md``). TRPO
 (Schulman et al. 2015, https://arxiv.org/abs/1502.05477, appendix C) shortens its step by a fixed factor until it is allowed;
-knowing the power takes fewer tries.
+with the exponent known, fewer tries are needed.
 """
 
 import math
@@ -22,7 +22,7 @@ from sb3_adaptive_kl.step import trainable_parameters
 
 TARGET_FRACTION = 0.9  # aim at this fraction of the limit
 MIN_FRACTION = 0.8  # accept a KL between this fraction and the limit
-# Each try sweeps the rollout, and one or two usually suffice. After these, take the longest step known to be allowed
+# Each try sweeps the rollout. After these, take the longest step known to be allowed
 MAX_TRIES = 12
 MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(α)
 N_PROBED = 64  # transitions that tell the critic's parameters from the actor's
@@ -129,11 +129,12 @@ def _critic_parameters(old_policy: OldPolicy) -> set[int]:
     Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
     policy's classes and names. A branch that no probed state of any rank takes belongs to neither, and counts as the actor's.
 
+    :param old_policy: knows the policy and the rollout, from which the probed states are taken
     :return: their ``id``
     """
     policy, host = old_policy.policy, old_policy.host
     parameters = trainable_parameters(policy)
-    was_training, cudnn = policy.training, th.backends.cudnn.enabled
+    was_training, cudnn_was_enabled = policy.training, th.backends.cudnn.enabled
     policy.set_training_mode(False)
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
@@ -144,7 +145,7 @@ def _critic_parameters(old_policy: OldPolicy) -> set[int]:
             by_value, by_action = sum_over_ranks(th.tensor(reached)).bool()
     finally:
         policy.set_training_mode(was_training)
-        th.backends.cudnn.enabled = cudnn
+        th.backends.cudnn.enabled = cudnn_was_enabled
     critics = by_value & ~by_action
     return {id(parameter) for parameter, is_critics in zip(parameters, critics, strict=True) if is_critics}
 

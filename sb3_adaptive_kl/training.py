@@ -76,10 +76,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         "a KL divergence above kl_ceiling at any step length (the actor depends on something that is neither "
                         "a parameter nor a buffer)"
                     )
-                    kl = RolloutKL(0.0, 0.0)  # of the restored policy
 
         if problem is not None:
             snapshot.restore()
+            kl = RolloutKL(0.0, 0.0)  # of the restored policy
             self.step_scale = 0.0
             self.kl_coef = settings.kl_coef  # discard what a predictive rule did during the undone update
             self._undone_updates += 1

@@ -4,10 +4,18 @@ import inspect
 import math
 
 import pytest
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, AdaptivePenalty, FixedPenalty
+from sb3_adaptive_kl import (
+    AdaptiveKLPPO,
+    AdaptiveLearningRate,
+    AdaptivePenalty,
+    FixedPenalty,
+    MaskableAdaptiveKLPPO,
+    RecurrentAdaptiveKLPPO,
+)
 from sb3_adaptive_kl.arguments import target_kl_at
 from tests.conftest import CASES
 
@@ -20,7 +28,7 @@ BAD = [
     ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*LinearSchedule\(0.02, 0.0, 1.0\)"),
     ({"target_kl": True}, r"target_kl=True"),
     ({"target_kl": 10**400}, r"target_kl=1000"),
-    ({"kl_ceiling": 0.9}, r"kl_ceiling=0.9.*>= 1.*1.5 is natural"),
+    ({"kl_ceiling": 0.9}, r"kl_ceiling=0.9.*>= 1.*1.5 is the edge"),
     ({"kl_ceiling": math.nan}, r"kl_ceiling=nan"),
     ({"kl_ceiling": "1.5"}, r"kl_ceiling='1.5'"),
     ({"learning_rate_rule": "adaptative"}, r"learning_rate_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
@@ -97,15 +105,29 @@ def test_valid_arguments_are_accepted(kwargs):
     CASES["discrete"].build(AdaptiveKLPPO, **kwargs)
 
 
-def test_signature_extends_ppos():
-    """PPO's arguments keep their names, positions and defaults, except the two that change their meaning."""
-    theirs = inspect.signature(PPO).parameters
-    ours = inspect.signature(AdaptiveKLPPO).parameters
+@pytest.mark.parametrize(
+    ("algorithm", "host"),
+    [(AdaptiveKLPPO, PPO), (MaskableAdaptiveKLPPO, MaskablePPO), (RecurrentAdaptiveKLPPO, RecurrentPPO)],
+)
+def test_signature_extends_the_hosts(algorithm, host):
+    """The host's arguments keep their names, positions and defaults, except the two that change their meaning."""
+    theirs = inspect.signature(host).parameters
+    ours = inspect.signature(algorithm).parameters
     assert list(ours)[: len(theirs) - 1] == list(theirs)[:-1]
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
     assert changed == {"clip_range", "target_kl"}
     required = {name for name, parameter in ours.items() if parameter.default is inspect.Parameter.empty}
     assert required == {"policy", "env"}  # load() passes only these
+
+
+@pytest.mark.parametrize("algorithm", [MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO])
+def test_arguments_of_the_penalty_are_the_same_for_every_host(algorithm):
+    first = inspect.signature(AdaptiveKLPPO).parameters
+    other = inspect.signature(algorithm).parameters
+    added = list(first)[len(inspect.signature(PPO).parameters) - 1 :]
+    assert {"init_kl_coef", "kl_rule", "compile"} <= set(added)
+    for name in ["clip_range", "target_kl", *added]:
+        assert str(other[name]) == str(first[name])  # the annotation, too
 
 
 def test_every_argument_is_stored_and_documented():
@@ -169,4 +191,7 @@ def test_model_of_ppo_that_is_loaded_needs_a_target(tmp_path):
     CASES["box"].build(PPO, n_steps=64).save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"target_kl=None.*a model of PPO has none, pass load\(\) a target_kl"):
         AdaptiveKLPPO.load(tmp_path / "model", clip_range=None)
-    AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env(), target_kl=0.01).learn(64)
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env(), target_kl=0.01)
+    assert loaded.clip_range(1.0) == pytest.approx(0.2)  # it clips as PPO did
+    loaded.learn(64)
+    assert AdaptiveKLPPO.load(tmp_path / "model", target_kl=0.01, clip_range=None).clip_range is None

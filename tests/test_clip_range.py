@@ -21,12 +21,6 @@ def test_target_of_a_clip_range():
     assert clip_equivalent_target(lambda progress: 0.4 * progress)(0.5) == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("wrong", [0, -0.2, math.nan, math.inf, "0.2", None, True])
-def test_wrong_clip_range_is_named(wrong):
-    with pytest.raises(ValueError, match=r"clip_range=.* must be a positive, finite number or a schedule"):
-        clip_equivalent_target(wrong)
-
-
 def test_schedule_that_becomes_negative_is_named():
     with pytest.raises(ValueError, match=r"returned -0.1 at progress_remaining=0.0"):
         clip_equivalent_target(lambda progress: progress - 0.1)(0.0)
@@ -37,19 +31,21 @@ def test_clip_range_is_one_standard_deviation_of_the_log_ratio():
     t = clip_equivalent_target(0.2)
     mean, one = th.tensor([[math.sqrt(2 * t)]]), th.ones(1, 1)
     assert gaussian_kl(0 * one, one, mean, one).item() == pytest.approx(t)
-    actions = th.randn(100_000, generator=th.Generator().manual_seed(0))
+    n = 100_000
+    actions = th.randn(n, generator=th.Generator().manual_seed(0))
     log_ratio = th.distributions.Normal(mean.item(), 1.0).log_prob(actions) - th.distributions.Normal(0.0, 1.0).log_prob(
         actions
     )
-    assert log_ratio.std().item() == pytest.approx(0.2, rel=0.01)
+    assert log_ratio.std().item() == pytest.approx(0.2, abs=4 * 0.2 / math.sqrt(2 * n))
     outliers = (log_ratio.abs() > outlier_clip_range(t)).float().mean().item()
-    assert outliers == pytest.approx(0.05, abs=0.01)  # beyond two standard deviations
+    beyond_two = math.erfc(2 / math.sqrt(2))  # of a normal distribution; the log-ratio's mean is not quite 0
+    assert outliers == pytest.approx(beyond_two, abs=4 * math.sqrt(beyond_two * (1 - beyond_two) / n))
 
 
 def test_outlier_clip_range_follows_the_target(tmp_path):
-    model = CASES["box"].build(AdaptiveKLPPO, clip_range="outliers", target_kl=LinearSchedule(0.02, 0.0, 1.0), **SMALL)
-    model.learn(2 * 64)  # the second update begins with half of the progress left
-    assert logged(model)["clip_range"] == pytest.approx(2 * math.sqrt(2 * 0.02 * model._current_progress_remaining), abs=1e-5)
+    model = CASES["box"].build(AdaptiveKLPPO, clip_range="outliers", target_kl=LinearSchedule(0.08, 0.02, 1.0), **SMALL)
+    model.learn(2 * 64)  # the second update is at the schedule's end
+    assert logged(model)["clip_range"] == pytest.approx(0.4)
     assert "clip_fraction" in logged(model)
     model.save(tmp_path / "model")
     loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env())

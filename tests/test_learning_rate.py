@@ -40,19 +40,18 @@ def test_rule(scale, kl, expected):
         {"highest": math.inf},
     ],
 )
-def test_wrong_numbers(wrong):
+def test_invalid_numbers_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AdaptiveLearningRate(**wrong)
 
 
 def test_it_multiplies_the_users_schedule():
     model = CASES["box"].build(
-        AdaptiveKLPPO, learning_rate=LinearSchedule(1e-3, 0.0, 1.0), learning_rate_rule="adaptive", target_kl=1e9, **SMALL
+        AdaptiveKLPPO, learning_rate=LinearSchedule(3e-3, 1e-3, 1.0), learning_rate_rule="adaptive", target_kl=1e9, **SMALL
     )
-    model.learn(2 * 64)  # far below the target: × 1.5 after the first update
-    rate = 1e-3 * model._current_progress_remaining * 1.5
-    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
-    assert logged(model)["learning_rate"] == pytest.approx(rate)
+    model.learn(2 * 64)  # the second update is at the schedule's end; far below the target: × 1.5 after the first
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 1.5)
+    assert logged(model)["learning_rate"] == pytest.approx(1e-3 * 1.5)
     assert logged(model)["learning_rate_scale"] == pytest.approx(1.5)
     assert model.learning_rate_scale == pytest.approx(1.5**2)
 

@@ -6,11 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_adaptive_kl import AdaptiveLearningRate, AdaptivePenalty, FixedPenalty, ProportionalPenalty
+from sb3_adaptive_kl import AdaptiveLearningRate, AdaptivePenalty, FixedPenalty, PredictivePenalty, ProportionalPenalty
 from sb3_adaptive_kl.arguments import penalty_rule
 from sb3_adaptive_kl.penalty import default_bounds
 
-RULES = [AdaptivePenalty(), AdaptivePenalty(0.7, 1.3, 1 / 1.5, 1.5), ProportionalPenalty(), FixedPenalty()]
+RULES = [
+    AdaptivePenalty(),
+    AdaptivePenalty(0.7, 1.3, 1 / 1.5, 1.5),
+    ProportionalPenalty(),
+    PredictivePenalty(),
+    FixedPenalty(),
+]
 positive = st.floats(1e-6, 1e6)
 divergence = st.one_of(st.floats(0, 1e6), st.just(math.inf))
 

@@ -17,23 +17,21 @@ BOUNDS = (1 / 32, 32.0)
 
 
 @pytest.mark.parametrize(
-    ("kl", "previous_kl", "segments_left", "predicted"),
+    ("kl", "previous_kl", "segments_left", "factor"),
     [
-        (0.004, 0.002, 3, 0.010),  # on its way to the target exactly
-        (0.004, 0.000, 9, 0.040),
-        (0.020, 0.030, 4, 0.006),  # 0.02 − 4 · 0.01 < 0, but not below 0.3 · 0.02
-        (0.010, 0.010, 5, 0.010),
+        (0.004, 0.002, 3, 1.0),  # 0.01: on its way to the target exactly
+        (0.004, 0.000, 9, math.sqrt(math.e)),  # 0.04, four times the target, of which e counts
+        (0.020, 0.030, 4, math.sqrt(0.6)),  # 0.02 − 4 · 0.01 < 0, but not below 0.3 · 0.02
     ],
 )
-def test_prediction_by_hand(kl, previous_kl, segments_left, predicted):
-    expected = 2.0 * min(max(predicted / 0.01, math.exp(-1)), math.e) ** 0.5
-    assert PredictivePenalty().within_update(2.0, kl, previous_kl, segments_left, 0.01) == pytest.approx(expected)
+def test_prediction_by_hand(kl, previous_kl, segments_left, factor):
+    assert PredictivePenalty().within_update(2.0, kl, previous_kl, segments_left, 0.01) == pytest.approx(2.0 * factor)
 
 
 @pytest.mark.parametrize(
     ("kl", "factor"), [(0.01, 1.0), (0.02, 2**0.5), (1.0, math.exp(0.5)), (math.inf, math.exp(0.5)), (0.0, math.exp(-0.5))]
 )
-def test_after_the_update_it_is_the_measured_kl_that_counts(kl, factor):
+def test_rule_after_the_update_by_hand(kl, factor):
     assert PredictivePenalty()(2.0, kl, 0.01) == pytest.approx(2.0 * factor)
 
 
@@ -53,7 +51,7 @@ def test_an_infinite_kl_raises_the_coefficient():
         {"floor": 1.1},
     ],
 )
-def test_wrong_numbers(wrong):
+def test_invalid_numbers_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PredictivePenalty(**wrong)
 
@@ -143,7 +141,7 @@ def test_it_must_return_a_number():
         model.train()
 
 
-def test_one_number_is_read_for_each_segment(monkeypatch):
+def test_the_device_is_read_once_per_segment(monkeypatch):
     """And the settings of the steps after it hold the new β."""
     reads, used = [], []
     kls = UpdateMetrics.kls
@@ -212,10 +210,22 @@ def test_with_every_divergence_and_option(name, kl_divergence):
 
 
 def test_padded_sequences_and_a_single_minibatch():
+    """β moves after each segment but the first step alone, and after the update; with a single minibatch only after it."""
     lstm = Case("MlpLstmPolicy", pendulum)
-    for kwargs in ({"batch_size": None}, {"batch_size": 16}, {"n_epochs": 1, "batch_size": 64}):
-        model = lstm.build(RecurrentAdaptiveKLPPO, kl_rule="predictive", **{**SMALL, **kwargs}).learn(2 * 64)
-        assert math.isfinite(model.kl_coef)
+    for kwargs, n_moves in (({"batch_size": None}, 3), ({"batch_size": 16}, 10), ({"n_epochs": 1, "batch_size": 64}, 1)):
+        moves = []
+
+        class Counting(PredictivePenalty):
+            def __call__(self, *args):
+                moves.append(super().__call__(*args))  # noqa: B023
+                return moves[-1]  # noqa: B023
+
+        model = collect(
+            lstm.build(RecurrentAdaptiveKLPPO, kl_rule=Counting(), kl_coef_bounds=(1e-6, 1e6), **{**SMALL, **kwargs})
+        )
+        model.train()
+        assert len(moves) == n_moves
+        assert model.kl_coef == moves[-1] == PredictivePenalty()(logged(model)["kl_coef"], logged(model)["kl"], 0.01)
 
 
 @NEEDS_COMPILER

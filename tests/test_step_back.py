@@ -79,15 +79,6 @@ def test_the_actor_is_scaled_and_the_critic_keeps_its_step(name):
     assert any("action_net" in key for key in scaled)
 
 
-def test_a_shared_features_extractor_goes_with_the_actor():
-    model, before, whole = shortened(CASES["cnn"])
-    extractor = [key for key in before if key.startswith("features_extractor")]
-    assert extractor
-    for key in extractor:
-        expected = before[key] + model.step_scale * (whole[key] - before[key])
-        assert th.allclose(dict(model.policy.named_parameters())[key], expected, atol=1e-6)
-
-
 def test_nothing_happens_below_the_ceiling():
     kwargs = {"learning_rate": 1e-5, "target_kl": 0.01, **SMALL}
     with_ceiling, without = (

@@ -8,7 +8,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from tests.conftest import CASES, Case, collect, logged, parameters, pendulum
+from sb3_adaptive_kl.step_back import _critic_parameters
+from tests.conftest import CASES, Case, collect, logged, parameters, pendulum, remember
 from tests.test_step_back import TOO_FAR, shortened
 
 
@@ -39,27 +40,22 @@ def test_statistics_of_a_batch_normalization_are_scaled_too():
 
 
 class Heads(th.nn.Module):
-    """One of two output layers, by the sign of the first feature: no single state depends on both."""
+    """Two output layers, of which the second is for states that no rollout contains."""
 
     def __init__(self, n_inputs, n_outputs):
         super().__init__()
-        self.left, self.right = th.nn.Linear(n_inputs, n_outputs), th.nn.Linear(n_inputs, n_outputs)
+        self.usual, self.rare = th.nn.Linear(n_inputs, n_outputs), th.nn.Linear(n_inputs, n_outputs)
 
     def forward(self, x):
-        goes_left = x[:, 0] > 0
-        outputs = th.empty(len(x), self.left.out_features)
-        outputs[goes_left] = self.left(x[goes_left])
-        outputs[~goes_left] = self.right(x[~goes_left])
-        return outputs
+        return self.rare(x) if (x > 1e6).any() else self.usual(x)
 
 
-def test_branches_that_no_single_state_shows_are_scaled():
+def test_a_branch_that_no_probed_state_takes_counts_as_the_actors():
     model = CASES["box"].build(AdaptiveKLPPO, **TOO_FAR)
     model.policy.action_net = Heads(64, 1)
-    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.03)
-    collect(model).train()
-    assert 0 < model.step_scale < 1
-    assert logged(model)["undone_updates"] == 0
+    critic = _critic_parameters(remember(collect(model)))
+    assert {id(parameter) for parameter in model.policy.value_net.parameters()} <= critic
+    assert not critic & {id(parameter) for parameter in model.policy.action_net.parameters()}
 
 
 class RunningMinimum(BaseFeaturesExtractor):
@@ -90,6 +86,7 @@ def test_an_actor_that_is_frozen_but_for_its_statistics():
         parameter.requires_grad = "value_net" in name
     collect(model).train()
     assert logged(model)["kl"] <= 1.5e-12
+    assert logged(model)["undone_updates"] == 0
 
 
 class Detour(th.nn.Module):
@@ -189,4 +186,5 @@ def test_policies_in_double_precision(kl_divergence):
     model.policy.double()
     model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.03)
     collect(model).train()
-    assert logged(model)["kl"] <= 1.5e-3
+    assert logged(model)["kl"] <= 1.5e-3 < logged(model)["kl_raw"]
+    assert 0 < model.step_scale < 1

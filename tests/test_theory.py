@@ -1,4 +1,4 @@
-"""Recompute every decimal number in docs/theory.md, and check its closed forms."""
+"""Recompute the decimal numbers in docs/theory.md that are results, and check its closed forms."""
 
 import math
 import re
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty
+from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty, PredictivePenalty
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl, k3, pearson
+from sb3_adaptive_kl.step_back import MIN_FRACTION, TARGET_FRACTION
 
 THEORY = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
 P, Q = np.array([1 / 3, 1 / 3, 1 / 3]), np.array([1 / 3, 1 / 6, 1 / 2])
@@ -44,14 +45,16 @@ NUMBERS = {
     "2.25": 1.5**2,
     "1.17": math.log2(2.25),
     "1.96": 1.4**2,
-    "0.0196": 0.01 * 1.4**2,
     "0.0049": 0.0196 / 2**2,
     "0.405": math.log(1.5),
     "1.65": math.sqrt(math.e),
     **{printed: 1 / math.sqrt(2 * target) for printed, target in BETA.items()},
 }
-# Settings, not results: the paper's arXiv number, targets, the paper's tolerance, a smaller factor
-GIVEN = {"1707.06347", "0.003", "0.01", "0.02", "0.03", "1.5", "1.4", "0.5", "1.6", "0.3", "0.2", "0.4"}
+# Settings, not results: the paper's arXiv number, targets, a KL, noise, the paper's tolerance, and those of the defaults
+GIVEN = {
+    *("1707.06347", "0.003", "0.01", "0.02", "0.03", "0.0196", "0.5", "1.6"),
+    *("1.5", "1.4", "0.2", "0.3", "0.4", "0.8", "0.9"),
+}
 
 
 @pytest.mark.parametrize("printed", NUMBERS)
@@ -63,6 +66,11 @@ def test_printed_number_is_correct(printed):
 
 def test_every_number_is_tested():
     assert set(re.findall(r"\d+\.\d+", THEORY)) == NUMBERS.keys() | GIVEN
+
+
+def test_settings_on_the_page_are_the_defaults():
+    assert PredictivePenalty() == PredictivePenalty(segments=10, gain=0.5, max_ratio=math.e, floor=0.3)
+    assert (MIN_FRACTION, TARGET_FRACTION) == (0.8, 0.9)
 
 
 def test_closed_forms_of_the_example():

@@ -62,8 +62,12 @@ def test_all_other_values_are_the_zoos(algo, host):
         assert _without_trust_region(HYPERPARAMETERS[algo][env]) == _without_trust_region(entry), env
 
 
-def test_swimmer_has_the_discount_factor_without_which_it_is_not_learned():
-    assert HYPERPARAMETERS["ppo_kl"]["Swimmer-v5"]["gamma"] == 0.9999  # PPO's is 0.99
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_mujocos_current_tasks_have_the_values_of_the_previous_versions(algo):
+    entries = HYPERPARAMETERS[algo]
+    for env in filter(lambda env: env.endswith("-v5"), entries):
+        previous = next(entries[name] for version in (4, 2) if (name := f"{env[:-1]}{version}") in entries)
+        assert entries[env] == previous, env
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by environments, rendering libraries and the zoo
@@ -77,13 +81,13 @@ def test_swimmer_has_the_discount_factor_without_which_it_is_not_learned():
     ],
 )
 def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
-    """Runs the zoo's train script on the entry's environment, with a short rollout, since one update is enough."""
+    """Runs the zoo's train script on the entry's environment, with two short rollouts: schedules have ended at the second."""
     from rl_zoo3.train import train  # not at module level, since it registers environments
 
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its log into the current folder
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     package = ["--gym-packages", "minigrid"] if env.startswith("MiniGrid") else []
-    arguments = f"--algo {algo} --env {env} -n 64 --eval-freq -1 --verbose 0 --num-threads 1 -f {tmp_path}".split()
+    arguments = f"--algo {algo} --env {env} -n 128 --eval-freq -1 --verbose 0 --num-threads 1 -f {tmp_path}".split()
     shortened = ["-params", "n_steps:32", "n_envs:2", "batch_size:32", "n_epochs:1"]
     monkeypatch.setattr(sys, "argv", ["train", *package, *arguments, *shortened])
     train()

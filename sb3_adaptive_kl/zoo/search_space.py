@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from sb3_adaptive_kl.penalty import RULES
+
 # Arguments: an Optuna trial, n_actions, n_envs, additional_args. Returns hyperparameters.
 Sampler = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 
@@ -39,8 +41,9 @@ def penalty_sampler(sample_ppo_params: Sampler) -> Sampler:
         del hyperparams["clip_range"]
         hyperparams["target_kl"] = trial.suggest_float("target_kl", 0.003, 0.1, log=True)
         hyperparams["init_kl_coef"] = trial.suggest_float("init_kl_coef", 0.1, 10.0, log=True)
-        hyperparams["kl_factor"] = trial.suggest_float("kl_factor", 1.2, 2.0)
-        hyperparams["kl_rule"] = trial.suggest_categorical("kl_rule", ["adaptive", "predictive", "proportional", "fixed"])
+        hyperparams["kl_rule"] = trial.suggest_categorical("kl_rule", list(RULES))
+        if hyperparams["kl_rule"] == "adaptive":  # the others do not have it
+            hyperparams["kl_factor"] = trial.suggest_float("kl_factor", 1.2, 2.0)
         return hyperparams
 
     return sample_ppo_kl_params

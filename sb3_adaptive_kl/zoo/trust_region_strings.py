@@ -1,5 +1,5 @@
 """
-The forms of `target_kl` and `clip_range` in a yml file, or after `-params`, that the zoo does not know.
+Parse the forms of `target_kl` and `clip_range`, in a yml file or after `-params`, that the zoo does not know.
 
     target_kl: lin_0.02         decays linearly from 0.02 to 0
     target_kl: clip_0.2         the target that corresponds to a clip range of 0.2
