@@ -3,6 +3,7 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -84,12 +85,13 @@ class KLPenaltyAlgorithm(DistributedAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(self)
-        # The hosts turn clip_range into a schedule here, and accept numbers and functions only
+        # The hosts turn clip_range into a schedule here, and accept Python's numbers and functions only
         clip_range = self.clip_range
-        if clip_range is None or clip_range == OUTLIERS:
-            self.clip_range = math.inf
+        without_schedule = clip_range is None or clip_range == OUTLIERS
+        self.clip_range = math.inf if without_schedule else _python_number(clip_range)
+        self.clip_range_vf = _python_number(self.clip_range_vf)
         super()._setup_model()
-        if clip_range is None or clip_range == OUTLIERS:
+        if without_schedule:
             self.clip_range = clip_range
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
@@ -133,3 +135,8 @@ def choose_execution(compile: bool) -> Execution:
             raise
         return Execution()
     return FastExecution(compile)
+
+
+def _python_number(value: Any) -> Any:
+    """Convert NumPy's and other numbers, which SB3 rejects, to Python's; return anything else as it is."""
+    return float(value) if isinstance(value, Real) else value

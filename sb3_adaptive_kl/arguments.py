@@ -12,7 +12,6 @@ from numbers import Integral, Real
 from typing import Any
 
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
@@ -44,18 +43,19 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
     :param model: the algorithm; callbacks may have replaced a schedule by a number
     :param progress_remaining: from 1 (beginning) to 0 (end)
     :return: the settings
-    :raises ValueError: if the schedule of ``target_kl`` returns an invalid target
+    :raises ValueError: if a schedule returns an invalid target or clip range
     """
 
-    def at_progress(schedule: float | Schedule | None) -> float | None:
-        return None if schedule is None else FloatSchedule(schedule)(progress_remaining)
+    def at_progress(name: str) -> float | None:
+        schedule = getattr(model, name)
+        return None if schedule is None else _value_at(name, schedule, progress_remaining)
 
     target_kl = target_kl_at(model.target_kl, progress_remaining)
     return Settings(
         target_kl=target_kl,
         kl_coef=model.kl_coef,
-        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress(model.clip_range),
-        clip_range_vf=at_progress(model.clip_range_vf),
+        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress("clip_range"),
+        clip_range_vf=at_progress("clip_range_vf"),
         vf_coef=model.vf_coef,
         ent_coef=model.ent_coef or None,
         max_grad_norm=model.max_grad_norm,
@@ -75,13 +75,17 @@ def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> floa
     :return: in nats, > 0
     :raises ValueError: if it is anything but a finite number ≥ 0
     """
-    value = target_kl(progress_remaining) if callable(target_kl) else target_kl
+    return max(_value_at("target_kl", target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
+
+
+def _value_at(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
+    value = schedule(progress_remaining) if callable(schedule) else schedule
     if not _is_number(value) or value < 0:
         raise ValueError(
-            f"target_kl: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
+            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
             "over [0, 1]"
         )
-    return max(float(value), MIN_SCHEDULED_TARGET_KL)
+    return float(value)
 
 
 def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: float) -> PenaltyRule:

@@ -104,18 +104,20 @@ class SegmentedControl:
         first = max((start + n_taken) // 2, 1)
         return slice(first, n_taken) if first < n_taken else None
 
-    def next_kl_coef(self, kl_coef: float, kls: Sequence[float], target_kl: float) -> float:
+    def next_kl_coef(self, kl_coef: float, kl_at_rest: float, kls: Sequence[float], target_kl: float) -> float:
         """
         Apply the rule at the end of a segment.
 
         :param kl_coef: β in that segment
+        :param kl_at_rest: KL of the update's first minibatch, before any step, in nats. It is subtracted: with dropout or
+            batch normalization, the policy in training mode differs from the remembered one without having moved.
         :param kls: KLs of the minibatches that ``end_segment`` named, each before its step, in nats
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
         assert isinstance(self._rule, PredictiveRule)  # only such a rule has segments that end before the update
-        kl = fmean(kls)
+        kl = max(fmean(kls) - kl_at_rest, 0.0)
         kl = math.inf if math.isnan(kl) else kl
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)

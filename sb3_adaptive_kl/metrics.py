@@ -50,13 +50,13 @@ class UpdateMetrics:
 
     def kls(self, steps: slice) -> list[float]:
         """
-        Read the KL of some of the minibatches, each before its step. This synchronizes with the device once.
+        Read the KL of the first minibatch and of some others, each before its step. This synchronizes with the device once.
 
         :param steps: slice into the minibatches of all epochs
-        :return: their KLs in nats
+        :return: the KL of the first minibatch, and those of the slice, in nats
         """
-        minibatches = [minibatch for epoch in self._epochs for minibatch in epoch][steps]
-        return th.stack(minibatches)[:, MinibatchMetrics._fields.index("kl")].tolist()
+        minibatches = [minibatch for epoch in self._epochs for minibatch in epoch]
+        return th.stack([minibatches[0], *minibatches[steps]])[:, MinibatchMetrics._fields.index("kl")].tolist()
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """

@@ -26,7 +26,7 @@ class PenaltyRule(Protocol):
         :param kl_coef: the last β used by the update that was just measured, > 0
         :param kl: d, the KL divergence in nats measured after that update on the whole rollout, before any step back, ≥ 0;
             ``inf`` when the update diverged and was undone. Never NaN.
-        :param target_kl: d_targ in nats, > 0
+        :param target_kl: d_targ in nats, > 0: where a schedule has ended at 0, the rule is not called
         :return: β for the next update
         """
         ...
@@ -43,8 +43,8 @@ class PredictiveRule(PenaltyRule, Protocol):
         Return β for the rest of the update, or until the next call; the algorithm clips it to ``kl_coef_bounds``.
 
         :param kl_coef: β in the segment that has just ended, > 0
-        :param kl: mean KL in nats of the minibatches in the later half of that segment, ≥ 0 up to rounding, or ``inf``. Never
-            NaN.
+        :param kl: mean KL in nats of the minibatches in the later half of that segment, beyond that of the update's first
+            minibatch, ≥ 0, or ``inf``. Never NaN.
         :param previous_kl: the same of the segment before, 0 if none was measured before
         :param segments_left: how many of the segments are still to come, ≥ 1
         :param target_kl: d_targ in nats, > 0

@@ -19,7 +19,14 @@ from typing import Any
 import torch as th
 
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
-from sb3_adaptive_kl.arguments import check_settings, kl_coef_limits, learning_rate_rule, penalty_rule, settings_at
+from sb3_adaptive_kl.arguments import (
+    MIN_SCHEDULED_TARGET_KL,
+    check_settings,
+    kl_coef_limits,
+    learning_rate_rule,
+    penalty_rule,
+    settings_at,
+)
 from sb3_adaptive_kl.control import SegmentedControl, next_kl_coef, rollouts_at_bound, warn_at_bound
 from sb3_adaptive_kl.distributed.minibatches import minibatches_of_all_ranks
 from sb3_adaptive_kl.distributed.ranks import is_parallel
@@ -27,7 +34,7 @@ from sb3_adaptive_kl.distributed.synchronization import average_buffers, pool_kl
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
-from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
 from sb3_adaptive_kl.step import Update
@@ -71,7 +78,9 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 problem = "a non-finite KL divergence, gradient or parameter"
             elif raw_kl > limit:
                 self.step_scale, kl = shorten_step(old_policy, snapshot, partial(self._measure_kl, old_policy), raw_kl, limit)
-                if not kl.mean <= limit:  # the actor depends on something that is not scaled
+                # The actor depends on something that is not scaled. (Unless the target is 0: then the policy is the old one,
+                # and rounding is measured)
+                if not kl.mean <= limit and settings.target_kl > MIN_SCHEDULED_TARGET_KL:
                     problem = (
                         "a KL divergence above kl_ceiling at any step length (the actor depends on something that is neither "
                         "a parameter nor a buffer)"
@@ -115,7 +124,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         """
         self.policy.set_training_mode(True)
         update = Update(self.policy, self._host, old_policy, self._execution.optimizer_step(self.policy))
-        control = SegmentedControl(self._penalty_rule, self._steps_per_update, self._kl_coef_limits)
+        control = SegmentedControl(self._penalty_rule(settings.target_kl), self._steps_per_update, self._kl_coef_limits)
         with self._execution.stepping(self.policy):
             for epoch in range(self.n_epochs):
                 metrics.start_epoch()
@@ -128,16 +137,17 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         return
                     segment = control.end_segment(metrics.n_steps)
                     if segment is not None:
-                        kls = metrics.kls(segment)
-                        self.kl_coef = control.next_kl_coef(self.kl_coef, kls, settings.target_kl)
+                        kl_at_rest, *kls = metrics.kls(segment)
+                        self.kl_coef = control.next_kl_coef(self.kl_coef, kl_at_rest, kls, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
         mine = self._execution.minibatches(self.rollout_buffer, self.batch_size)
         return minibatches_of_all_ranks(mine, self._host, settings.normalize_advantage) if is_parallel() else mine
 
-    @property
-    def _penalty_rule(self) -> PenaltyRule:
+    def _penalty_rule(self, target_kl: float) -> PenaltyRule:
+        if target_kl <= MIN_SCHEDULED_TARGET_KL:  # compared with a target of 0, any step would raise β
+            return FixedPenalty()
         return penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
 
     @property
@@ -182,7 +192,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         :param target_kl: d_targ in nats
         :raises ValueError: if a user's rule returns NaN
         """
-        self.kl_coef, side = next_kl_coef(self._penalty_rule, self.kl_coef, kl, target_kl, self._kl_coef_limits)
+        self.kl_coef, side = next_kl_coef(self._penalty_rule(target_kl), self.kl_coef, kl, target_kl, self._kl_coef_limits)
         self._rollouts_at_bound = rollouts_at_bound(self._rollouts_at_bound, side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
 

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
@@ -16,7 +17,7 @@ from sb3_adaptive_kl import (
     MaskableAdaptiveKLPPO,
     RecurrentAdaptiveKLPPO,
 )
-from sb3_adaptive_kl.arguments import target_kl_at
+from sb3_adaptive_kl.arguments import settings_at, target_kl_at
 from tests.conftest import CASES
 
 BAD = [
@@ -99,6 +100,7 @@ def test_load_rejects_invalid_arguments(tmp_path, kwargs, message):
         {"normalize_advantage": False, "init_kl_coef": 1e5},
         {"normalize_advantage": False, "batch_size": 1},
         {"kl_rule": lambda kl_coef, kl, target_kl: kl_coef},
+        {"clip_range": np.float32(0.2), "clip_range_vf": np.float32(0.2)},
     ],
 )
 def test_valid_arguments_are_accepted(kwargs):
@@ -145,10 +147,13 @@ def test_scheduled_target_stays_positive_at_zero():
     assert 0 < target_kl_at(schedule, 0.0) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["target_kl", "clip_range", "clip_range_vf"])
 @pytest.mark.parametrize("value", [-0.01, math.nan, None, "0.01"])
-def test_error_names_schedule_with_invalid_target(value):
-    with pytest.raises(ValueError, match=rf"target_kl: {value!r} at progress_remaining=0.5 is not a finite number"):
-        target_kl_at(lambda progress: value, 0.5)
+def test_error_names_schedule_with_invalid_value(name, value):
+    model = CASES["discrete"].build(AdaptiveKLPPO)
+    setattr(model, name, lambda progress: value)
+    with pytest.raises(ValueError, match=rf"^{name}: {value!r} at progress_remaining=0.5 is not a finite number"):
+        settings_at(model, 0.5)
 
 
 def test_loaded_beta_must_be_within_new_bounds(tmp_path):

@@ -25,9 +25,17 @@ def test_only_the_trust_region_differs():
         trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling"}
         assert set(differing(plan.hyperparameters[env])) == trust_region, env
     assert plan.hyperparameters["CartPole-v1"]["ppo"]["n_steps"] == 32  # the zoo's value, not the one in our file
-    assert plan.hyperparameters["Swimmer-v5"]["ppo"]["gamma"] == 0.9999  # only our file has this environment
+    assert plan.hyperparameters["Swimmer-v5"]["ppo"]["gamma"] == 0.9999  # the zoo has Swimmer-v4
     assert plan.hyperparameters["PongNoFrameskip-v4"]["ppo_kl"]["frame_stack"] == 4
     assert shared(plan.hyperparameters["Swimmer-v5"])["normalize"] is True
+
+
+def test_current_mujoco_tasks_have_the_zoos_entry_for_the_previous_version():
+    arms = create(["HalfCheetah-v5"], ["ppo_kl", "ppo_kl:target_kl=clip", "ppo", "sac"]).hyperparameters["HalfCheetah-v5"]
+    assert arms["ppo"]["clip_range"] == 0.1
+    assert arms["ppo_kl:target_kl=clip"]["target_kl"] == "clip_0.1"
+    assert arms["ppo_kl"]["target_kl"] == pytest.approx(1.5 * 0.1**2 / 2)
+    assert arms["sac"]["learning_starts"] == 10000  # not SAC's default of 100
 
 
 def test_target_that_corresponds_to_the_clip_range_of_each_environment():
@@ -152,6 +160,7 @@ def test_overrides_are_yml_and_may_contain_brackets():
         "kl_coef_bounds": [0.1, 3],
         "policy_kwargs": "dict(net_arch=[8,8],share=1)",
     }
+    assert Arm.parse("ppo_kl:kl_ceiling=null,clip_range=None").overrides == {"kl_ceiling": None, "clip_range": None}
 
 
 def test_load_restores_a_dumped_plan(tmp_path):

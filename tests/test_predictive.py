@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO, losses
 from sb3_adaptive_kl.control import SegmentedControl
@@ -117,18 +118,18 @@ def test_the_rule_is_told_what_is_left_and_what_was_before():
     for n_taken in range(1, 13):
         steps = control.end_segment(n_taken)
         if steps is not None:
-            kl_coef = control.next_kl_coef(kl_coef, [0.001 * n_taken, 0.003 * n_taken], 0.01)
-    assert told == [(1.0, pytest.approx(0.008), 0.0, 2, 0.01), (2.0, pytest.approx(0.016), pytest.approx(0.008), 1, 0.01)]
+            kl_coef = control.next_kl_coef(kl_coef, 0.001, [0.001 * n_taken, 0.003 * n_taken], 0.01)
+    assert told == [(1.0, pytest.approx(0.007), 0.0, 2, 0.01), (2.0, pytest.approx(0.015), pytest.approx(0.007), 1, 0.01)]
 
 
 def test_it_stays_within_the_bounds_and_survives_nan():
     control = SegmentedControl(PredictivePenalty(), 30, (0.9, 1.1))
     control.end_segment(3)
-    assert control.next_kl_coef(1.0, [0.5], 0.01) == 1.1
+    assert control.next_kl_coef(1.0, 0.0, [0.5], 0.01) == 1.1
     control.end_segment(6)
-    assert control.next_kl_coef(1.0, [math.nan], 0.01) == 1.1
+    assert control.next_kl_coef(1.0, 0.0, [math.nan], 0.01) == 1.1
     control.end_segment(9)
-    assert control.next_kl_coef(1.0, [1e-9], 0.01) == 0.9
+    assert control.next_kl_coef(1.0, 0.0, [1e-9], 0.01) == 0.9
 
 
 def test_it_must_return_a_number():
@@ -163,7 +164,7 @@ def test_the_device_is_read_once_per_segment(monkeypatch):
     monkeypatch.setattr(model._execution, "take_step", seen)
     model.train()
     assert len(reads) == 9  # 40 steps in 10 segments of 4
-    assert [len(read) for read in reads] == [2] * 9
+    assert [len(read) for read in reads] == [3] * 9  # the first minibatch, and the later half of each segment
     assert used[:4] == [1.0] * 4
     assert len(set(used)) == 10
     assert logged(model)["kl_coef"] == used[-1]
@@ -226,6 +227,30 @@ def test_padded_sequences_and_a_single_minibatch():
         model.train()
         assert len(moves) == n_moves
         assert model.kl_coef == moves[-1] == PredictivePenalty()(logged(model)["kl_coef"], logged(model)["kl"], 0.01)
+
+
+class Dropping(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=64)
+        self.net = th.nn.Sequential(th.nn.Linear(observation_space.shape[0], 64), th.nn.Tanh(), th.nn.Dropout(0.5))
+
+    def forward(self, observations):
+        return self.net(observations)
+
+
+def test_dropout_is_not_taken_for_a_step(monkeypatch):
+    """In training mode the policy differs from the remembered one, here by more than the target, though it hardly moves."""
+    at_rest = []
+    kls = UpdateMetrics.kls
+    monkeypatch.setattr(UpdateMetrics, "kls", lambda self, steps: at_rest.append(kls(self, steps)[0]) or kls(self, steps))
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Dropping, "log_std_init": -2.0}})
+    model = case.build(
+        AdaptiveKLPPO, kl_rule="predictive", target_kl=2e-4, n_steps=512, batch_size=256, n_epochs=10, learning_rate=1e-6
+    )
+    for _ in range(3):
+        collect(model).train()
+    assert np.mean(at_rest) > 2e-4
+    assert model.kl_coef < 0.5
 
 
 @NEEDS_COMPILER

@@ -251,10 +251,23 @@ def test_the_search_survives_what_cannot_be_measured():
 
 
 def test_a_schedule_that_ends_at_zero():
-    """The target is 0 there, and so is the step."""
+    """The target is 0 there, and so is the step. The next call of learn() does not begin with a β that was compared with 0."""
     model = collect(CASES["discrete"].build(AdaptiveKLPPO, **{**TOO_FAR, "target_kl": lambda progress: 0.0}))
     model.train()
     assert logged(model)["kl"] <= 1.5e-12
+    assert model.kl_coef == 1.0
+
+
+@pytest.mark.parametrize("kl_divergence", ["k3", "pearson"])
+def test_a_target_of_zero_where_rounding_exceeds_it(kl_divergence):
+    """An estimate between a policy and itself is not 0 where log-probabilities are steep; the update is no failure."""
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"log_std_init": -10.0}})
+    model = case.build(AdaptiveKLPPO, **{**TOO_FAR, "target_kl": lambda progress: 0.0, "kl_divergence": kl_divergence})
+    actor = collect(model).policy.action_net.weight.clone()
+    model.train()
+    assert logged(model)["kl"] > 1.5e-12
+    assert logged(model)["undone_updates"] == 0
+    assert th.equal(model.policy.action_net.weight, actor)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_recurrent_algorithm_trains_and_plays(tmp_path):
 
 
 def test_trial_of_a_search_can_be_trained(tmp_path):
-    """Two processes share one Optuna journal. A trial has the penalty in place of the clip range and trains from storage."""
+    """Two processes share one Optuna journal. A trial has the penalty in place of the clip range, and its agent can be trained."""
     storage = "--storage study.log --study-name kl"
     train = "train --algo ppo_kl --env CartPole-v1 -n 300 --eval-freq -1 -f logs"
     search = f"-m rl_zoo3.{train} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots {storage}".split()
@@ -140,9 +140,9 @@ def test_trial_of_a_search_can_be_trained(tmp_path):
     output = zoo(tmp_path, f"{train} {storage} --trial-id 1")
     assert "Loading from Optuna study" in output
     (config,) = [path.read_text() for path in tmp_path.glob("logs/ppo_kl/CartPole-v1_*/CartPole-v1/config.yml")]
-    for name in ("target_kl", "init_kl_coef", "kl_factor", "kl_rule"):
+    for name in ("target_kl", "init_kl_coef", "kl_rule"):
         assert f"- {name}\n" in config
-    assert "clip_range" not in config
+    assert "- clip_range\n    - outliers\n" in config  # the entry's, not a clip range of the search
 
 
 def test_launcher_trains_with_the_hook_switched_off(tmp_path):
@@ -245,6 +245,8 @@ def test_strings_of_the_trust_region_are_parsed():
         assert passed["clip_range"] == clip_range
         assert passed["learning_rate"](0.5) == pytest.approx(0.05)
     assert preprocess({"clip_range": "lin_0.2"})["clip_range"](0.5) == pytest.approx(0.1)  # the zoo's own
+    with pytest.raises(ValueError, match=r"clip_range='outlier' is unknown, did you mean 'outliers'\?"):
+        preprocess({"clip_range": "outlier"})
     for wrong in (
         "lin_abc",
         "lin_0.02_0.01",

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ ZOO_KEYS = {
 }  # fmt: skip
 ALGORITHMS = {"ppo_kl": AdaptiveKLPPO, "ppo_kl_lstm": RecurrentAdaptiveKLPPO}
 HYPERPARAMETERS = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
+AGENTS = Path(__file__).parents[1] / "trained_agents" / "ppo_kl"
 # Entries of the zoo that cannot run: gymnasium 1 has no MuJoCo -v2 and no LunarLander-v2, pybullet has no binary wheels
 GONE = ("Bullet", "HumanoidStandup-v2", "Pendulum-v2", "Reacher-v2", "NoVel-v2")
 
@@ -68,6 +70,13 @@ def test_mujocos_current_tasks_have_the_values_of_the_previous_versions(algo):
     for env in filter(lambda env: env.endswith("-v5"), entries):
         previous = next(entries[name] for version in (4, 2) if (name := f"{env[:-1]}{version}") in entries)
         assert entries[env] == previous, env
+
+
+@pytest.mark.parametrize("folder", sorted(AGENTS.iterdir()), ids=lambda folder: folder.name)
+def test_trained_agents_have_the_hyperparameters_of_their_entries(folder):
+    env = folder.name.removesuffix("_1")
+    config = yaml.unsafe_load((folder / env / "config.yml").read_text())  # the zoo saves an OrderedDict
+    assert dict(config) == HYPERPARAMETERS["ppo_kl"][env]
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by environments, rendering libraries and the zoo

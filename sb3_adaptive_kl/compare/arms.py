@@ -170,14 +170,15 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def _entry(algo: str, env: str) -> Hyperparameters:
-    """The zoo's tuned entry for an environment; our entry for ppo_kl if the zoo has none, for example for MuJoCo's -v5."""
+    """The zoo's tuned entry for an environment, or for its previous version: the zoo has no entries for MuJoCo's -v5."""
     entries = _file(algo)
-    family = {"ppo": "ppo_kl", "ppo_lstm": "ppo_kl_lstm"}.get(algo)
-    if env not in entries and family is not None and env in _file(family):
-        known = (arguments(algo) | ZOO_KEYS) - TRUST_REGION
-        return {key: value for key, value in _file(family)[env].items() if key in known}
     atari = "AtariEnv" in str(gym.registry[env].entry_point)
-    name = env if env in entries else "atari" if atari and "atari" in entries else "default"
+    candidates = [env]
+    if env.endswith("-v5"):
+        candidates += [f"{env[:-1]}{version}" for version in (4, 2)]
+    if atari:
+        candidates.append("atari")
+    name = next((name for name in candidates if name in entries), "default")
     if name not in entries:
         raise PlanError(f"the zoo has neither hyperparameters of {algo} for {env} nor a default entry")
     return dict(entries[name])
@@ -201,7 +202,9 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def _value(text: str) -> Any:
-    """Parse yml, but read 3e-4 as a number: in yml 1.1 it is a string."""
+    """Parse yml, but read 3e-4 as a number and None as null: in yml 1.1 they are strings."""
+    if text == "None":
+        return None
     try:
         return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
     except yaml.YAMLError:

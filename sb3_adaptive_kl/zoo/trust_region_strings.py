@@ -17,7 +17,7 @@ from typing import Any
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl.arguments import OUTLIERS
+from sb3_adaptive_kl.arguments import OUTLIERS, check_choice
 from sb3_adaptive_kl.clip_range import clip_equivalent_target
 
 
@@ -49,9 +49,12 @@ def accept_trust_region_strings(manager: Any) -> None:
         target_kl = hyperparams.get("target_kl")
         if isinstance(target_kl, str):
             hyperparams = {**hyperparams, "target_kl": parse_target(target_kl)}
-        if "clip_range" not in hyperparams or hyperparams["clip_range"] not in (OUTLIERS, None):
+        clip_range = hyperparams.get("clip_range")
+        if isinstance(clip_range, str) and "_" not in clip_range:  # the zoo's error would not name it
+            check_choice("clip_range", clip_range, (OUTLIERS,), ", a positive number, lin_0.2, or null (None) for no clipping")
+        if "clip_range" not in hyperparams or clip_range not in (OUTLIERS, None):
             return preprocess(hyperparams)  # type: ignore[no-any-return]
         others = {name: value for name, value in hyperparams.items() if name != "clip_range"}
-        return {**preprocess(others), "clip_range": hyperparams["clip_range"]}
+        return {**preprocess(others), "clip_range": clip_range}
 
     manager._preprocess_schedules = staticmethod(preprocess_schedules)
