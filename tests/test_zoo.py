@@ -126,7 +126,7 @@ def test_recurrent_algorithm_trains_and_plays(tmp_path):
 
 
 def test_trial_of_a_search_can_be_trained(tmp_path):
-    """Two processes share one Optuna journal. A trial has the penalty in place of the clip range, and its agent can be trained."""
+    """Two processes share one Optuna journal. A trial has the penalty, not a clip range, and can be trained."""
     storage = "--storage study.log --study-name kl"
     train = "train --algo ppo_kl --env CartPole-v1 -n 300 --eval-freq -1 -f logs"
     search = f"-m rl_zoo3.{train} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots {storage}".split()
