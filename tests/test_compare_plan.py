@@ -251,11 +251,26 @@ def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
         Plan.load(tmp_path / "plan.yml")
 
 
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("ppo_kl:kl_ceiling=0.5", "'ppo_kl:kl_ceiling=0.5': kl_ceiling=0.5 must be a finite number >= 1"),
+        ("ppo_kl:target_kl=abc", "target_kl='abc': write lin_0.02"),
+        ("ppo_kl_lstm:kl_rule=predict", "kl_rule='predict' is unknown, did you mean 'predictive'"),
+        ("ppo_kl:clip_range=outlier", "clip_range='outlier' is unknown, did you mean 'outliers'"),
+    ],
+)
+def test_invalid_value_of_an_arm_is_found_before_the_first_run(arm, message):
+    plan = create(arms=["ppo_kl:target_kl=clip,clip_range=None,kl_ceiling=1.5", arm])
+    with pytest.raises(PlanError, match=re.escape(message)):
+        plan.check()
+
+
 def test_environment_that_cannot_be_made_is_found_before_the_first_run():
     gym.register("Broken-v0", "no_such_module:Env")
     try:
         plan = Plan.create(environments=["CartPole-v1", "Broken-v0"], arms=["ppo"], seeds=1)
         with pytest.raises(PlanError, match="Broken-v0 cannot be made: ModuleNotFoundError: No module named 'no_such_module'"):
-            plan.check_environments()
+            plan.check()
     finally:
         del gym.registry["Broken-v0"]

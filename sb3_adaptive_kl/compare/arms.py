@@ -96,6 +96,26 @@ class Arm:
                 )
         return cls(name, algo, overrides)
 
+    def check_penalty(self) -> None:
+        """
+        Build the algorithm once with the overrides of the KL penalty, on an environment that is always there.
+
+        :raises PlanError: if a value is invalid
+        """
+        from rl_zoo3.exp_manager import ExperimentManager  # not at module level: it imports Optuna
+
+        if self.algo not in zoo.ALGORITHMS:
+            return
+        names = TRUST_REGION | arguments(self.algo) - arguments("ppo")
+        values = {name: value for name, value in self.overrides.items() if name in names and value != "clip"}
+        algorithm: Any = ALGOS[self.algo]
+        policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"
+        try:
+            values = ExperimentManager._preprocess_schedules(values)
+            algorithm(policy, "CartPole-v1", n_steps=8, batch_size=8, device="cpu", **values)
+        except ValueError as error:
+            raise PlanError(f"{self.name!r}: {error}") from error
+
     @property
     def folder(self) -> str:
         """Unique folder name: special characters are replaced, and a hash is added if there were any."""

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plan = _plan(args)
         Store.check(args.output, plan)
-        plan.check_environments()
+        plan.check()
         backend = _backend(args)
         store = Store.create(args.output, plan, _command(arguments))
         carry_out(plan, store, backend)

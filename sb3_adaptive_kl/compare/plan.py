@@ -137,14 +137,17 @@ class Plan:
                 _check_counts(n_timesteps=entry.get("n_timesteps", 0))
         return plan
 
-    def check_environments(self) -> None:
+    def check(self) -> None:
         """
-        Make every environment once, so that a missing dependency is found before the first run, and not hours later.
+        Make every environment and every arm's penalty once, so that a missing dependency or an invalid value is found before
+        the first run, and not hours later.
 
         :raises PlanError: if one cannot be made
         """
         for env in self.environments:
             _make(env)
+        for arm in map(Arm.parse, self.arms):
+            arm.check_penalty()
 
     def dump(self) -> str:
         """Serialize to yml; ``load`` restores an equal plan."""
