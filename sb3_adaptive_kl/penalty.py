@@ -163,6 +163,7 @@ class PredictivePenalty:
     def __post_init__(self) -> None:
         if not isinstance(self.segments, Integral) or isinstance(self.segments, bool) or self.segments < 1:
             raise ValueError(f"segments={self.segments!r} must be a whole number of at least 1")
+        # The upper limits keep max_ratio ** gain finite
         if not (0 < self.gain <= 10 and 1 < self.max_ratio <= 1000):
             raise ValueError(
                 f"gain={self.gain} must be in (0, 10] and max_ratio={self.max_ratio} in (1, 1000]: 0 and 1 would not move β"

@@ -39,6 +39,7 @@ def penalty_sampler(sample_ppo_params: Sampler) -> Sampler:
     def sample_ppo_kl_params(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
         hyperparams = sample_ppo_params(TrialWithoutClipRange(trial), n_actions, n_envs, additional_args)
         del hyperparams["clip_range"]
+        # Around the paper's values: 0.01, 1 and 2
         hyperparams["target_kl"] = trial.suggest_float("target_kl", 0.003, 0.1, log=True)
         hyperparams["init_kl_coef"] = trial.suggest_float("init_kl_coef", 0.1, 10.0, log=True)
         hyperparams["kl_rule"] = trial.suggest_categorical("kl_rule", list(RULES))
