@@ -38,8 +38,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
     :param clip_range: If given, the surrogate is clipped as well (and the penalty stays), as in RLlib: a positive number, or
         a function of the current progress remaining (from 1 to 0). ``"outliers"`` clips at two standard deviations of the
-        log-ratio at the target, 2·√(2·target_kl). It is meant for runaway actions, but with discrete actions it often ends the
-        whole update below the target. ``None`` (default): no clipping.
+        log-ratio at the target, 2·√(2·target_kl). It is meant for runaway actions, but on some tasks it ends most
+        updates below the target. ``None`` (default): no clipping.
     :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
         function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
     :param normalize_advantage: Whether to normalize or not the advantage. Without it, β carries the unit of the rewards.

@@ -42,7 +42,7 @@ def test_every_environment_of_the_zoo_has_an_entry(algo, host):
 @pytest.mark.parametrize(("algo", "host"), [("ppo_kl", "ppo"), ("ppo_kl_lstm", "ppo_lstm")])
 def test_targets_are_one_and_a_half_times_what_the_zoos_clip_ranges_mean(algo, host):
     theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
-    for env in theirs.keys() - {"Swimmer-v4"}:  # it learns faster with smaller steps
+    for env in theirs.keys() - {"Swimmer-v4"}:  # it is learned faster with smaller steps (docs/results.md)
         means = FloatSchedule(parse_target(f"clip_{theirs[env].get('clip_range', 0.2)}"))
         holds = FloatSchedule(_target(HYPERPARAMETERS[algo][env]))
         for progress_remaining in (1.0, 0.3):
