@@ -32,7 +32,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 def test_the_zoo_trains_one_agent_in_one_folder(tmp_path: Path) -> None:
     train = "-m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -n 6144 --eval-freq 2048 --eval-episodes 2 -f logs -P"
-    output = run(tmp_path, *train.split(), "--save-freq", "4096")
+    output = run(tmp_path, *train.split(), "--save-freq", "4096", "-params", "n_steps:256")
     assert "8,192/6,144" in output
     assert len(re.findall("Saving to logs/ppo_kl/CartPole-v1_1", output)) == 1
     (folder,) = (tmp_path / "logs" / "ppo_kl").iterdir()
