@@ -57,7 +57,7 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
         return
     bound, remedy = "upper", "For a lower divergence lower learning_rate or n_epochs, or raise target_kl."
     if count < 0:
-        bound, remedy = "lower", "For a higher divergence raise learning_rate, n_epochs or clip_range, or lower target_kl."
+        bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
         remedy += (
             " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower learning_rate "
             "instead.)"
@@ -65,8 +65,7 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
     warnings.warn(
         f"kl_coef has been at its {bound} bound {kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "
         f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
-        "correct this: the length of Adam's step does not depend on the scale of the loss, and a clip range can end an update "
-        f"before the penalty does. {remedy}",
+        f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}",
         stacklevel=2,
     )
 

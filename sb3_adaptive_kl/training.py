@@ -194,7 +194,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         """
         self.kl_coef, side = next_kl_coef(self._penalty_rule(target_kl), self.kl_coef, kl, target_kl, self._kl_coef_limits)
         self._rollouts_at_bound = rollouts_at_bound(self._rollouts_at_bound, side)
-        warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
+        if side > 0 or self.clip_range is None:  # a clip may end updates below the target, as it should
+            warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
 
     def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
         """

@@ -1,6 +1,7 @@
 """The update as a whole: what is measured, when, on what; what each option does to it; what is logged."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl import step as step_module
 from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
 from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, remember
@@ -57,6 +59,17 @@ def test_rule_is_applied_once_with_what_was_measured():
     assert model.kl_coef == 3.0  # the one to be used next
     model.learn(128)
     assert logged(model)["kl_coef"] == 3.0
+
+
+@pytest.mark.parametrize(("clip_range", "n_warnings"), [(None, 1), ("outliers", 0)])
+def test_lower_bound_is_normal_with_a_clip_range(clip_range, n_warnings):
+    """The clip ends updates below the target, where β has nothing to restrain."""
+    model = CASES["box"].build(AdaptiveKLPPO, clip_range=clip_range, init_kl_coef=1 / 32, **SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(PATIENCE_AT_BOUND):
+            model._adapt_kl_coef(1e-6, 0.01)
+    assert ["lower bound" in str(warning.message) for warning in caught] == [True] * n_warnings
 
 
 def test_rule_result_is_kept_within_bounds():
