@@ -59,10 +59,11 @@ def test_arms_can_be_named(tmp_path):
     assert Plan.load(tmp_path / "plan.yml") == plan
 
 
-def test_plan_of_the_study_is_valid():
-    """Its arms share everything but the trust region, and compile=True, on each environment."""
-    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "study.yml")
-    assert len(list(plan.runs())) == 7 * 5 * 5
+@pytest.mark.parametrize(("name", "n_arms"), [("study", 5), ("judged", 3)])
+def test_plans_of_the_studies_are_valid(name, n_arms):
+    """Their arms share everything but the trust region, and compile=True, on each environment."""
+    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / f"{name}.yml")
+    assert len(list(plan.runs())) == 7 * n_arms * 5
     trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling", "compile"}
     for env in plan.environments:
         assert set(differing(plan.hyperparameters[env])) == trust_region, env
@@ -173,6 +174,8 @@ def test_load_restores_a_dumped_plan(tmp_path):
     assert plan.difference(create(arms=["ppo_kl:target_kl=0.1", "a2c"], n_timesteps=1000, n_eval_episodes=4)) == [
         "n_eval_episodes: 3 → 4"
     ]
+    (difference,) = plan.difference(create(arms=["ppo_kl:target_kl=0.2", "a2c"], n_timesteps=1000, n_eval_episodes=3))
+    assert difference.startswith("arms: ")  # without the hyperparameters, which follow from it
 
 
 def test_run_folders_are_unique_and_follow_the_zoos_layout():
@@ -258,6 +261,7 @@ def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
         ("ppo_kl:target_kl=abc", "target_kl='abc': write lin_0.02"),
         ("ppo_kl_lstm:kl_rule=predict", "kl_rule='predict' is unknown, did you mean 'predictive'"),
         ("ppo_kl:clip_range=outlier", "clip_range='outlier' is unknown, did you mean 'outliers'"),
+        ("ppo_kl:clip_range_vf=outliers", "clip_range_vf='outliers' must be a positive number or lin_0.2"),
     ],
 )
 def test_invalid_value_of_an_arm_is_found_before_the_first_run(arm, message):

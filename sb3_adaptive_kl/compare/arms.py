@@ -106,7 +106,7 @@ class Arm:
 
         if self.algo not in zoo.ALGORITHMS:
             return
-        names = TRUST_REGION | arguments(self.algo) - arguments("ppo")
+        names = TRUST_REGION | {"clip_range_vf"} | arguments(self.algo) - arguments("ppo")
         values = {name: value for name, value in self.overrides.items() if name in names and value != "clip"}
         algorithm: Any = ALGOS[self.algo]
         policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"

@@ -194,13 +194,11 @@ class Plan:
         }
 
     def difference(self, other: "Plan") -> list[str]:
-        """Describe every difference from another plan, one line each."""
+        """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
         ours, theirs = _flat(asdict(self)), _flat(asdict(other))
-        return [
-            f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}"
-            for key in {**ours, **theirs}
-            if ours.get(key) != theirs.get(key)
-        ]
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
+        return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]
 
 
 def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> list[Arm]:

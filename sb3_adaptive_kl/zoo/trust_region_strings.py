@@ -52,6 +52,9 @@ def accept_trust_region_strings(manager: Any) -> None:
         clip_range = hyperparams.get("clip_range")
         if isinstance(clip_range, str) and "_" not in clip_range:  # the zoo's error would not name it
             check_choice("clip_range", clip_range, (OUTLIERS,), ", a positive number, lin_0.2, or null (None) for no clipping")
+        clip_range_vf = hyperparams.get("clip_range_vf")
+        if isinstance(clip_range_vf, str) and "_" not in clip_range_vf:
+            raise ValueError(f"clip_range_vf={clip_range_vf!r} must be a positive number or lin_0.2")
         if "clip_range" not in hyperparams or clip_range not in (OUTLIERS, None):
             return preprocess(hyperparams)  # type: ignore[no-any-return]
         others = {name: value for name, value in hyperparams.items() if name != "clip_range"}
