@@ -10,7 +10,6 @@ from sb3_adaptive_kl.penalty import (
     FixedPenalty,
     PenaltyRule,
     PredictivePenalty,
-    PredictiveRule,
     ProportionalPenalty,
 )
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
@@ -30,7 +29,6 @@ __all__ = [
     "LearningRateRule",
     "PenaltyRule",
     "PredictivePenalty",
-    "PredictiveRule",
     "ProportionalPenalty",
     "__version__",
     "clip_equivalent_target",

@@ -3,21 +3,34 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 """
 
 import math
+from contextlib import AbstractContextManager
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import Schedule, TensorDict
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
-from sb3_adaptive_kl.distributed.algorithm import DistributedAlgorithm
-from sb3_adaptive_kl.execution import Execution
+from sb3_adaptive_kl.fast.eager import fast_collection
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
-from sb3_adaptive_kl.rollout.hosts import Host
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+
+if TYPE_CHECKING:
+    from sb3_adaptive_kl.fast.compiled import Compiler
+
+# What save(), load(), get_parameters() and set_parameters() carry from one update to the next
+STATE = ("kl_coef", "learning_rate_scale")
 
 
-class KLPenaltyAlgorithm(DistributedAlgorithm):
+class Parameters(dict[str, dict[str, Any]]):
+    """What ``get_parameters()`` returns: the dictionary of SB3, with the penalty's state in an attribute that PPO ignores."""
+
+    penalty: dict[str, float]
+
+
+class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     """
     Holds the arguments and the state of the penalty.
 
@@ -40,8 +53,8 @@ class KLPenaltyAlgorithm(DistributedAlgorithm):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
 
-    _host: Host = Host()
-    _execution: Execution
+    _adapter: PolicyAdapter = PolicyAdapter()
+    _compiler: "Compiler | None" = None
 
     def __init__(
         self,
@@ -49,15 +62,12 @@ class KLPenaltyAlgorithm(DistributedAlgorithm):
         clip_range: float | str | Schedule | None,
         target_kl: float | Schedule,
         init_kl_coef: float,
-        kl_rule: str | PenaltyRule,
-        kl_tolerance: float,
-        kl_factor: float,
+        kl_rule: str | dict[str, Any] | PenaltyRule,
         kl_coef_bounds: tuple[float, float] | None,
         kl_ceiling: float | None,
-        learning_rate_rule: str | LearningRateRule | None,
+        learning_rate_rule: str | dict[str, Any] | LearningRateRule | None,
         kl_divergence: str,
         kl_cutoff_coef: float,
-        kl_cutoff_factor: float,
         kl_stop_factor: float | None,
         compile: bool,
         _init_setup_model: bool,
@@ -65,19 +75,16 @@ class KLPenaltyAlgorithm(DistributedAlgorithm):
     ) -> None:
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
         check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
-        super().__init__(*args, **kwargs, _init_setup_model=False)
+        super().__init__(*args, **{**kwargs, "_init_setup_model": False})
         self.clip_range = clip_range
         self.target_kl = target_kl
         self.init_kl_coef = init_kl_coef
         self.kl_rule = kl_rule
-        self.kl_tolerance = kl_tolerance
-        self.kl_factor = kl_factor
         self.kl_coef_bounds = kl_coef_bounds
         self.kl_ceiling = kl_ceiling
         self.learning_rate_rule = learning_rate_rule
         self.kl_divergence = kl_divergence
         self.kl_cutoff_coef = kl_cutoff_coef
-        self.kl_cutoff_factor = kl_cutoff_factor
         self.kl_stop_factor = kl_stop_factor
         self.compile = compile
         if _init_setup_model:
@@ -95,46 +102,51 @@ class KLPenaltyAlgorithm(DistributedAlgorithm):
             self.clip_range = clip_range
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
-        self._execution = choose_execution(self.compile)
+        if self.compile:
+            from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
+
+            self._compiler = Compiler()
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew
-        return [*super()._excluded_save_params(), "_execution"]
+        return [*super()._excluded_save_params(), "_compiler"]
+
+    def get_parameters(self) -> Parameters:
+        """
+        Return the parameters of the policy and of its optimizer as SB3 does.
+
+        :return: a dictionary that ``set_parameters`` accepts, also PPO's; its attribute ``penalty`` holds β
+        """
+        parameters = Parameters(super().get_parameters())
+        parameters.penalty = {name: getattr(self, name) for name in STATE}
+        return parameters
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters as SB3 does, and β where they come from ``get_parameters()``.
+
+        :param load_path_or_dict: path of a saved model, or a dictionary of parameters
+        :param exact_match: whether every parameter has to be given
+        :param device: where the parameters are put
+        """
+        super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
+        vars(self).update(getattr(load_path_or_dict, "penalty", {}))
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        super()._update_learning_rate(optimizers)
-        if self.learning_rate_rule is not None:
-            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                for group in optimizer.param_groups:
-                    group["lr"] *= self.learning_rate_scale
-
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout as the host does."""
-        with self._execution.collecting(self.policy):
+        with self._collecting():
             return super().collect_rollouts(*args, **kwargs)
 
-
-def choose_execution(compile: bool) -> Execution:
-    """
-    Choose how a model collects and trains. The folder ``fast`` relies on private parts of torch and SB3: without it, training
-    goes on, only slower.
-
-    :param compile: whether to use ``torch.compile``
-    :return: ``FastExecution``, or ``Execution`` if the folder is missing and ``compile`` is False
-    :raises ModuleNotFoundError: if the folder is missing and ``compile`` is True
-    """
-    try:
-        from sb3_adaptive_kl.fast.execution import FastExecution
-    except ModuleNotFoundError as error:
-        if compile or error.name not in ("sb3_adaptive_kl.fast", "sb3_adaptive_kl.fast.execution"):
-            raise
-        return Execution()
-    return FastExecution(compile)
+    def _collecting(self) -> AbstractContextManager[None]:
+        """Choose how the policy acts during a rollout: as the host lets it, or compiled."""
+        return fast_collection(self.policy) if self._compiler is None else self._compiler.compiled_collection(self.policy)
 
 
 def _python_number(value: Any) -> Any:

@@ -1,12 +1,13 @@
 """
-Validate and interpret the arguments of the KL penalty. A ``ValueError`` names the argument, its value and the remedy.
+Validate and interpret the KL-penalty arguments. A ``ValueError`` names the argument, its value and the remedy.
 
 SB3's ``load()`` writes attributes past the constructor, so arguments are checked in ``_setup_model()``, which runs after both.
 They stay on the algorithm as the user gave them; these functions interpret them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -15,149 +16,27 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, AdaptiveLearningRate, LearningRateRule
+from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.penalty import (
-    RULES,
-    AdaptivePenalty,
-    FixedPenalty,
-    PenaltyRule,
-    PredictivePenalty,
-    ProportionalPenalty,
-    default_bounds,
-)
+from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule, default_bounds
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
-# Rules for β, which would move a learning rate the wrong way
-PENALTIES = (AdaptivePenalty, FixedPenalty, PredictivePenalty, ProportionalPenalty)
 # The clip range that follows the target
 OUTLIERS = "outliers"
 
-
-def settings_at(model: Any, progress_remaining: float) -> Settings:
-    """
-    Read the settings of one update off the algorithm.
-
-    :param model: the algorithm; callbacks may have replaced a schedule by a number
-    :param progress_remaining: from 1 (beginning) to 0 (end)
-    :return: the settings
-    :raises ValueError: if a schedule returns an invalid target or clip range
-    """
-
-    def at_progress(name: str) -> float | None:
-        schedule = getattr(model, name)
-        return None if schedule is None else _value_at(name, schedule, progress_remaining)
-
-    target_kl = target_kl_at(model.target_kl, progress_remaining)
-    return Settings(
-        target_kl=target_kl,
-        kl_coef=model.kl_coef,
-        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress("clip_range"),
-        clip_range_vf=at_progress("clip_range_vf"),
-        vf_coef=model.vf_coef,
-        ent_coef=model.ent_coef or None,
-        max_grad_norm=model.max_grad_norm,
-        normalize_advantage=bool(model.normalize_advantage),
-        kl_cutoff_coef=model.kl_cutoff_coef or None,
-        kl_cutoff_factor=model.kl_cutoff_factor,
-        kl_stop_factor=model.kl_stop_factor,
-    )
-
-
-def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> float:
-    """
-    Evaluate the target, d_targ, for one update.
-
-    :param target_kl: a number, or a function of the remaining progress
-    :param progress_remaining: from 1 (beginning) to 0 (end)
-    :return: in nats, > 0
-    :raises ValueError: if it is anything but a finite number ≥ 0
-    """
-    return max(_value_at("target_kl", target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
-
-
-def _value_at(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
-    value = schedule(progress_remaining) if callable(schedule) else schedule
-    if not _is_number(value) or value < 0:
-        raise ValueError(
-            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
-            "over [0, 1]"
-        )
-    return float(value)
-
-
-def penalty_rule(kl_rule: str | PenaltyRule, kl_tolerance: float, kl_factor: float) -> PenaltyRule:
-    """
-    Look up the rule for β.
-
-    :param kl_rule: one of ``RULES``, or any ``PenaltyRule``
-    :param kl_tolerance: for ``"adaptive"``: the dead band is [target / tolerance, tolerance · target], ≥ 1
-    :param kl_factor: for ``"adaptive"``: the factor that multiplies or divides β, > 1
-    :return: the rule
-    :raises ValueError: if there is no such rule
-    """
-    if isinstance(kl_rule, str):
-        check_choice("kl_rule", kl_rule, tuple(RULES), " or a PenaltyRule: f(kl_coef, kl, target_kl) -> kl_coef")
-        return RULES[kl_rule](kl_tolerance, kl_factor)
-    if isinstance(kl_rule, type):
-        raise ValueError(f"kl_rule={kl_rule.__name__} is a class: pass an instance, {kl_rule.__name__}()")
-    if not callable(kl_rule) or isinstance(kl_rule, AdaptiveLearningRate):
-        raise ValueError(
-            f"kl_rule={kl_rule!r} is not a rule for β: pass one of {tuple(RULES)}, or a function (kl_coef, kl, target_kl)"
-        )
-    if hasattr(kl_rule, "within_update") or hasattr(kl_rule, "segments"):
-        segments = getattr(kl_rule, "segments", None)
-        whole = isinstance(segments, Integral) and not isinstance(segments, bool) and int(segments) >= 1
-        if not (whole and callable(getattr(kl_rule, "within_update", None))):
-            raise ValueError(
-                f"kl_rule={kl_rule!r} must have both a method within_update and segments, a whole number of at least 1 "
-                f"(here {segments!r}), to act within an update, or neither"
-            )
-    return kl_rule
-
-
-def learning_rate_rule(rule: str | LearningRateRule | None) -> LearningRateRule | None:
-    """
-    Look up the rule for the learning rate.
-
-    :param rule: one of ``LEARNING_RATE_RULES``, any ``LearningRateRule``, or None for none
-    :return: the rule
-    :raises ValueError: if there is no such rule
-    """
-    if isinstance(rule, str):
-        alternative = " or a LearningRateRule: f(scale, kl, target_kl) -> scale"
-        check_choice("learning_rate_rule", rule, tuple(LEARNING_RATE_RULES), alternative)
-        return LEARNING_RATE_RULES[rule]()
-    if isinstance(rule, type):
-        raise ValueError(f"learning_rate_rule={rule.__name__} is a class: pass an instance, {rule.__name__}()")
-    if not (rule is None or callable(rule)) or isinstance(rule, PENALTIES):
-        raise ValueError(
-            f"learning_rate_rule={rule!r} is not a rule for the learning rate: pass None, one of "
-            f"{tuple(LEARNING_RATE_RULES)}, or a function (scale, kl, target_kl)"
-        )
-    return rule
-
-
-def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advantage: bool) -> tuple[float, float]:
-    """
-    Interpret the bounds of β.
-
-    :param kl_coef_bounds: the argument, or None for ``default_bounds``
-    :param normalize_advantage: whether advantages are normalized
-    :return: low and high, 0 < low ≤ high < inf
-    :raises ValueError: if they are not two positive, finite numbers in order
-    """
-    if kl_coef_bounds is None:
-        return default_bounds(normalize_advantage)
-    pair = tuple(kl_coef_bounds) if isinstance(kl_coef_bounds, Iterable) else ()
-    if len(pair) != 2 or not all(_is_number(bound) for bound in pair) or not 0 < pair[0] <= pair[1] < math.inf:
-        raise ValueError(
-            f"kl_coef_bounds={kl_coef_bounds!r} must be two finite numbers (low, high) with 0 < low <= high: "
-            "a β of 0 could never grow again, an infinite one gives a NaN loss"
-        )
-    return float(pair[0]), float(pair[1])
+# Numbers that may change from one update to the next: what they must be, and what to do instead
+NUMBERS = {
+    "kl_coef": ("> 0", "it is β, which the rule moves from init_kl_coef on"),
+    "kl_cutoff_coef": (">= 0", "0 leaves the hinge out, TF-Agents uses 1000"),
+    "learning_rate_scale": ("> 0", "1 is the learning rate itself"),
+}
+# ... which may be None as well
+OPTIONAL_NUMBERS = {
+    "kl_stop_factor": ("> 0", "DPPO uses 4; None never stops early"),
+    "kl_ceiling": (">= 1", "1.5 is the edge of the paper's band; None never shortens a step"),
+}
 
 
 def check_arguments(model: Any) -> None:
@@ -167,14 +46,13 @@ def check_arguments(model: Any) -> None:
     :param model: the algorithm, before its policy and buffer are set up
     :raises ValueError: if one is out of range
     """
-    check_settings(model)
     low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
-    within = f"within kl_coef_bounds=({low:g}, {high:g})"
-    check_number("init_kl_coef", model.init_kl_coef, within, lambda x: low <= x <= high, "move it or the bounds")
-    if hasattr(model, "kl_coef"):  # the running β, after load()
-        check_number(
-            "kl_coef", model.kl_coef, within, lambda x: low <= x <= high, "pass load() a kl_coef that fits the bounds"
-        )
+    # Not only positive: a β that cannot stay where it is would surprise. After load(), the running β is checked, too
+    for name, remedy in (("init_kl_coef", "move it or the bounds"), ("kl_coef", "pass load() a kl_coef that fits the bounds")):
+        value = getattr(model, name, low)
+        if not is_number(value) or not low <= value <= high:
+            raise ValueError(f"{name}={value!r} must be a finite number within kl_coef_bounds=({low:g}, {high:g}): {remedy}")
+    check_settings(model)
 
 
 def check_settings(model: Any) -> None:
@@ -187,36 +65,24 @@ def check_settings(model: Any) -> None:
     remedy = "try 0.01; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
     if model.target_kl is None:
         remedy = "a model of PPO has none, pass load() a target_kl, such as 0.01"
-    check_schedule("target_kl", model.target_kl, remedy)
+    _check_schedule("target_kl", model.target_kl, remedy)
     if isinstance(model.clip_range, str):
         check_choice("clip_range", model.clip_range, (OUTLIERS,), ", a positive number, a schedule, or None for no clipping")
-    elif model.clip_range is not None:
-        check_schedule("clip_range", model.clip_range, "None deactivates clipping")
-    if model.clip_range_vf is not None:
-        check_schedule("clip_range_vf", model.clip_range_vf, "None deactivates clipping")
-    check_number("kl_tolerance", model.kl_tolerance, ">= 1", lambda x: x >= 1, "the paper has 1.5")
-    check_number("kl_factor", model.kl_factor, "> 1", lambda x: x > 1, "the paper has 2; kl_rule='fixed' keeps β constant")
-    check_number(
-        "kl_cutoff_coef", model.kl_cutoff_coef, ">= 0", lambda x: x >= 0, "0 leaves the hinge out, TF-Agents uses 1000"
-    )
-    check_number("kl_cutoff_factor", model.kl_cutoff_factor, "> 0", lambda x: x > 0, "TF-Agents uses 2")
-    if model.kl_stop_factor is not None:
-        check_number("kl_stop_factor", model.kl_stop_factor, "> 0", lambda x: x > 0, "DPPO uses 4; None never stops early")
-    if model.kl_ceiling is not None:
-        check_number(
-            "kl_ceiling",
-            model.kl_ceiling,
-            ">= 1",
-            lambda x: x >= 1,
-            "1.5 is the edge of the paper's band; None never shortens a step",
-        )
-    learning_rate_rule(model.learning_rate_rule)  # raises if there is no such rule
-    check_number("learning_rate_scale", model.learning_rate_scale, "> 0", lambda x: x > 0, "1 is the learning rate itself")
+    for name in ("clip_range", "clip_range_vf"):
+        if not isinstance(getattr(model, name), str | None):
+            _check_schedule(name, getattr(model, name), "None deactivates clipping")
+    for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
+        # Before the first _setup_model() there is no β yet
+        value = getattr(model, name, model.init_kl_coef)
+        if not (value is None and name in OPTIONAL_NUMBERS):
+            _check_number(name, value, requirement, remedy)
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
     if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
         raise ValueError(f"compile={model.compile!r} must be True or False")
-    penalty_rule(model.kl_rule, model.kl_tolerance, model.kl_factor)  # raises if there is no such rule
-    kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)  # raises if they are not bounds
+    # These raise if there is no such rule, or no such bounds
+    penalty_rule(model.kl_rule)
+    learning_rate_rule(model.learning_rate_rule)
+    kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 
@@ -242,44 +108,107 @@ def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage
         )
 
 
-def check_number(name: str, value: Any, requirement: str, holds: Callable[[float], bool], remedy: str) -> None:
+def settings_at(model: Any, progress_remaining: float) -> Settings:
     """
-    Check a number of the user's.
+    Read the settings of one update off the algorithm.
 
-    :param name: name of the argument
-    :param value: value of the argument
-    :param requirement: the requirement in words
-    :param holds: the requirement
-    :param remedy: what to do instead, in words
-    :raises ValueError: if ``value`` is not a finite number for which ``holds``
+    :param model: the algorithm; callbacks may have replaced a schedule by a number
+    :param progress_remaining: from 1 (beginning) to 0 (end)
+    :return: the settings
+    :raises ValueError: if a schedule returns an invalid target or clip range
     """
-    if not _is_number(value) or not holds(value):
-        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}")
+
+    def at_progress(name: str) -> float | None:
+        schedule = getattr(model, name)
+        return None if schedule is None else _value_at(name, schedule, progress_remaining)
+
+    target_kl = target_kl_at(model.target_kl, progress_remaining)
+    return Settings(
+        target_kl=target_kl,
+        kl_coef=float(model.kl_coef),
+        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress("clip_range"),
+        clip_range_vf=at_progress("clip_range_vf"),
+        vf_coef=model.vf_coef,
+        ent_coef=model.ent_coef or None,
+        max_grad_norm=model.max_grad_norm,
+        normalize_advantage=bool(model.normalize_advantage),
+        kl_cutoff_coef=model.kl_cutoff_coef or None,
+    )
 
 
-def check_schedule(name: str, value: Any, remedy: str) -> None:
+def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> float:
     """
-    Check a number or a schedule of the user's. A schedule's values are not checked: rl-zoo3 replaces schedules by constant
-    zeros to replay an agent.
+    Evaluate the target, d_targ, for one update.
 
-    :param name: name of the argument
-    :param value: value of the argument
-    :param remedy: what to do instead, in words
-    :raises ValueError: if ``value`` is neither a positive number nor a function of the remaining progress
+    :param target_kl: a number, or a function of the remaining progress
+    :param progress_remaining: from 1 (beginning) to 0 (end)
+    :return: in nats, > 0
+    :raises ValueError: if it is anything but a finite number ≥ 0
     """
-    if not callable(value):
-        check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", lambda x: x > 0, remedy)
+    return max(_value_at("target_kl", target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
+
+
+def penalty_rule(rule: str | Mapping[str, Any] | PenaltyRule | Callable[[float, float, float], float]) -> PenaltyRule:
+    """
+    Interpret ``kl_rule``.
+
+    :param rule: a name in ``RULES``; a mapping of that name and its numbers, as a file can hold it,
+        ``{"name": "adaptive", "high": 2.0}``; a ``PenaltyRule``; or a function of β, the KL and its target
+    :return: the rule
+    :raises ValueError: if there is no such rule
+    """
+    known = _rule("kl_rule", rule, RULES, LEARNING_RATE_RULES, "β", "(kl_coef, kl, target_kl)")
+    if not isinstance(known, PenaltyRule):
+        return FunctionPenalty(known)
+    segments = known.segments
+    if not isinstance(segments, Integral) or isinstance(segments, bool) or segments < 1:
+        raise ValueError(f"kl_rule={rule!r} has segments={segments!r}: the parts of an update, a whole number of at least 1")
+    return known
+
+
+def learning_rate_rule(rule: str | Mapping[str, Any] | LearningRateRule | None) -> LearningRateRule | None:
+    """
+    Interpret ``learning_rate_rule``.
+
+    :param rule: a name in ``LEARNING_RATE_RULES``, or a mapping, as for ``penalty_rule``; any ``LearningRateRule``; or None
+    :return: the rule
+    :raises ValueError: if there is no such rule
+    """
+    if rule is None:
+        return None
+    signature = "(scale, kl, target_kl), or None"
+    known: LearningRateRule = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
+    return known
+
+
+def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advantage: bool) -> tuple[float, float]:
+    """
+    Interpret the bounds of β.
+
+    :param kl_coef_bounds: the argument, or None for ``default_bounds``
+    :param normalize_advantage: whether advantages are normalized
+    :return: low and high, 0 < low ≤ high < inf
+    :raises ValueError: if they are not two positive, finite numbers in order
+    """
+    if kl_coef_bounds is None:
+        return default_bounds(normalize_advantage)
+    pair = tuple(kl_coef_bounds) if isinstance(kl_coef_bounds, Iterable) else ()
+    if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1]:
+        raise ValueError(
+            f"kl_coef_bounds={kl_coef_bounds!r} must be two finite numbers (low, high) with 0 < low <= high: "
+            "a β of 0 could never grow again, an infinite one gives a NaN loss"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: str = "") -> None:
     """
-    Check a name of the user's.
+    Raise ValueError, with the closest choice, unless ``value`` is one of the ``choices``.
 
     :param name: name of the argument
     :param value: value of the argument
     :param choices: the valid names
     :param alternative: other valid values, in words
-    :raises ValueError: if ``value`` is not one of the ``choices``, with the closest one
     """
     if not isinstance(value, str) or value not in choices:
         nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
@@ -288,10 +217,69 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
         )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """
+    Tell a finite real number, of Python or NumPy, from anything else.
+
+    :param value: anything; booleans do not count
+    """
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond the floats
         return False
+
+
+def _rule(
+    argument: str,
+    rule: Any,
+    rules: Mapping[str, Callable[..., Any]],
+    others: Mapping[str, Callable[..., Any]],
+    quantity: str,
+    signature: str,
+) -> Any:
+    """Make a rule from its name or a mapping; ``others`` would move the other quantity, and in the wrong direction."""
+    if isinstance(rule, str):
+        rule = {"name": rule}
+    if isinstance(rule, Mapping):
+        numbers = dict(rule)
+        name = numbers.pop("name", None)
+        check_choice(argument, name, tuple(rules), f" or a function {signature}")
+        known: Any = rules[name]
+        its_numbers = [field.name for field in fields(known)]
+        for key, value in numbers.items():
+            if key not in its_numbers or not is_number(value):
+                its = ", ".join(its_numbers) or "none"
+                raise ValueError(f"{argument}={dict(rule)!r}: {key}={value!r} is not a number of {name!r}, which has {its}")
+        return known(**numbers)
+    if isinstance(rule, type):
+        raise ValueError(f"{argument}={rule.__name__} is a class: pass an instance, {rule.__name__}()")
+    if not callable(rule) or type(rule) in others.values():
+        raise ValueError(
+            f"{argument}={rule!r} is not a rule for {quantity}: pass one of {tuple(rules)}, or a function {signature}"
+        )
+    return rule
+
+
+def _value_at(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
+    value = schedule(progress_remaining) if callable(schedule) else schedule
+    if not is_number(value) or value < 0:
+        raise ValueError(
+            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
+            "over [0, 1]"
+        )
+    return float(value)
+
+
+def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
+    """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
+    relation, bound = requirement.replace(",", "").split()[:2]
+    if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}")
+
+
+def _check_schedule(name: str, value: Any, remedy: str) -> None:
+    # A schedule's values are not checked: rl-zoo3 replaces schedules by constant zeros to replay an agent
+    if not callable(value):
+        _check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", remedy)

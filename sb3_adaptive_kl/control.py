@@ -5,22 +5,22 @@ The rules themselves are in ``penalty.py``.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from numbers import Real
 from statistics import fmean
 
-from sb3_adaptive_kl.penalty import PenaltyRule, PredictiveRule
+from sb3_adaptive_kl.messages import warn_user
+from sb3_adaptive_kl.penalty import PenaltyRule
 
 # Warn after this many rollouts in a row at which the rule pushed β against the same bound
 PATIENCE_AT_BOUND = 10
 
 
-def next_kl_coef(
+def apply_rule(
     rule: PenaltyRule, kl_coef: float, kl: float, target_kl: float, bounds: tuple[float, float]
 ) -> tuple[float, int]:
     """
-    Apply a rule, and keep its result within the bounds.
+    Apply a rule after an update, and keep its result within the bounds.
 
     :param rule: the rule
     :param kl_coef: β used by the update that was just measured, > 0
@@ -30,51 +30,16 @@ def next_kl_coef(
     :return: β for the next update, and the bound that stopped the rule: 1 the upper, −1 the lower, 0 neither
     :raises ValueError: if the rule returned NaN, or something that is not a number
     """
-    return _clip_to_bounds(bounds, rule(kl_coef, kl, target_kl), f"{rule!r}", kl_coef, kl, target_kl)
-
-
-def rollouts_at_bound(count: int, side: int) -> int:
-    """
-    Count the rollouts in a row at which the same bound stopped the rule.
-
-    :param count: the count so far; negative at the lower bound
-    :param side: the bound that stopped it now, as ``next_kl_coef`` returns it
-    :return: the new count
-    """
-    return count + side if side * count > 0 else side
-
-
-def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> None:
-    """
-    Warn once when a bound has stopped the rule ``PATIENCE_AT_BOUND`` times in a row.
-
-    :param count: as ``rollouts_at_bound`` returns it
-    :param kl_coef: β, at the bound
-    :param kl: d of the last update in nats
-    :param target_kl: d_targ in nats
-    """
-    if abs(count) != PATIENCE_AT_BOUND:
-        return
-    bound, remedy = "upper", "For a lower divergence lower learning_rate or n_epochs, or raise target_kl."
-    if count < 0:
-        bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
-        remedy += (
-            " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower learning_rate "
-            "instead.)"
-        )
-    warnings.warn(
-        f"kl_coef has been at its {bound} bound {kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "
-        f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
-        f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}",
-        stacklevel=2,
-    )
+    low, high = bounds
+    wanted = _checked(rule(kl_coef, kl, target_kl), rule, kl)
+    return min(max(wanted, low), high), (wanted > high) - (wanted < low)
 
 
 class SegmentedControl:
     """
     Applies a rule while an update runs, after each of its segments but the last.
 
-    :param rule: any; only a ``PredictiveRule`` acts within an update
+    :param rule: with one segment or several
     :param n_steps: minibatch steps that the update will take, ≥ 1
     :param bounds: lowest and highest β
     """
@@ -83,7 +48,7 @@ class SegmentedControl:
         self._rule = rule
         self._bounds = bounds
         self._previous_kl = 0.0
-        n_segments = min(rule.segments, n_steps) if isinstance(rule, PredictiveRule) else 1
+        n_segments = min(rule.segments, n_steps)
         # How many steps have been taken when each segment ends
         self._ends = [round(n_steps * segment / n_segments) for segment in range(1, n_segments + 1)]
         self._segment = 0
@@ -103,35 +68,62 @@ class SegmentedControl:
         first = max((start + n_taken) // 2, 1)
         return slice(first, n_taken) if first < n_taken else None
 
-    def next_kl_coef(self, kl_coef: float, kl_at_rest: float, kls: Sequence[float], target_kl: float) -> float:
+    def adapt(self, kl_coef: float, kls: Sequence[float], target_kl: float) -> float:
         """
         Apply the rule at the end of a segment.
 
         :param kl_coef: β in that segment
-        :param kl_at_rest: KL of the update's first minibatch, before any step, in nats. It is subtracted: with dropout or
-            batch normalization, the policy in training mode differs from the remembered one without having moved.
-        :param kls: KLs of the minibatches that ``end_segment`` named, each before its step, in nats
+        :param kls: KLs of the minibatches that ``end_segment`` named, each before its step and beyond the KL at rest, in nats
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
-        assert isinstance(self._rule, PredictiveRule)  # only such a rule has segments that end before the update
-        kl = max(fmean(kls) - kl_at_rest, 0.0)
+        low, high = self._bounds
+        kl = max(fmean(kls), 0.0)
         kl = math.inf if math.isnan(kl) else kl
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl
-        return _clip_to_bounds(self._bounds, wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl)[0]
+        return min(max(_checked(wanted, self._rule, kl), low), high)
 
 
-def _clip_to_bounds(
-    bounds: tuple[float, float], wanted: float, source: str, kl_coef: float, kl: float, target_kl: float
-) -> tuple[float, int]:
-    low, high = bounds
-    if not isinstance(wanted, Real) or math.isnan(wanted):
-        raise ValueError(
-            f"kl_rule={source} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
-            "it must return a number"
+def count_at_bound(count: int, side: int) -> int:
+    """
+    Count the rollouts in a row at which the same bound stopped the rule.
+
+    :param count: the count so far; negative at the lower bound
+    :param side: the bound that stopped it now, as ``apply_rule`` returns it
+    :return: the new count
+    """
+    return count + side if side * count > 0 else side
+
+
+def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> None:
+    """
+    Warn once when a bound has stopped the rule ``PATIENCE_AT_BOUND`` times in a row.
+
+    :param count: as ``count_at_bound`` returns it
+    :param kl_coef: β, at the bound
+    :param kl: d of the last update in nats
+    :param target_kl: d_targ in nats
+    """
+    if abs(count) != PATIENCE_AT_BOUND:
+        return
+    bound, remedy = "upper", "For a lower divergence lower learning_rate or n_epochs, or raise target_kl."
+    if count < 0:
+        bound, remedy = "lower", "For a higher divergence raise learning_rate or n_epochs, or lower target_kl."
+        remedy += (
+            " (Expected while a schedule takes learning_rate to 0. If the policy became deterministic, lower learning_rate "
+            "instead.)"
         )
-    wanted = float(wanted)  # a rule may return a NumPy scalar
-    return min(max(wanted, low), high), (wanted > high) - (wanted < low)
+    warn_user(
+        f"kl_coef has been at its {bound} bound {kl_coef:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its rule "
+        f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
+        f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}"
+    )
+
+
+def _checked(wanted: float, rule: PenaltyRule, kl: float) -> float:
+    if not isinstance(wanted, Real) or math.isnan(wanted):
+        raise ValueError(f"kl_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a number")
+    return float(wanted)  # a rule may return a NumPy scalar

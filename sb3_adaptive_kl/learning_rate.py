@@ -14,7 +14,7 @@ from typing import Protocol
 
 
 class LearningRateRule(Protocol):
-    """What ``learning_rate_rule`` may be: any callable with this signature. It must be pure."""
+    """Protocol of ``learning_rate_rule``: a pure callable with this signature."""
 
     def __call__(self, scale: float, kl: float, target_kl: float) -> float:
         """
@@ -73,7 +73,7 @@ class AdaptiveLearningRate:
 
 
 # The rules that ``learning_rate_rule`` can name
-LEARNING_RATE_RULES: dict[str, Callable[[], LearningRateRule]] = {"adaptive": AdaptiveLearningRate}
+LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {"adaptive": AdaptiveLearningRate}
 
 
 def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float) -> float:

@@ -5,12 +5,9 @@ What an update did, and all log keys under ``train/``: SB3's keys where they mea
 """
 
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import explained_variance
 
-from sb3_adaptive_kl.distributed.ranks import gather
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 
 
@@ -18,45 +15,48 @@ class UpdateMetrics:
     """Collects the minibatches of one update, epoch by epoch."""
 
     def __init__(self) -> None:
-        self._epochs: list[list[th.Tensor]] = []  # of stacked MinibatchMetrics
+        self._minibatches: list[th.Tensor] = []  # stacked MinibatchMetrics
         self._grad_norms: list[th.Tensor] = []
+        self._start_of_epoch = 0
 
     @property
-    def n_steps(self) -> int:
-        """Number of optimizer steps taken so far."""
-        return len(self._grad_norms)
+    def n_minibatches(self) -> int:
+        """Number of minibatches so far."""
+        return len(self._minibatches)
 
     def start_epoch(self) -> None:
         """Start the next pass over the rollout."""
-        self._epochs.append([])
+        self._start_of_epoch = len(self._minibatches)
 
-    def add(self, minibatch: th.Tensor, grad_norm: th.Tensor | None) -> None:
+    def add(self, minibatch: th.Tensor, grad_norm: th.Tensor) -> None:
         """
         Add a minibatch to the current epoch.
 
         :param minibatch: its stacked ``MinibatchMetrics``, before its step
-        :param grad_norm: norm of its gradient before clipping, or ``None`` if no step was taken
+        :param grad_norm: norm of its gradient before clipping
         """
-        self._epochs[-1].append(minibatch)
-        if grad_norm is not None:
-            self._grad_norms.append(grad_norm)
+        self._minibatches.append(minibatch)
+        self._grad_norms.append(grad_norm)
 
     def finite(self) -> bool:
         """
-        Check that every step was taken along a finite gradient. A gradient of infinite norm is clipped to a step of length 0:
-        the parameters would stay finite, and the same, forever.
+        Check that every gradient was finite. One of infinite norm is clipped to a step of length 0: the parameters would stay
+        finite, and the same, forever.
         """
         return not self._grad_norms or bool(th.stack(self._grad_norms).isfinite().all())
 
-    def kls(self, steps: slice) -> list[float]:
+    def kls(self, minibatches: slice) -> list[float]:
         """
-        Read the KL of the first minibatch and of some others, each before its step. This synchronizes with the device once.
+        Read the KL of some minibatches, each before its step. This synchronizes with the device once.
 
-        :param steps: slice into the minibatches of all epochs
-        :return: the KL of the first minibatch, and those of the slice, in nats
+        :param minibatches: slice into those of all epochs
+        :return: their KL beyond the KL at rest, in nats
         """
-        minibatches = [minibatch for epoch in self._epochs for minibatch in epoch]
-        return th.stack([minibatches[0], *minibatches[steps]])[:, MinibatchMetrics._fields.index("kl")].tolist()
+        # At rest, before the first step, the policy in training mode differs from the remembered one by dropout and batch
+        # normalization alone
+        kl = MinibatchMetrics._fields.index("kl")
+        at_rest, *others = th.stack([self._minibatches[0], *self._minibatches[minibatches]])[:, kl].tolist()
+        return [other - at_rest for other in others]
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """
@@ -65,19 +65,17 @@ class UpdateMetrics:
         :param logger: the model's logger
         :param settings: the update's settings
         """
-        epochs = [th.stack(epoch) for epoch in self._epochs if epoch]
-        if not epochs:  # the first minibatch could not be evaluated, and the update was undone
+        if not self._minibatches:  # the first one could not be evaluated, and the update was undone
             return
-        means = MinibatchMetrics(*th.cat(epochs).mean(dim=0))
-        last_epoch = MinibatchMetrics(*epochs[-1].mean(dim=0))
-        last = MinibatchMetrics(*epochs[-1][-1])
+        minibatches = th.stack(self._minibatches)
+        means = MinibatchMetrics(*minibatches.mean(dim=0))
+        last_epoch = MinibatchMetrics(*minibatches[self._start_of_epoch :].mean(dim=0))
+        last = MinibatchMetrics(*minibatches[-1])
         for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "kl_loss"):
             logger.record(f"train/{name}", getattr(means, name).item())
         logger.record("train/approx_kl", last_epoch.approx_kl.item())
         logger.record("train/loss", last.loss.item())
-        # Empty if the first minibatch already exceeded kl_stop_factor
-        if self._grad_norms:
-            logger.record("train/grad_norm", th.stack(self._grad_norms).mean().item())
+        logger.record("train/grad_norm", th.stack(self._grad_norms).mean().item())
         if means.clip_fraction is not None:
             logger.record("train/clip_fraction", means.clip_fraction.item())
             logger.record("train/clip_range", settings.clip_range)
@@ -126,28 +124,19 @@ def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> Non
 
 
 def log_progress(
-    logger: Logger,
-    buffer: RolloutBuffer,
-    policy: ActorCriticPolicy,
-    n_updates: int,
-    undone_updates: int,
-    seconds_compiling: float,
+    logger: Logger, policy: ActorCriticPolicy, explained_variance: float, n_updates: int, undone_updates: int
 ) -> None:
     """
-    Log the state of training after an update. *Collective* where several processes train.
+    Log the state of training after an update.
 
     :param logger: the model's logger
-    :param buffer: the rollout, with its values and returns
     :param policy: the policy, with or without a ``log_std``
+    :param explained_variance: of the returns by the values that the critic gave when it collected
     :param n_updates: epochs so far, as SB3 counts them
     :param undone_updates: updates undone so far
-    :param seconds_compiling: since the last update
     """
     logger.record("train/undone_updates", undone_updates)
-    values, returns = (gather(th.from_numpy(part.flatten())).flatten().numpy() for part in (buffer.values, buffer.returns))
-    logger.record("train/explained_variance", explained_variance(values, returns))
+    logger.record("train/explained_variance", explained_variance)
     if hasattr(policy, "log_std"):
         logger.record("train/std", th.exp(policy.log_std).mean().item())
-    if seconds_compiling > 0:
-        logger.record("time/compilation", seconds_compiling)
     logger.record("train/n_updates", n_updates, exclude="tensorboard")

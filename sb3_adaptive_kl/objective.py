@@ -15,6 +15,9 @@ import torch as th
 from sb3_adaptive_kl import losses
 from sb3_adaptive_kl.divergences import k3
 
+# Where the hinge begins, relative to the target: as in modular_rl, batch-ppo and TF-Agents
+CUTOFF = 2.0
+
 
 class Settings(NamedTuple):
     """The numbers of an update: everything a schedule, a rule or a callback may change before the next one."""
@@ -28,8 +31,6 @@ class Settings(NamedTuple):
     max_grad_norm: float
     normalize_advantage: bool
     kl_cutoff_coef: float | None  # None for 0
-    kl_cutoff_factor: float
-    kl_stop_factor: float | None
 
 
 class Evaluation(NamedTuple):
@@ -86,9 +87,7 @@ def objective(new: Evaluation, kl: th.Tensor, settings: Settings) -> tuple[th.Te
     mean_kl = kl.mean()
 
     policy_loss = losses.surrogate_loss(advantages, ratio, settings.clip_range)
-    kl_loss = losses.penalty_loss(
-        mean_kl, settings.kl_coef, settings.kl_cutoff_coef, cutoff=settings.kl_cutoff_factor * settings.target_kl
-    )
+    kl_loss = losses.penalty_loss(mean_kl, settings.kl_coef, settings.kl_cutoff_coef, cutoff=CUTOFF * settings.target_kl)
     value_loss = losses.value_loss(new.values, new.old_values, new.returns, settings.clip_range_vf)
     entropy_loss = losses.entropy_loss(new.entropy, new.log_prob)
     loss = policy_loss + kl_loss + settings.vf_coef * value_loss

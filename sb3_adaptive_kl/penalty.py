@@ -13,11 +13,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol, runtime_checkable
 
 
-class PenaltyRule(Protocol):
-    """What ``kl_rule`` may be: any callable with this signature. It must be pure."""
+class PenaltyRule:
+    """
+    The base of all rules for β. A rule must be pure: it is called again where an update is replayed, and on every rank.
+
+    A rule with ``segments`` above 1 also moves β during the update, after each of so many equal parts of it but the last.
+    """
+
+    segments: int = 1
 
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
         """
@@ -29,14 +34,7 @@ class PenaltyRule(Protocol):
         :param target_kl: d_targ in nats, > 0: where a schedule has ended at 0, the rule is not called
         :return: β for the next update
         """
-        ...
-
-
-@runtime_checkable
-class PredictiveRule(PenaltyRule, Protocol):
-    """A ``PenaltyRule`` that moves β within the update, too: after each of ``segments`` equal parts of it but the last."""
-
-    segments: int
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(kl_coef, kl, target_kl)")
 
     def within_update(self, kl_coef: float, kl: float, previous_kl: float, segments_left: int, target_kl: float) -> float:
         """
@@ -50,11 +48,11 @@ class PredictiveRule(PenaltyRule, Protocol):
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         """
-        ...
+        return kl_coef
 
 
 @dataclass(frozen=True)
-class AdaptivePenalty:
+class AdaptivePenalty(PenaltyRule):
     """
     The rule of Schulman et al. 2017, section 4, with its four numbers free: ``low`` and ``high`` bound the dead band
     ``[low · target_kl, high · target_kl]``; below it β is multiplied by ``decrease``, above it by ``increase``.
@@ -83,18 +81,6 @@ class AdaptivePenalty:
                 "otherwise β moves away from its equilibrium"
             )
 
-    @classmethod
-    def symmetric(cls, tolerance: float, factor: float) -> "AdaptivePenalty":
-        """
-        Build the rule whose band and step are the same both ways, in log d and in log β.
-
-        :param tolerance: the band is [target_kl / tolerance, tolerance · target_kl], ≥ 1
-        :param factor: multiplies or divides β, > 1
-        :return: the rule
-        :raises ValueError: if a number is out of its range
-        """
-        return cls(low=1 / tolerance, high=tolerance, decrease=1 / factor, increase=factor)
-
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
         if kl < self.low * target_kl:
             return kl_coef * self.decrease
@@ -104,7 +90,7 @@ class AdaptivePenalty:
 
 
 @dataclass(frozen=True)
-class ProportionalPenalty:
+class ProportionalPenalty(PenaltyRule):
     """
     A proportional controller on the relative error, without a dead band::
 
@@ -134,7 +120,7 @@ class ProportionalPenalty:
 
 
 @dataclass(frozen=True)
-class PredictivePenalty:
+class PredictivePenalty(PenaltyRule):
     """
     Moves β several times within an update, towards the KL predicted for its end.
 
@@ -185,31 +171,40 @@ class PredictivePenalty:
 
 
 @dataclass(frozen=True)
-class FixedPenalty:
+class FixedPenalty(PenaltyRule):
     """β does not move: the "fixed KL" baseline of Schulman et al. 2017, Table 1."""
 
     def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
         return kl_coef
 
 
-# The rules that ``kl_rule`` can name (and zoo/search_space.py tries), made from ``kl_tolerance`` and ``kl_factor``
-RULES: dict[str, Callable[[float, float], PenaltyRule]] = {
-    "adaptive": AdaptivePenalty.symmetric,
-    "fixed": lambda kl_tolerance, kl_factor: FixedPenalty(),
-    "predictive": lambda kl_tolerance, kl_factor: PredictivePenalty(),
-    "proportional": lambda kl_tolerance, kl_factor: ProportionalPenalty(),
+@dataclass(frozen=True)
+class FunctionPenalty(PenaltyRule):
+    """A user's function (kl_coef, kl, target_kl) → β for the next update, as a rule."""
+
+    function: Callable[[float, float, float], float]
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        return self.function(kl_coef, kl, target_kl)
+
+
+# The rules that ``kl_rule`` can name, and that the zoo's search tries
+RULES: dict[str, Callable[..., PenaltyRule]] = {
+    "adaptive": AdaptivePenalty,
+    "fixed": FixedPenalty,
+    "predictive": PredictivePenalty,
+    "proportional": ProportionalPenalty,
 }
 
 
 def default_bounds(normalize_advantage: bool) -> tuple[float, float]:
     """
-    The bounds of β where the user gave none.
-
-    With normalized advantages the penalized optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor
-    matters as much: when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule
-    would halve β until nothing restrains the surrogate. Without normalization β carries the unit of the rewards.
+    Return the bounds of β where the user gave none.
 
     :param normalize_advantage: whether advantages are normalized
     :return: lowest and highest β
     """
+    # Normalized: the penalized optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor matters as much:
+    # when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule would halve β until
+    # nothing restrains the surrogate. Not normalized: β carries the unit of the rewards
     return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)

@@ -24,7 +24,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         L(θ) = E[ r_t(θ) Â_t ] − β · E[ KL( π_old(·|s_t) ‖ π_θ(·|s_t) ) ]
 
     With the default rule, β is halved for the next update when the KL divergence measured after this one is below
-    ``target_kl / kl_tolerance``, and doubled when it is above ``target_kl · kl_tolerance``.
+    ``target_kl / 1.5``, and doubled when it is above ``target_kl · 1.5``.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -66,9 +66,9 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         Setting it to auto, the code will be run on the GPU if possible.
     :param init_kl_coef: β before the first update, > 0. The running value is the attribute ``kl_coef``, which ``save`` keeps.
     :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"predictive"`` (several times within an update, towards
-        the KL predicted for its end), ``"fixed"``, ``"proportional"``, or any ``PenaltyRule`` or ``PredictiveRule``
-    :param kl_tolerance: For the adaptive rule: β moves when the KL leaves [target / tolerance, tolerance · target], ≥ 1
-    :param kl_factor: For the adaptive rule: the factor that multiplies or divides β, > 1
+        the KL predicted for its end), ``"fixed"``, ``"proportional"``; with other numbers as a mapping,
+        ``{"name": "adaptive", "high": 2.0}``, or as an object, ``AdaptivePenalty(high=2.0)``; any ``PenaltyRule``, or a
+        function of β, the KL and its target
     :param kl_coef_bounds: Lowest and highest β, 0 < low ≤ high. ``None``: (1/32, 32) with normalized advantages,
         (1e-6, 1e6) without.
     :param kl_ceiling: Where an update ends above this times ``target_kl``, shorten the actor's step until it does not: ≥ 1;
@@ -81,13 +81,12 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         is the attribute ``learning_rate_scale``, which ``save`` keeps.
     :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
         exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
-    :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − kl_cutoff_factor · target_kl)², ≥ 0 (0: none)
-    :param kl_cutoff_factor: Where the hinge begins, relative to the target, > 0
-    :param kl_stop_factor: Stop the epochs once the KL of a minibatch exceeds this times the target, > 0 (``None``: never).
-        β is still adapted to the KL measured in the end.
-    :param compile: Whether to compile the policy's ``forward`` and the train step with ``torch.compile``, which takes seconds
-        to a minute in the first iteration: all of it with torch's Adam and without ``kl_stop_factor``, else all but the
-        optimizer. Where that fails, or torch is older than 2.13, training goes on uncompiled, with one warning.
+    :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − 2 · target_kl)², ≥ 0 (0: none)
+    :param kl_stop_factor: Stop the epochs once the KL of a minibatch, beyond that of the first, exceeds this times the
+        target, > 0 (``None``: never). β is still adapted to the KL measured in the end.
+    :param compile: Whether to compile the policy's ``forward`` and the gradients of a minibatch with ``torch.compile``, which
+        takes seconds to a minute in the first iteration. Where that fails, or torch is older than 2.13, training goes on
+        uncompiled, with one warning.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """
@@ -120,15 +119,12 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         seed: int | None = None,
         device: th.device | str = "auto",
         init_kl_coef: float = 1.0,
-        kl_rule: str | PenaltyRule = "adaptive",
-        kl_tolerance: float = 1.5,
-        kl_factor: float = 2.0,
+        kl_rule: str | dict[str, Any] | PenaltyRule = "adaptive",
         kl_coef_bounds: tuple[float, float] | None = None,
         kl_ceiling: float | None = None,
-        learning_rate_rule: str | LearningRateRule | None = None,
+        learning_rate_rule: str | dict[str, Any] | LearningRateRule | None = None,
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
-        kl_cutoff_factor: float = 2.0,
         kl_stop_factor: float | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
@@ -163,14 +159,11 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
             device=device,
             init_kl_coef=init_kl_coef,
             kl_rule=kl_rule,
-            kl_tolerance=kl_tolerance,
-            kl_factor=kl_factor,
             kl_coef_bounds=kl_coef_bounds,
             kl_ceiling=kl_ceiling,
             learning_rate_rule=learning_rate_rule,
             kl_divergence=kl_divergence,
             kl_cutoff_coef=kl_cutoff_coef,
-            kl_cutoff_factor=kl_cutoff_factor,
             kl_stop_factor=kl_stop_factor,
             compile=compile,
             _init_setup_model=_init_setup_model,

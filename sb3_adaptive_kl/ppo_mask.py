@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
-from sb3_adaptive_kl.rollout.hosts import MaskableHost
+from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 SelfMaskableAdaptiveKLPPO = TypeVar("SelfMaskableAdaptiveKLPPO", bound="MaskableAdaptiveKLPPO")
@@ -30,7 +30,7 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
     :raises ValueError: if an argument is out of its range; during training, if a mask leaves no action at all
     """
 
-    _host = MaskableHost()
+    _adapter = MaskablePolicyAdapter()
 
     def __init__(
         self,
@@ -58,15 +58,12 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         seed: int | None = None,
         device: th.device | str = "auto",
         init_kl_coef: float = 1.0,
-        kl_rule: str | PenaltyRule = "adaptive",
-        kl_tolerance: float = 1.5,
-        kl_factor: float = 2.0,
+        kl_rule: str | dict[str, Any] | PenaltyRule = "adaptive",
         kl_coef_bounds: tuple[float, float] | None = None,
         kl_ceiling: float | None = None,
-        learning_rate_rule: str | LearningRateRule | None = None,
+        learning_rate_rule: str | dict[str, Any] | LearningRateRule | None = None,
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
-        kl_cutoff_factor: float = 2.0,
         kl_stop_factor: float | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
@@ -97,14 +94,11 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
             device=device,
             init_kl_coef=init_kl_coef,
             kl_rule=kl_rule,
-            kl_tolerance=kl_tolerance,
-            kl_factor=kl_factor,
             kl_coef_bounds=kl_coef_bounds,
             kl_ceiling=kl_ceiling,
             learning_rate_rule=learning_rate_rule,
             kl_divergence=kl_divergence,
             kl_cutoff_coef=kl_cutoff_coef,
-            kl_cutoff_factor=kl_cutoff_factor,
             kl_stop_factor=kl_stop_factor,
             compile=compile,
             _init_setup_model=_init_setup_model,

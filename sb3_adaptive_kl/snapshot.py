@@ -5,6 +5,8 @@ from copy import deepcopy
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.step import optimized_parameters
+
 
 class Snapshot:
     """
@@ -16,8 +18,10 @@ class Snapshot:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.optimizer = policy.optimizer
         # Not copy.deepcopy(policy): gSDE's exploration matrices and the last distribution carry a graph. Not state_dict():
-        # it leaves out non-persistent buffers, and may hold things that are not tensors
-        self.tensors = [*policy.parameters(), *policy.buffers()]
+        # it leaves out non-persistent buffers, and may hold things that are not tensors. A dict keeps each tensor once:
+        # the optimizer may move parameters that the policy does not have
+        tensors = [*policy.parameters(), *policy.buffers(), *optimized_parameters(policy.optimizer)]
+        self.tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self.saved = [tensor.detach().clone() for tensor in self.tensors]
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 

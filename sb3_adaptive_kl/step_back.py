@@ -9,16 +9,15 @@ with the exponent known, fewer tries are needed.
 import math
 import sys
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import torch as th
 
-from sb3_adaptive_kl.distributed.ranks import sum_over_ranks
-from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
-from sb3_adaptive_kl.step import trainable_parameters
+from sb3_adaptive_kl.step import optimized_parameters
 
 TARGET_FRACTION = 0.9  # aim at this fraction of the limit
 MIN_FRACTION = 0.8  # accept a KL between this fraction and the limit
@@ -36,7 +35,7 @@ class ShortenedStep(NamedTuple):
 
 
 def shorten_step(
-    old_policy: OldPolicy, snapshot: Snapshot, measure_kl: Callable[[], RolloutKL], kl: float, limit: float
+    snapshot: Snapshot, critic: AbstractSet[int], measure_kl: Callable[[], RolloutKL], kl: float, limit: float
 ) -> ShortenedStep:
     """
     Shorten the actor's part of an update until the divergence stays below a limit.
@@ -46,8 +45,8 @@ def shorten_step(
     and so do counters and the optimizer's state. Only where this does not help, because the actor depends on the critic in a
     way that autograd does not see (``detach()``), is the critic scaled too.
 
-    :param old_policy: remembers the policy before the update
     :param snapshot: copy of the policy before the update
+    :param critic: as ``critic_parameters`` returns it
     :param measure_kl: measures the policy as it is on the whole rollout
     :param kl: d after the whole step in nats, > limit
     :param limit: largest d allowed, in nats, > 0
@@ -59,7 +58,6 @@ def shorten_step(
         for tensor, old in zip(snapshot.tensors, snapshot.saved, strict=True)
         if tensor.is_floating_point() and not th.equal(tensor, old)
     ]
-    critic = _critic_parameters(old_policy)
     actor = [step for step in moved if id(step[0]) not in critic]
     shortened = _shorten(actor, measure_kl, kl, limit)
     if shortened.kl.mean <= limit or len(actor) == len(moved):
@@ -124,35 +122,32 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
     return low
 
 
-def _critic_parameters(old_policy: OldPolicy) -> set[int]:
+def critic_parameters(old_policy: OldPolicy) -> set[int]:
     """
     Find the parameters that the value of a state depends on and the log-probability of its action does not, whatever the
-    policy's classes and names. A branch that no probed state of any rank takes belongs to neither, and counts as the actor's.
+    policy's classes and names. A branch that no probed state takes belongs to neither, and counts as the actor's.
 
     :param old_policy: knows the policy and the rollout, from which the probed states are taken
     :return: their ``id``
     """
-    policy, host = old_policy.policy, old_policy.host
-    parameters = trainable_parameters(policy)
+    policy, adapter = old_policy.policy, old_policy.adapter
+    parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
     was_training, cudnn_was_enabled = policy.training, th.backends.cudnn.enabled
     policy.set_training_mode(False)
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
         with preserve_random_state():
-            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED, host.keep_sequences_whole))
-            new = evaluate(policy, host, rollout_data, needs_distribution=False)
-            reached = [_reached(output.sum(), parameters) for output in (new.values, new.log_prob)]
-            by_value, by_action = sum_over_ranks(th.tensor(reached)).bool()
+            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED, adapter.keep_sequences_whole))
+            new = adapter.evaluate(policy, rollout_data, needs_distribution=False)
+            by_value, by_action = (_reached(output.sum(), parameters) for output in (new.values, new.log_prob))
     finally:
         policy.set_training_mode(was_training)
         th.backends.cudnn.enabled = cudnn_was_enabled
-    critics = by_value & ~by_action
-    return {id(parameter) for parameter, is_critics in zip(parameters, critics, strict=True) if is_critics}
+    return by_value - by_action
 
 
-def _reached(output: th.Tensor, parameters: Sequence[th.Tensor]) -> list[int]:
-    """Mark the parameters that an output depends on with 1, the others with 0."""
+def _reached(output: th.Tensor, parameters: Sequence[th.Tensor]) -> set[int]:
     if not output.requires_grad:  # all that it depends on is frozen
-        return [0] * len(parameters)
+        return set()
     gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-    return [int(gradient is not None) for gradient in gradients]
+    return {id(parameter) for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None}

@@ -11,13 +11,15 @@ diverged; adapt β, and the learning rate, for the next one.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.utils import explained_variance
 
+from sb3_adaptive_kl import step
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
 from sb3_adaptive_kl.arguments import (
     MIN_SCHEDULED_TARGET_KL,
@@ -27,18 +29,17 @@ from sb3_adaptive_kl.arguments import (
     penalty_rule,
     settings_at,
 )
-from sb3_adaptive_kl.control import SegmentedControl, next_kl_coef, rollouts_at_bound, warn_at_bound
-from sb3_adaptive_kl.distributed.minibatches import minibatches_of_all_ranks
-from sb3_adaptive_kl.distributed.ranks import is_parallel
-from sb3_adaptive_kl.distributed.synchronization import average_buffers, pool_kl
+from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound
+from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
 from sb3_adaptive_kl.learning_rate import next_scale
+from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
-from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
+from sb3_adaptive_kl.rollout.minibatches import minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
-from sb3_adaptive_kl.step import Update
-from sb3_adaptive_kl.step_back import shorten_step
+from sb3_adaptive_kl.step_back import critic_parameters, shorten_step
 
 # Stop training after this many undone updates in a row
 MAX_UNDONE_IN_A_ROW = 5
@@ -61,23 +62,32 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             returns an invalid target or coefficient
         """
         check_settings(self)  # a callback may have changed them
-        self._host.check_rollout(self.rollout_buffer)
+        self._adapter.check_rollout(self.rollout_buffer)
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
         metrics = UpdateMetrics()
 
         problem = None
         self.step_scale = 1.0
-        with self._execution.updating(self.policy):
+        # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
+        with without_validation(self.policy):
             snapshot = Snapshot(self.policy)
-            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._host, self.kl_divergence)
-            kl = self._optimize_and_measure(old_policy, settings, metrics)
+            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence)
+            try:
+                self._optimize(old_policy, settings, metrics)
+            except ValueError:
+                # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
+                # diverged, and the error was something else
+                if math.isfinite(measured_kl(old_policy).mean):
+                    raise
+            kl = self._measure_kl(old_policy)
             raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
             if not (math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()):
                 problem = "a non-finite KL divergence, gradient or parameter"
             elif raw_kl > limit:
-                self.step_scale, kl = shorten_step(old_policy, snapshot, partial(self._measure_kl, old_policy), raw_kl, limit)
+                critic = self._critic_parameters(old_policy)
+                self.step_scale, kl = shorten_step(snapshot, critic, partial(self._measure_kl, old_policy), raw_kl, limit)
                 # The actor depends on something that is not scaled. (Unless the target is 0: then the policy is the old one,
                 # and rounding is measured)
                 if not kl.mean <= limit and settings.target_kl > MIN_SCHEDULED_TARGET_KL:
@@ -90,7 +100,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot.restore()
             kl = RolloutKL(0.0, 0.0)  # of the restored policy
             self.step_scale = 0.0
-            self.kl_coef = settings.kl_coef  # discard what a predictive rule did during the undone update
+            self.kl_coef = settings.kl_coef  # discard what a rule did within the undone update
             self._undone_updates += 1
         self._log_update(settings, metrics, raw_kl, kl)
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
@@ -99,56 +109,62 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._adapt_learning_rate(rule_kl, settings.target_kl)
         self._warn_or_give_up(problem)
 
-    def _optimize_and_measure(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> RolloutKL:
-        """
-        Train the policy, then measure how far it has moved.
-
-        :return: the divergence from the old policy over the rollout; NaN if the new policy does not give valid distributions
-            any more
-        """
-        try:
-            self._optimize(old_policy, settings, metrics)
-        except ValueError:
-            # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
-            # diverged, and the error was something else. (step_of_all_ranks does the same for its step)
-            if is_parallel() or math.isfinite(self._measure_kl(old_policy).mean):
-                raise
-        if is_parallel():
-            average_buffers(self.policy)
-        return self._measure_kl(old_policy)
-
     def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
         """
-        Take minibatch steps for ``n_epochs`` passes over the rollout, or fewer if ``kl_stop_factor`` says so. A predictive
-        rule adapts β in between.
+        Take minibatch steps for ``n_epochs`` passes over the rollout, or fewer if ``kl_stop_factor`` says so. A rule with
+        several segments adapts β in between.
         """
         self.policy.set_training_mode(True)
-        update = Update(self.policy, self._host, old_policy, self._execution.optimizer_step(self.policy))
         control = SegmentedControl(self._penalty_rule(settings.target_kl), self._steps_per_update, self._kl_coef_limits)
-        with self._execution.stepping(self.policy):
+        with self._minibatch_gradients(old_policy) as compute_gradients, one_kernel(self.policy.optimizer) as take_step:
             for epoch in range(self.n_epochs):
                 metrics.start_epoch()
                 self._n_updates += 1
                 for rollout_data, index in self._minibatches(settings):
-                    result = self._execution.take_step(update, rollout_data, index, settings)
-                    metrics.add(result.metrics, result.grad_norm)
-                    if result.grad_norm is None:
-                        self._print_early_stop(epoch, MinibatchMetrics(*result.metrics).kl)
+                    metrics.add(*compute_gradients(rollout_data, index, settings))
+                    if self._stops_early(epoch, settings.target_kl, metrics):
                         return
-                    segment = control.end_segment(metrics.n_steps)
+                    take_step()
+                    segment = control.end_segment(metrics.n_minibatches)
                     if segment is not None:
-                        kl_at_rest, *kls = metrics.kls(segment)
-                        self.kl_coef = control.next_kl_coef(self.kl_coef, kl_at_rest, kls, settings.target_kl)
+                        self.kl_coef = control.adapt(self.kl_coef, metrics.kls(segment), settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
 
+    def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
+        """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
+        if self._compiler is None:
+            return nullcontext(partial(step.compute_gradients, self.policy, self._adapter, old_policy))
+        return self._compiler.compiled_gradients(self.policy, self._adapter, old_policy)
+
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
-        mine = self._execution.minibatches(self.rollout_buffer, self.batch_size)
-        return minibatches_of_all_ranks(mine, self._host, settings.normalize_advantage) if is_parallel() else mine
+        """Draw one epoch of minibatches, with the indices of their transitions."""
+        return minibatches(self.rollout_buffer, self.batch_size)
+
+    def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
+        """Measure how far the policy has moved, on the whole rollout."""
+        return measured_kl(old_policy)
+
+    def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
+        """Find the parameters that a step back leaves alone, by their ``id``."""
+        return critic_parameters(old_policy)
+
+    def _explained_variance(self) -> float:
+        """Compute how much of the variance of the returns the values explain."""
+        return float(explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()))
+
+    def _stops_early(self, epoch: int, target_kl: float, metrics: UpdateMetrics) -> bool:
+        if self.kl_stop_factor is None:
+            return False
+        (kl,) = metrics.kls(slice(-1, None))
+        stops = kl > self.kl_stop_factor * target_kl
+        if stops and self.verbose >= 1:
+            print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
+        return stops
 
     def _penalty_rule(self, target_kl: float) -> PenaltyRule:
         if target_kl <= MIN_SCHEDULED_TARGET_KL:  # compared with a target of 0, any step would raise β
             return FixedPenalty()
-        return penalty_rule(self.kl_rule, self.kl_tolerance, self.kl_factor)
+        return penalty_rule(self.kl_rule)
 
     @property
     def _kl_coef_limits(self) -> tuple[float, float]:
@@ -156,23 +172,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
     @property
     def _steps_per_update(self) -> int:
-        return self.n_epochs * math.ceil(self._n_transitions / (self.batch_size or self._n_transitions))
-
-    @property
-    def _n_transitions(self) -> int:
-        return self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
-
-    def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
-        try:
-            kl = old_policy.kl()
-        except ValueError:
-            # The old policy passed this very sweep before the update, so it is the update that broke the policy
-            kl = RolloutKL(math.nan, math.nan)
-        return pool_kl(kl, self._n_transitions) if is_parallel() else kl
-
-    def _print_early_stop(self, epoch: int, kl: th.Tensor) -> None:
-        if self.verbose >= 1:
-            print(f"Early stopping at step {epoch} due to reaching max kl: {kl.item():.2f}")
+        n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
 
     def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: RolloutKL) -> None:
         metrics.log(self.logger, settings)
@@ -181,8 +182,9 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             log_step_back(self.logger, raw_kl, self.step_scale)
         if self.learning_rate_rule is not None:
             log_learning_rate(self.logger, self.policy.optimizer.param_groups[0]["lr"], self.learning_rate_scale)
-        seconds = self._execution.pop_compile_seconds()
-        log_progress(self.logger, self.rollout_buffer, self.policy, self._n_updates, self._undone_updates, seconds)
+        log_progress(self.logger, self.policy, self._explained_variance(), self._n_updates, self._undone_updates)
+        if self._compiler is not None:
+            self._compiler.log(self.logger)
 
     def _adapt_kl_coef(self, kl: float, target_kl: float) -> None:
         """
@@ -192,10 +194,17 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         :param target_kl: d_targ in nats
         :raises ValueError: if a user's rule returns NaN
         """
-        self.kl_coef, side = next_kl_coef(self._penalty_rule(target_kl), self.kl_coef, kl, target_kl, self._kl_coef_limits)
-        self._rollouts_at_bound = rollouts_at_bound(self._rollouts_at_bound, side)
+        self.kl_coef, side = apply_rule(self._penalty_rule(target_kl), self.kl_coef, kl, target_kl, self._kl_coef_limits)
+        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, side)
         if side > 0 or self.clip_range is None:  # a clip may end updates below the target, as it should
             warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.learning_rate_rule is not None:
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                for group in optimizer.param_groups:
+                    group["lr"] *= self.learning_rate_scale
 
     def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
         """
@@ -227,9 +236,21 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 "NaN with VecCheckNan"
             )
         if problem is not None:
-            warnings.warn(
+            warn_user(
                 f"The update at {self.num_timesteps} timesteps produced {problem} and was undone. "
                 f"The next one uses kl_coef={self.kl_coef:g}. If this persists, lower learning_rate, or look for extreme "
-                "or NaN observations and rewards.",
-                stacklevel=2,
+                "or NaN observations and rewards."
             )
+
+
+def measured_kl(old_policy: OldPolicy) -> RolloutKL:
+    """
+    Measure the policy on the whole rollout of this process.
+
+    :param old_policy: remembers the policy before the update
+    :return: NaN where the policy does not give valid distributions any more: before the update it did, in this very sweep
+    """
+    try:
+        return old_policy.kl()
+    except ValueError:
+        return RolloutKL(math.nan, math.nan)

@@ -48,7 +48,7 @@ def assert_same_trajectory(case, algorithm=AdaptiveKLPPO, n_iterations=10, **kwa
     eager, compiled = (
         case.build(algorithm, compile=compile, **{**SMALL, **kwargs}).learn(n_iterations * 60) for compile in (False, True)
     )
-    assert not compiled._execution.compilation.failed
+    assert not compiled._compiler.compilation.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
     assert eager.kl_coef == compiled.kl_coef
     assert eager._n_updates == compiled._n_updates
@@ -73,7 +73,7 @@ def test_same_trajectory_for_every_family(case):
 def test_same_steps_on_images(case):
     """A rounding error soon flips an action here: so one update, whose first step alone is not compiled."""
     eager, compiled = (CASES[case].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(60) for compile in (False, True))
-    assert not compiled._execution.compilation.failed
+    assert not compiled._compiler.compilation.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
 
 
@@ -110,7 +110,7 @@ class TestBox:
         start = parameters(ours)
         ppo.train()
         ours.train()
-        assert not ours._execution.compilation.failed
+        assert not ours._compiler.compilation.failed
         assert (parameters(ours) - start).abs().max() > 1e-3
         assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
 
@@ -137,7 +137,7 @@ class TestBox:
         for _ in range(9):
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
             model.train()
-            assert not model._execution.compilation.failed
+            assert not model._compiler.compilation.failed
         assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
 
     def test_checkpoints_do_not_see_it(self, tmp_path):
@@ -169,7 +169,7 @@ class TestBox:
         before = parameters(model)
         with pytest.warns(UserWarning, match="was undone"):
             model.train()
-        assert not model._execution.compilation.failed
+        assert not model._compiler.compilation.failed
         assert th.equal(parameters(model), before)
 
     def test_freezing_and_thawing_the_network(self):
@@ -181,7 +181,7 @@ class TestBox:
             before = layers[0].weight.clone()
             model.learn(2 * 60)
             assert th.equal(layers[0].weight, before) == frozen
-        assert not model._execution.compilation.failed
+        assert not model._compiler.compilation.failed
 
     def test_normalization_may_be_switched_off_and_on(self):
         """Both ways are compiled once each: going back compiles nothing again."""
@@ -209,7 +209,7 @@ def test_globals_of_the_users_code_may_change(monkeypatch):
     assert len(np.unique(model.rollout_buffer.values)) > 10
     monkeypatch.setattr(f"{__name__}.SCALE", 0.0)
     assert len(np.unique(collect(model).rollout_buffer.values)) == 1
-    assert not model._execution.compilation.failed
+    assert not model._compiler.compilation.failed
 
 
 class AsksForTheSpace(ActorCriticPolicy):
@@ -251,7 +251,7 @@ def assert_falls_back(message, policy="MlpPolicy", algorithm=AdaptiveKLPPO, **kw
     with pytest.warns(UserWarning, match=message) as caught:
         compiled.learn(3 * 60)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
-    assert compiled._execution.compilation.failed
+    assert compiled._compiler.compilation.failed
     eager = case.build(algorithm, **SMALL).learn(3 * 60)
     assert th.equal(parameters(compiled), parameters(eager))
 
@@ -286,7 +286,7 @@ def test_what_changes_too_often_alone_falls_back():
     with pytest.warns(UserWarning, match=r"compile=True: act\(\) is no longer compiled.*TORCH_LOGS") as caught:
         model.learn(60, callback=ask)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
-    assert not model._execution.compilation.failed
+    assert not model._compiler.compilation.failed
 
 
 def test_falls_back_for_lstms():

@@ -104,9 +104,9 @@ def stepped(rollout: dict[str, np.ndarray], ends: list[int]) -> tuple[list[float
     rank = dist.get_rank() if dist.is_initialized() else 0
     arguments = {"normalize_advantage": False, "ent_coef": 0.1, "policy_kwargs": {"optimizer_class": th.optim.SGD}}
     model = with_rollout(model_of("AdaptiveKLPPO", N_ENVS, **arguments), rollout, 0)
-    old_policy = OldPolicy(model.policy, model.rollout_buffer, model._host)
+    old_policy = OldPolicy(model.policy, model.rollout_buffer, model._adapter)
     index = th.arange(*([0, *ends][rank : rank + 2]))
-    update = Update(model.policy, model._host, old_policy, model._execution.optimizer_step(model.policy))
+    update = Update(model.policy, model._adapter, old_policy, model._execution.optimizer_step(model.policy))
     settings = settings_at(model, 1.0)
     result = model._execution.take_step(update, model.rollout_buffer._get_samples(index.numpy()), index, settings)
     return result.metrics.tolist(), model.policy.state_dict(), result.grad_norm.item()

@@ -11,7 +11,7 @@ from sb3_contrib.common.maskable.evaluation import evaluate_policy
 
 from sb3_adaptive_kl import MaskableAdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import action_distribution
-from sb3_adaptive_kl.rollout.evaluation import sweep
+from sb3_adaptive_kl.rollout.old_policy import sweep
 from tests.conftest import Case, collect, logged, parameters, remember
 
 
@@ -95,7 +95,7 @@ def test_masked_actions_contribute_zero_with_finite_gradients():
 def test_update_uses_the_masks_of_the_rollout(case):
     """With unchanged parameters, the update computes the same log-probabilities as the rollout."""
     model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
-    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._host, True):
+    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._adapter, True):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 

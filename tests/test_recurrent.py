@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.rollout.evaluation import sweep
+from sb3_adaptive_kl.rollout.old_policy import sweep
 from sb3_adaptive_kl.rollout.minibatches import in_order, minibatches
 from tests.conftest import Case, collect, image, logged, minibatch_loss, multi_input, parameters, pendulum, remember
 
@@ -79,14 +79,14 @@ def test_several_updates_are_finite_and_change_the_policy(case):
 def test_update_uses_the_hidden_states_of_the_rollout(case):
     """With unchanged parameters, the update computes the log-probabilities of the rollout, also across episode ends."""
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
-    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._host, True):
+    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._adapter, True):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
 def test_kl_is_measured_on_whole_sequences():
     """Chunks begin with an episode or environment, since a cut sequence would start from the old policy's hidden state."""
     model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, n_steps=300, batch_size=100))
-    chunks = [index.tolist() for _, index, _ in sweep(model.policy, model.rollout_buffer, model._host, True)]
+    chunks = [index.tolist() for _, index, _ in sweep(model.policy, model.rollout_buffer, model._adapter, True)]
     assert [transition for chunk in chunks for transition in chunk] == list(range(600))
     assert len(chunks) > 2
     for first, *_ in chunks:

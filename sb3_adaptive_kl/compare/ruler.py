@@ -13,14 +13,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_adaptive_kl.arguments import target_kl_at
-from sb3_adaptive_kl.rollout.hosts import Host, MaskableHost, RecurrentHost
+from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter, PolicyAdapter, RecurrentPolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
 # How each algorithm's policy is evaluated; the first that fits
-HOSTS: tuple[tuple[type, Host], ...] = (
-    (RecurrentPPO, RecurrentHost()),
-    (MaskablePPO, MaskableHost()),
-    (OnPolicyAlgorithm, Host()),
+ADAPTERS: tuple[tuple[type, PolicyAdapter], ...] = (
+    (RecurrentPPO, RecurrentPolicyAdapter()),
+    (MaskablePPO, MaskablePolicyAdapter()),
+    (OnPolicyAlgorithm, PolicyAdapter()),
 )
 
 
@@ -45,8 +45,8 @@ def remember(model: OnPolicyAlgorithm) -> OldPolicy:
     buffer: Any = copy.copy(model.rollout_buffer)
     if isinstance(buffer.observations, dict):
         buffer.observations = dict(buffer.observations)
-    host = next(host for algorithm, host in HOSTS if isinstance(model, algorithm))
-    return OldPolicy(model.policy, buffer, host)
+    adapter = next(adapter for algorithm, adapter in ADAPTERS if isinstance(model, algorithm))
+    return OldPolicy(model.policy, buffer, adapter)
 
 
 class Ruler(BaseCallback):

@@ -1,5 +1,33 @@
-"""One policy, trained by all processes of a ``torch.distributed`` group: Heess et al. 2017 (https://arxiv.org/abs/1707.02286)."""
+"""
+One policy, trained by several processes: ``DistributedAdaptiveKLPPO`` and its like, for those who ask for it.
 
-from sb3_adaptive_kl.distributed.errors import RankFailure, RanksDisagree
+Nothing outside of this folder, and of the zoo's command under torchrun, knows ranks.
+"""
 
-__all__ = ["RankFailure", "RanksDisagree"]
+from typing import TYPE_CHECKING, Any
+
+from sb3_adaptive_kl.distributed.data_parallel import DataParallel
+from sb3_adaptive_kl.distributed.synchronization import RanksDisagree
+from sb3_adaptive_kl.ppo import AdaptiveKLPPO
+
+if TYPE_CHECKING:
+    from sb3_adaptive_kl.distributed.contrib import (
+        DistributedMaskableAdaptiveKLPPO as DistributedMaskableAdaptiveKLPPO,
+    )
+    from sb3_adaptive_kl.distributed.contrib import (
+        DistributedRecurrentAdaptiveKLPPO as DistributedRecurrentAdaptiveKLPPO,
+    )
+
+__all__ = ["DataParallel", "DistributedAdaptiveKLPPO", "RanksDisagree"]
+
+
+class DistributedAdaptiveKLPPO(DataParallel, AdaptiveKLPPO):  # type: ignore[misc]  # as for AdaptiveKLPPO
+    """:class:`~sb3_adaptive_kl.AdaptiveKLPPO` on all ranks of ``torch.distributed``'s default group."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DistributedMaskableAdaptiveKLPPO", "DistributedRecurrentAdaptiveKLPPO"):
+        from sb3_adaptive_kl.distributed import contrib  # it needs sb3-contrib
+
+        return getattr(contrib, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl.distributed.errors import RanksDisagree
 from sb3_adaptive_kl.distributed.ranks import broadcast, gather, gather_objects, rank
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
+
+
+class RanksDisagree(ValueError):
+    """The ranks hold different arguments, or different parameters. The message says which."""
 
 
 def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:

@@ -1,5 +1,6 @@
 """
-Everything that exists only for speed. Without this folder the package trains the same policies, more slowly.
+Everything that exists only for speed: the same policies are trained without it, more slowly.
 
-No other part of the package knows torch's compiler, the state of Adam, or the private parts of SB3's policies.
+No other part of the package knows torch's compiler, or looks behind the public names of SB3's distributions and torch's
+optimizers. ``SB3_ADAPTIVE_KL_FAST=0`` in the environment switches it off, to find out whether a problem is in here.
 """

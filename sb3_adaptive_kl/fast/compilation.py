@@ -3,13 +3,14 @@
 import inspect
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch as th
 from torch.distributions import Distribution
+
+from sb3_adaptive_kl.messages import warn_user
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Compilation:
 
     def warn(self, message: str) -> None:
         """Warn, with the name of the argument in front."""
-        warnings.warn(f"compile=True: {message}", stacklevel=4)
+        warn_user(f"compile=True: {message}")
 
     def pop_seconds(self) -> float:
         """Return the seconds spent compiling since the last call."""

@@ -80,7 +80,35 @@ class Categoricals(ActionDistribution):
         return categorical_kl(self.log_probs, other.log_probs)
 
 
-def action_distribution(distribution: Distribution) -> ActionDistribution:
+def policy_distribution(policy: ActorCriticPolicy) -> ActionDistribution:
+    """
+    Extract the parameters of the distribution that a policy has just evaluated, still attached to the graph.
+
+    :param policy: after ``policy.evaluate_actions(...)``
+    :return: its parameters
+    :raises ValueError: if the policy hides its distribution, or if there is no closed-form KL for it here
+    """
+    action_dist = getattr(policy, "action_dist", None)
+    if torch_distribution(action_dist) is None:
+        raise hidden_distribution_error(policy)
+    return action_distribution(action_dist)
+
+
+def hidden_distribution_error(policy: ActorCriticPolicy) -> ValueError:
+    """
+    Describe the mistake in a policy whose ``evaluate_actions`` does not use ``policy.action_dist``.
+
+    :param policy: the policy
+    :return: the error to raise
+    """
+    return ValueError(
+        f"policy={type(policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
+        "policy.action_dist, so its KL divergence cannot be computed: build it with "
+        "self._get_action_dist_from_latent(latent_pi) as SB3's policies do, or pass kl_divergence='k3'"
+    )
+
+
+def action_distribution(distribution: Distribution | None) -> ActionDistribution:
     """
     Extract the parameters of a distribution of SB3 or sb3-contrib, still attached to the graph.
 

@@ -15,8 +15,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-# Draw at most this many bytes of the rollout at a time
+from sb3_adaptive_kl.rollout.adapters import is_stock
+
+# Draw at most this many bytes of the rollout at a time: images would otherwise be in memory twice
 BLOCK_BYTES = 2**21
+# Modules whose _get_samples indexes row by row and whose get() cuts one permutation: SB3's and contrib's maskable buffers
+ROW_BY_ROW = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
 
 
 class Draw(NamedTuple):
@@ -28,7 +32,7 @@ class Draw(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, th.Tensor], None, None]:
+def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
     """
     Draw one epoch of ``buffer.get(batch_size)``, each minibatch with the indices of its transitions.
 
@@ -38,8 +42,18 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tupl
         padded samples hold more rows than there are indices, the valid ones in the order of the indices
     :raises ValueError: if the buffer does not draw through ``_get_samples``, or draws an empty minibatch
     """
-    for samples, draw in _draws(buffer, batch_size):
-        yield samples, th.as_tensor(draw.batch_inds, device=buffer.device)
+    size = batch_size or buffer.buffer_size * buffer.n_envs
+    n_per_draw = 1
+    # Indexing a rollout costs the same for 64 transitions and for 2048: draw several minibatches at once where the buffer cuts
+    # one permutation, so that the block holds just the minibatches that the buffer would draw
+    if all(is_stock(buffer, name, ROW_BY_ROW) for name in ("get", "_get_samples")):
+        n_per_draw = max(1, transitions_per_block(buffer) // size)
+    for samples, draw in _draws(buffer, n_per_draw * size):
+        index = th.as_tensor(draw.batch_inds, device=buffer.device)
+        if n_per_draw == 1:
+            yield samples, index
+        else:
+            yield from zip(_split(samples, size), th.split(index, size), strict=True)
 
 
 def transitions_per_block(buffer: RolloutBuffer) -> int:
@@ -94,7 +108,19 @@ def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]
     return cuts
 
 
-def _draws(buffer: RolloutBuffer, batch_size: int | None) -> Generator[tuple[Any, Draw], None, None]:
+def _split(samples: Any, batch_size: int) -> Iterator[Any]:
+    """Split the samples of a block into minibatches, which are views of it. Observations may be a dict of tensors."""
+
+    def split(field: Any) -> Any:
+        if not isinstance(field, dict):
+            return field.split(batch_size)
+        parts = zip(*(tensor.split(batch_size) for tensor in field.values()), strict=True)
+        return [dict(zip(field, part, strict=True)) for part in parts]
+
+    return map(type(samples)._make, zip(*map(split, samples), strict=True))
+
+
+def _draws(buffer: RolloutBuffer, batch_size: int) -> Generator[tuple[Any, Draw], None, None]:
     """Iterate over ``buffer.get(batch_size)`` while recording its calls of ``_get_samples``."""
     pending: list[Draw] = []
     get_samples = buffer._get_samples

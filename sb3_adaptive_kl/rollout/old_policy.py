@@ -1,5 +1,6 @@
 """π_old, remembered for one rollout: what the policy is compared with while it moves and after it has moved."""
 
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -9,9 +10,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.objective import Evaluation
-from sb3_adaptive_kl.rollout.distributions import ActionDistribution, torch_distribution
-from sb3_adaptive_kl.rollout.evaluation import hidden_distribution_error, sweep, taken_actions
-from sb3_adaptive_kl.rollout.hosts import Host
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
+from sb3_adaptive_kl.rollout.distributions import ActionDistribution, hidden_distribution_error, torch_distribution
+from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
+
+# Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
+# fewer, since they are padded; images only as many as fit into a block
+SWEEP_CHUNK_SIZE = 2048
+SEQUENCES_CHUNK_SIZE = 256
 
 
 class RolloutKL(NamedTuple):
@@ -30,15 +36,17 @@ class OldPolicy:
 
     :param policy: the policy, before the update; it may move afterwards
     :param buffer: the full rollout buffer; it is read, and flattened as an epoch of SB3 flattens it
-    :param host: knows how the policy is called, and what is padding
+    :param adapter: knows how the policy is called, and what is padding
     :param kl_divergence: a name in ``DIVERGENCES``
     :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws
     """
 
-    def __init__(self, policy: ActorCriticPolicy, buffer: RolloutBuffer, host: Host, kl_divergence: str = "forward") -> None:
+    def __init__(
+        self, policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter, kl_divergence: str = "forward"
+    ) -> None:
         self.policy = policy
         self.buffer = buffer
-        self.host = host
+        self.adapter = adapter
         self._divergence = DIVERGENCES[kl_divergence]
         self.distribution: ActionDistribution | None = None
         self._remember()
@@ -65,7 +73,7 @@ class OldPolicy:
         :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
         """
         divergence = None
-        with closing(sweep(self.policy, self.buffer, self.host, self.needs_distribution)) as evaluations:
+        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution)) as evaluations:
             for _, index, new in evaluations:
                 part = self.divergence(index, new)
                 if divergence is None:
@@ -89,7 +97,7 @@ class OldPolicy:
 
     def _remember(self) -> None:
         before = torch_distribution(getattr(self.policy, "action_dist", None))
-        with closing(sweep(self.policy, self.buffer, self.host, self.needs_distribution)) as evaluations:
+        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution)) as evaluations:
             for rollout_data, index, new in evaluations:
                 if not self.needs_distribution:
                     continue
@@ -107,7 +115,33 @@ class OldPolicy:
         """
         if torch_distribution(self.policy.action_dist) is not before:
             log_prob = self.policy.action_dist.log_prob(taken_actions(self.policy, rollout_data))
-            valid = self.host.valid(rollout_data)
+            valid = self.adapter.valid(rollout_data)
             if th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all():
                 return
         raise hidden_distribution_error(self.policy)
+
+
+def sweep(
+    policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter, needs_distribution: bool
+) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
+    """
+    Evaluate the policy as it acts (eval mode) on every transition of the rollout, in order, without drawing random numbers.
+
+    Exhaust or close the generator: until then gradients are off for the caller, too.
+
+    :param policy: the policy
+    :param buffer: a full rollout buffer
+    :param adapter: evaluates the policy
+    :param needs_distribution: whether to extract the parameters of the action distributions
+    :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
+    """
+    whole = adapter.keep_sequences_whole
+    chunk_size = SEQUENCES_CHUNK_SIZE if whole else min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
+    was_training = policy.training
+    policy.set_training_mode(False)
+    try:
+        with th.no_grad(), preserve_random_state():
+            for rollout_data, index in in_order(buffer, chunk_size, whole):
+                yield rollout_data, index, adapter.evaluate(policy, rollout_data, needs_distribution)
+    finally:
+        policy.set_training_mode(was_training)

@@ -1,11 +1,13 @@
 """
-SB3's hooks around training, for an algorithm that several processes train together.
+The hooks of the algorithm that differ where several processes train one policy.
 
-Without a process group they do nothing. Within one, all ranks call ``learn()``, and each collects its own rollouts; the train
-step (``step.py``) and everything that is decided in it are the same on all ranks.
+All ranks call ``learn()``, and each collects its own rollouts; the update and everything that is decided in it are the same on
+all ranks.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from inspect import signature
 from io import BufferedIOBase
@@ -14,26 +16,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import explained_variance
 
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
-from sb3_adaptive_kl.distributed.failure import fail_together
-from sb3_adaptive_kl.distributed.ranks import gather_objects, is_parallel, rank
+from sb3_adaptive_kl.distributed.gradients import gradients_of_all_ranks, normalized_over_ranks
+from sb3_adaptive_kl.distributed.ranks import check_group, gather, gather_objects, rank, wait_for_all_ranks
 from sb3_adaptive_kl.distributed.synchronization import (
     PooledNormalization,
     average_buffers,
     broadcast_policy,
     check_agreement,
     checksum,
+    pool_kl,
 )
+from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.objective import Settings
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
+from sb3_adaptive_kl.step import ComputeGradients
+from sb3_adaptive_kl.training import KLPenaltyTraining
 
 # Compare the parameters of all ranks once in this many rollouts
 ROLLOUTS_BETWEEN_CHECKSUMS = 10
 # Arguments that may differ between ranks, since they change nothing in the update
-RANK_SPECIFIC_ARGUMENTS = ("seed", "verbose", "tensorboard_log")
+RANK_SPECIFIC_ARGUMENTS = ("verbose", "tensorboard_log")
 COMPARED_PACKAGES = ("sb3_adaptive_kl", "stable_baselines3", "sb3_contrib")
 # What the update depends on besides arguments
 COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
@@ -41,58 +50,89 @@ COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_
 CHECKSUM = "the checksum of the parameters"
 CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
-SelfDistributedAlgorithm = TypeVar("SelfDistributedAlgorithm", bound="DistributedAlgorithm")
+SelfDataParallel = TypeVar("SelfDataParallel", bound="DataParallel")
 Episodes = list[tuple[int, list[dict[str, Any]], list[bool]]]  # time step, infos and dones of those that ended
 
 
-class DistributedAlgorithm(OnPolicyAlgorithm):
+class DataParallel(KLPenaltyTraining):
     """
-    The base of an algorithm that trains one policy on all ranks of ``torch.distributed``'s default group.
+    Mixin that lets all ranks of ``torch.distributed``'s default group train one policy.
 
-    ``num_timesteps`` and ``total_timesteps`` count the transitions of all ranks, and logged episodes are those of all ranks.
+    Put it before the algorithm: ``class DistributedAdaptiveKLPPO(DataParallel, AdaptiveKLPPO)``. N ranks make the same update
+    as one process with N times the environments and minibatches. ``num_timesteps`` and ``total_timesteps`` count the
+    transitions of all ranks, and logged episodes are those of all ranks.
+
+    :raises ValueError: if there is no process group
     """
 
-    _rank_of_seed: int = 0
     _n_rollouts: int = 0
     _normalization: PooledNormalization
     _ended_episodes: Episodes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_group(type(self).__name__)
         if rank() > 0:
             kwargs["verbose"] = 0
         super().__init__(*args, **kwargs)
+
+    # ---------------------------------------------------------------- the update
+
+    def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
+        super()._optimize(old_policy, settings, metrics)
+        average_buffers(self.policy)
+
+    @contextmanager
+    def _minibatch_gradients(self, old_policy: OldPolicy) -> Iterator[ComputeGradients]:
+        with super()._minibatch_gradients(old_policy) as of_this_rank:
+            yield gradients_of_all_ranks(of_this_rank, old_policy)
+
+    def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
+        return normalized_over_ranks(super()._minibatches(settings), self._adapter, settings.normalize_advantage)
+
+    def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
+        return pool_kl(super()._measure_kl(old_policy), self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
+
+    def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
+        # Only those that every rank counts as the critic's: a rank may probe other branches of a network
+        mine, parameters = super()._critic_parameters(old_policy), list(self.policy.parameters())
+        of_ranks = gather(th.tensor([id(parameter) in mine for parameter in parameters]).to(th.uint8)).bool()
+        return {id(parameter) for parameter, everywhere in zip(parameters, of_ranks.all(dim=0), strict=True) if everywhere}
+
+    def _explained_variance(self) -> float:
+        buffer = self.rollout_buffer
+        values, returns = (gather(th.from_numpy(part.flatten())).flatten() for part in (buffer.values, buffer.returns))
+        return float(explained_variance(values.numpy(), returns.numpy()))
+
+    # ---------------------------------------------------------------- SB3's hooks
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
         Set the seed of all random generators. Ranks get different ones, as environments of one process do: the environments of
         rank 1 are numbered after those of rank 0.
 
-        :param seed: of rank 0
+        :param seed: the same on all ranks; that of rank 0
         """
-        self._rank_of_seed = rank()
         super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
 
-    def learn(self: SelfDistributedAlgorithm, *args: Any, **kwargs: Any) -> SelfDistributedAlgorithm:
+    def learn(self: SelfDataParallel, *args: Any, **kwargs: Any) -> SelfDataParallel:
         """
         Train as the host does, together with all other ranks.
 
-        :raises RankFailure: if another rank has failed
+        :raises RuntimeError: if another rank has ended, or does not arrive
         :raises RanksDisagree: if the ranks were given different arguments, or do not end with the same parameters
         """
-        with fail_together():
-            super().learn(*args, **kwargs)
-            if is_parallel():
-                check_agreement({CHECKSUM: checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
+        super().learn(*args, **kwargs)
+        check_agreement({CHECKSUM: checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
         return self
 
     def save(self, path: str | Path | BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """
-        Save as SB3 does. Within a process group, only rank 0 writes to a path, and the file gets its name when it is complete:
-        a killed process leaves ``.NAME.zip.unfinished`` at most.
+        Save as SB3 does. Only rank 0 writes to a path, and the file gets its name when it is complete: a killed process leaves
+        ``.NAME.zip.unfinished`` at most.
 
         :param path: path to the file, or a file-like object
         """
-        if not is_parallel() or not isinstance(path, str | Path):
+        if not isinstance(path, str | Path):
             super().save(path, *args, **kwargs)
         elif rank() == 0:
             path = Path(path)
@@ -106,8 +146,6 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect as the host does, then pool episodes, statistics and the decision to continue over all ranks."""
-        if not is_parallel():
-            return super().collect_rollouts(*args, **kwargs)
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
         before = self.ep_info_buffer.copy(), self.ep_success_buffer.copy()  # the same on all ranks
@@ -128,24 +166,20 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
-        if is_parallel():
-            all_dones = [False] * len(infos) if dones is None else dones.tolist()
-            ended = [(info, done) for info, done in zip(infos, all_dones, strict=True) if done or "episode" in info]
-            if ended:
-                logged = [{key: value for key, value in info.items() if key in ("episode", "is_success")} for info, _ in ended]
-                self._ended_episodes.append((self.num_timesteps, logged, [done for _, done in ended]))
+        all_dones = [False] * len(infos) if dones is None else dones.tolist()
+        ended = [(info, done) for info, done in zip(infos, all_dones, strict=True) if done or "episode" in info]
+        if ended:
+            logged = [{key: value for key, value in info.items() if key in ("episode", "is_success")} for info, _ in ended]
+            self._ended_episodes.append((self.num_timesteps, logged, [done for _, done in ended]))
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        if is_parallel():
-            self._start_together(total_timesteps, reset_num_timesteps)
+        self._start_together(total_timesteps, reset_num_timesteps)
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if is_parallel():
-            callback, progress_bar = callbacks_of_this_rank(callback, progress_bar), False
-        return super()._init_callback(callback, progress_bar)
+        return super()._init_callback(callbacks_of_this_rank(callback, progress_bar), progress_bar=False)
 
     def _start_together(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
         """
@@ -153,6 +187,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
 
         :raises RanksDisagree: if the ranks were given different arguments
         """
+        wait_for_all_ranks()
         shapes = [tuple(parameter.shape) for parameter in self.policy.parameters()]
         check_agreement(
             {
@@ -169,8 +204,6 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         )
         broadcast_policy(self.policy)
         self._n_rollouts = 0
-        if self.seed is not None and self._rank_of_seed != rank():  # the model is older than the group
-            self.set_random_seed(self.seed)
         self._normalization = PooledNormalization(self.get_vec_normalize_env())
         if rank() > 0:
             self.verbose = 0
@@ -205,7 +238,7 @@ class DistributedAlgorithm(OnPolicyAlgorithm):
         return facts
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_normalization", "_ended_episodes", "_rank_of_seed", "_n_rollouts"]
+        return [*super()._excluded_save_params(), "_normalization", "_ended_episodes", "_n_rollouts"]
 
 
 def _has_complete_repr(value: Any) -> bool:

@@ -1,0 +1,221 @@
+"""
+Compiled training: the policy's ``forward``, and the gradients of a minibatch, through ``torch.compile``.
+
+SB3's policies contain things that torch cannot compile. Compiled functions are given a copy of the policy without them, which
+shares its networks; the policy itself, which callbacks see, stays as it is.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+
+from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
+from sb3_adaptive_kl.fast.eager import STOCK_PACKAGES, fast_collection, unvalidated
+from sb3_adaptive_kl.objective import Settings
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, is_stock
+from sb3_adaptive_kl.rollout.distributions import forget_distribution
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, minibatch_loss, optimized_parameters
+
+# The methods of a policy that act, and those that evaluate actions
+ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
+EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
+# Observations of this space are only converted to float by SB3's preprocess_obs
+PREPROCESSED = spaces.Box(-inf, inf, (1,))
+
+
+class Compiler:
+    """What torch has compiled for one model. The first failure ends it for both functions, with one warning."""
+
+    def __init__(self) -> None:
+        self.compilation = Compilation()
+        self._act = Compiled(act, self.compilation)
+        self._clipped_gradients = Compiled(clipped_gradients, self.compilation)
+        self._settings: tuple[Settings, Settings] | None = None
+
+    @contextmanager
+    def compiled_gradients(
+        self, policy: ActorCriticPolicy, adapter: PolicyAdapter, old_policy: OldPolicy
+    ) -> Iterator[ComputeGradients]:
+        """
+        Compile ``compute_gradients`` for one update.
+
+        :param policy: the policy in training
+        :param adapter: evaluates the policy
+        :param old_policy: remembers the policy before the update
+        :return: a context with a function that computes the same up to rounding
+        """
+        plain = partial(compute_gradients, policy, adapter, old_policy)
+        twin, preprocess = compilable_copy(policy, EVALUATING)
+        parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
+
+        def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
+            if self.compilation.failed:
+                return plain(rollout_data, index, settings)
+            preprocessed = rollout_data._replace(observations=preprocess(rollout_data.observations))
+            tensors = self._tensors(settings, policy.device)
+            try:
+                gradients, metrics, norm = self._clipped_gradients(
+                    twin, adapter, old_policy, parameters, preprocessed, index, tensors
+                )
+            except NotCompiled:
+                return plain(rollout_data, index, settings)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return metrics, norm
+
+        for parameter in optimized_parameters(policy.optimizer):
+            parameter.grad = None  # one that was frozen since would keep moving
+        with self.compilation.tracing_gradients():
+            yield compute
+
+    @contextmanager
+    def compiled_collection(self, policy: ActorCriticPolicy) -> Iterator[None]:
+        """
+        Compile ``policy(observations)`` for one rollout.
+
+        :param policy: the policy that collects
+        """
+        with fast_collection(policy):
+            if not all(is_stock(policy, name, STOCK_PACKAGES) for name in ACTING):
+                yield
+                return
+            policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign,assignment]
+            try:
+                yield
+            finally:
+                forward.stop()
+                # A callback may have set a wrapper around it, which stays
+                if vars(policy).get("forward") is forward:
+                    del policy.forward
+
+    def log(self, logger: Logger) -> None:
+        """
+        Log the seconds spent compiling since the last call, if any.
+
+        :param logger: the model's logger
+        """
+        seconds = self.compilation.pop_seconds()
+        if seconds > 0:
+            logger.record("time/compilation", seconds)
+
+    def _tensors(self, settings: Settings, device: th.device) -> Settings:
+        # Converted when they change, and not at every step: on a GPU, creating a tensor synchronizes
+        if self._settings is None or self._settings[0] != settings:
+            self._settings = settings, as_tensors(settings, device)
+        return self._settings[1]
+
+
+class CompiledForward:
+    """Stands in for a policy's ``forward`` during a rollout. It is not copied with the policy: a callback may keep copies."""
+
+    def __init__(self, policy: ActorCriticPolicy, compiled_act: Callable[..., Any]) -> None:
+        self.policy = policy
+        self.actor, self.preprocess = compilable_copy(policy, ACTING)
+        self.act = compiled_act
+
+    def __call__(self, observations: Any, *args: Any, **kwargs: Any) -> Any:
+        observations = self.preprocess(observations)
+        # Masks: torch compiles functions of tensors only
+        kwargs = {name: th.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
+        try:
+            return self.act(self.actor, observations, *args, **kwargs)
+        except NotCompiled:
+            return act(self.actor, observations, *args, **kwargs)
+
+    def stop(self) -> None:
+        """Run the policy's own ``forward`` from now on, for a wrapper that a callback has put around this."""
+        self.actor, self.act, self.preprocess = self.policy, act, lambda observations: observations
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A policy that is copied or unpickled finds its class's method under this name
+        return getattr, (self.policy, "forward")
+
+
+def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    Run a policy's own ``forward``.
+
+    :param actor: a compilable copy of the policy
+    :param observations: batch of preprocessed observations
+    :return: the result of ``forward``: actions, values, log-probabilities
+    """
+    result = type(actor).forward(actor, observations, *args, **kwargs)  # the instance's forward is CompiledForward
+    if th.compiler.is_compiling():
+        forget_distribution(actor)  # compiled code cannot leave a new object behind
+    return result
+
+
+def clipped_gradients(
+    policy: ActorCriticPolicy,
+    adapter: PolicyAdapter,
+    old_policy: OldPolicy,
+    parameters: Sequence[th.Tensor],
+    rollout_data: Any,
+    index: th.Tensor,
+    settings: Settings,
+) -> tuple[list[th.Tensor | None], th.Tensor, th.Tensor]:
+    """
+    Compute what ``compute_gradients`` leaves in ``.grad``, as a function of tensors.
+
+    :param parameters: the parameters to differentiate with respect to; the others as for ``minibatch_loss``
+    :return: their gradients, clipped, ``None`` where the loss does not depend on one; metrics; norm before clipping
+    """
+    loss, metrics = minibatch_loss(policy, adapter, old_policy, rollout_data, index, settings)
+    gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+    forget_distribution(policy)  # compiled code cannot leave a new object behind
+    # One vector: compiled, the norm of the norms takes as long as all the rest
+    norm = th.linalg.vector_norm(th.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
+    scale = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [None if gradient is None else gradient * scale for gradient in gradients], metrics, norm
+
+
+def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:
+    """
+    Copy a policy for torch's compiler: it shares the networks, does not validate its distributions, and expects preprocessed
+    observations, since SB3's ``preprocess_obs`` reads NumPy arrays.
+
+    :param policy: the policy
+    :param methods: the methods that will be called, ``ACTING`` or ``EVALUATING``
+    :return: the copy, and the function that preprocesses its observations. A policy with methods of the user's is not copied:
+        they may ask for the space, or write to ``self``
+    """
+    forget_distribution(policy)  # it would be compiled twice: with and without a distribution evaluated before
+    action_dist: Any = getattr(policy, "action_dist", None)
+    # SB3 takes the choices of MultiDiscrete from a NumPy array; torch cannot compile a split by NumPy's integers
+    if isinstance(n_choices := getattr(action_dist, "action_dims", None), list):
+        action_dist.action_dims = [int(n) for n in n_choices]
+    if not all(is_stock(policy, name, STOCK_PACKAGES) for name in methods):
+        return policy, lambda observations: observations
+    twin = copy.copy(policy)
+    twin.action_dist = unvalidated(action_dist)
+    space = policy.observation_space
+    keys = space.spaces if isinstance(space, spaces.Dict) else None
+    twin.observation_space = PREPROCESSED if keys is None else spaces.Dict(dict.fromkeys(keys, PREPROCESSED))
+    return twin, lambda observations: preprocess_obs(observations, space, normalize_images=policy.normalize_images)
+
+
+def as_tensors(settings: Settings, device: th.device) -> Settings:
+    """
+    Convert numbers to scalar tensors, which ``torch.compile`` treats as inputs instead of constants.
+
+    :param settings: the numbers of an update
+    :param device: where the loss is computed
+    :return: the same settings; ``None`` and booleans stay, since they decide which terms there are
+    """
+
+    def convert(value: Any) -> Any:
+        # One type for all: an int, or a number of NumPy's, would be compiled again
+        return value if value is None or isinstance(value, bool) else th.tensor(value, device=device, dtype=th.float32)
+
+    return Settings(*map(convert, settings))

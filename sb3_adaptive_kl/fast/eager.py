@@ -1,0 +1,186 @@
+"""
+Less work around the arithmetic of uncompiled training: no argument validation, all parameters in one optimizer kernel.
+
+Each context changes one object of the model for a time. Only code written in SB3 or sb3-contrib is treated this way: a method
+of the user's may rely on what would be left out.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.optim.adam import adam
+
+from sb3_adaptive_kl.rollout.adapters import is_stock
+
+STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
+# How torch's errors begin when it samples from NaN: categoricals, and Bernoullis
+NAN_MESSAGES = ("probability tensor contains", "Expected p_in >= 0")
+
+
+def is_enabled() -> bool:
+    """Whether to save time; see the package's docstring."""
+    return os.environ.get("SB3_ADAPTIVE_KL_FAST", "1") != "0"
+
+
+@contextmanager
+def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    Let ``policy(observations)`` give the same actions in less time, and raise a ValueError instead of returning NaN.
+
+    :param policy: the policy that collects
+    """
+    if not is_enabled():
+        yield
+        return
+    hook = policy.register_forward_hook(raise_for_nan)
+    try:
+        with without_validation(policy):
+            yield
+    except RuntimeError as error:
+        if str(error).startswith(NAN_MESSAGES):
+            raise nan_error(policy) from error
+        raise
+    finally:
+        hook.remove()
+
+
+def raise_for_nan(policy: Any, args: Any, result: Any) -> None:
+    """
+    Check what a policy returns. A NaN observation or parameter always makes a log-probability NaN, whatever the distribution.
+
+    :param policy: the policy
+    :param args: of its ``forward``, not read
+    :param result: of its ``forward``: actions, values, log-probabilities
+    :raises ValueError: if a log-probability is NaN
+    """
+    if result[2].isnan().any():
+        raise nan_error(policy)
+
+
+def nan_error(policy: ActorCriticPolicy) -> ValueError:
+    """
+    Describe where a NaN may come from.
+
+    :param policy: the policy that returned it
+    :return: the error to raise
+    """
+    return ValueError(
+        "the log-probability of an action is NaN: wrap the environment in VecCheckNan to find a NaN observation; if there "
+        "is none, the policy's parameters are extreme: lower learning_rate="
+        f"{policy.optimizer.param_groups[0]['lr']:g}"
+    )
+
+
+@contextmanager
+def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    Replace ``policy.action_dist`` by one that does not validate its arguments.
+
+    :param policy: the model's policy; the caller checks for NaN
+    """
+    action_dist = getattr(policy, "action_dist", None)
+    if action_dist is None or not is_enabled():
+        yield
+        return
+    policy.action_dist = unvalidated(action_dist)
+    try:
+        yield
+    finally:
+        policy.action_dist = action_dist
+
+
+def unvalidated(action_dist: Any) -> Any:
+    """
+    Make torch's distributions skip their argument validation, which costs as much as evaluating them.
+
+    torch's own switch is global. Here one method looks up ``Normal`` and its like in a namespace of its own.
+
+    :param action_dist: ``policy.action_dist``
+    :return: another object with the same ``__dict__``, or ``action_dist`` itself if it is not SB3's or sb3-contrib's
+    """
+    if not is_stock(action_dist, "proba_distribution", STOCK_PACKAGES):
+        return action_dist
+    lenient: Any = object.__new__(_unvalidated_family(type(action_dist)))  # type: ignore[arg-type]
+    lenient.__dict__ = action_dist.__dict__  # shared: gSDE draws its matrices into the original
+    return lenient
+
+
+@cache
+def _unvalidated_family(family: type) -> type:
+    make = family.proba_distribution  # type: ignore[attr-defined]
+    namespace = {
+        name: partial(value, validate_args=False)
+        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
+        else value
+        for name, value in make.__globals__.items()
+        if name != "__name__"  # torch's compiler would look up the original by it
+    }
+    method = FunctionType(make.__code__, namespace, closure=make.__closure__)
+    return type(family.__name__, (family,), {"proba_distribution": method})
+
+
+@contextmanager
+def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
+    """
+    Let one of torch's optimizers take all parameters at once, unless the user chose: Adam by its fused kernel, others by
+    ``foreach``, which is the default on a GPU.
+
+    :param optimizer: any optimizer
+    :return: a context with the function to call instead of ``optimizer.step``
+    """
+    groups = optimizer.param_groups
+    if not is_enabled() or not type(optimizer).__module__.startswith("torch.optim.") or any(map(_chosen_by_user, groups)):
+        yield optimizer.step
+        return
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not; and it knows no complex numbers
+    can_fuse = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in parameters)
+    flag = "fused" if type(optimizer) in (th.optim.Adam, th.optim.AdamW) and can_fuse else "foreach"
+    # User code that listens to optimizer.step()
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    bare = flag == "fused" and not hooked and len(groups) == 1 and all(map(optimizer.state.get, parameters))
+    for group in groups:
+        group[flag] = True
+    try:
+        yield bare_adam(optimizer) if bare else optimizer.step
+    finally:
+        for group in groups:
+            group[flag] = None
+
+
+def bare_adam(optimizer: th.optim.Optimizer) -> Callable[[], object]:
+    """
+    Take Adam's fused step without the bookkeeping of ``optimizer.step()``, which takes longer than the step itself.
+
+    :param optimizer: Adam or AdamW with one group, all of whose parameters have moved before
+    :return: a function that does what ``optimizer.step`` does, for one update: it reads the learning rate only now
+    """
+    (group,) = optimizer.param_groups
+    parameters = group["params"]
+    states = [optimizer.state[parameter] for parameter in parameters]
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([state[name] for state in states if name in state] for name in names)
+    options: Any = {name: group[name] for name in ("lr", "amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")}
+    beta1, beta2 = group["betas"]
+
+    @th.no_grad()
+    def step() -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        if any(gradient is None for gradient in gradients):  # such as those of a branch that no state took: they stay
+            optimizer.step()
+        else:
+            moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+            adam(parameters, gradients, *moments, state_steps=steps, fused=True, beta1=beta1, beta2=beta2, **options)
+
+    return step
+
+
+def _chosen_by_user(group: dict[str, Any]) -> bool:
+    ways = [group.get("foreach"), group.get("fused"), group.get("capturable") or None, group.get("differentiable") or None]
+    return "foreach" not in group or any(way is not None for way in ways)

@@ -1,0 +1,154 @@
+"""
+How a minibatch is evaluated, for each kind of policy: feed-forward, with masks, with a memory.
+
+An adapter has no state. It fits every algorithm with that kind of policy and rollout buffer, so that an ``OldPolicy`` can
+measure A2C and TRPO, too.
+"""
+
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_adaptive_kl.objective import Evaluation
+from sb3_adaptive_kl.rollout.distributions import policy_distribution
+
+
+class PolicyAdapter:
+    """Feed-forward policies: those of SB3's PPO, and of every other on-policy algorithm without masks or a memory."""
+
+    # Whether a sweep over the rollout may only cut it where an episode ends
+    keep_sequences_whole = False
+
+    def evaluate(self, policy: ActorCriticPolicy, rollout_data: Any, needs_distribution: bool) -> Evaluation:
+        """
+        Run the network once on a minibatch. Padding is dropped before anything is computed from it.
+
+        :param policy: the policy, in training or in eval mode
+        :param rollout_data: a minibatch of the rollout buffer
+        :param needs_distribution: whether to extract the parameters of the action distributions
+        :return: the evaluation of the B valid transitions
+        """
+        actions = taken_actions(policy, rollout_data)
+        # Afterwards policy.action_dist is the distribution it used, with its graph
+        values, log_prob, entropy = policy.evaluate_actions(rollout_data.observations, actions, **self.arguments(rollout_data))
+        evaluation = Evaluation(
+            values=values.flatten(),
+            log_prob=log_prob,
+            entropy=entropy,
+            old_values=rollout_data.old_values,
+            old_log_prob=rollout_data.old_log_prob,
+            advantages=rollout_data.advantages,
+            returns=rollout_data.returns,
+            distribution=policy_distribution(policy) if needs_distribution else None,
+        )
+        valid = self.valid(rollout_data)
+        if valid is None:
+            return evaluation
+        return Evaluation(*[None if entries is None else entries[valid] for entries in evaluation])  # type: ignore[arg-type]
+
+    def arguments(self, rollout_data: Any) -> dict[str, Any]:
+        """
+        List what the policy needs to evaluate actions besides them and the observations.
+
+        :param rollout_data: a minibatch of the rollout buffer
+        :return: keyword arguments of ``policy.evaluate_actions``
+        """
+        return {}
+
+    def valid(self, rollout_data: Any) -> th.Tensor | None:
+        """
+        Tell transitions from padding.
+
+        :param rollout_data: a minibatch of the rollout buffer
+        :return: boolean mask of the transitions, or ``None`` if there is no padding
+        """
+        return None
+
+    def check_rollout(self, buffer: RolloutBuffer) -> None:
+        """
+        Refuse a rollout that cannot be trained on.
+
+        :param buffer: the full rollout buffer
+        :raises ValueError: with the reason and the remedy
+        """
+
+
+class MaskablePolicyAdapter(PolicyAdapter):
+    """sb3-contrib's MaskablePPO: actions are evaluated under the masks they were drawn with."""
+
+    def arguments(self, rollout_data: Any) -> dict[str, Any]:
+        return {"action_masks": rollout_data.action_masks}
+
+    def check_rollout(self, buffer: Any) -> None:
+        forbidden = states_without_action(buffer.action_masks, buffer.action_space)
+        if forbidden > 0:
+            raise ValueError(
+                f"action_masks: in {forbidden} states of the rollout an action dimension has no valid choice left, so that an "
+                "invalid one was taken: let action_masks() allow at least one choice per dimension in every state"
+            )
+
+
+class RecurrentPolicyAdapter(PolicyAdapter):
+    """sb3-contrib's RecurrentPPO: sequences are padded, and begin with the hidden states of collection."""
+
+    # A sequence cut in two would restart from the old policy's hidden state, which hides a part of the divergence
+    keep_sequences_whole = True
+
+    def arguments(self, rollout_data: Any) -> dict[str, Any]:
+        return {"lstm_states": rollout_data.lstm_states, "episode_starts": rollout_data.episode_starts}
+
+    def valid(self, rollout_data: Any) -> th.Tensor:
+        valid: th.Tensor = rollout_data.mask > 0.5  # floats: 1 for a transition, 0 for padding
+        return valid
+
+
+def taken_actions(policy: ActorCriticPolicy, rollout_data: Any) -> th.Tensor:
+    """
+    Give the actions of a minibatch the type and shape that the policy's distribution expects.
+
+    :param policy: the policy that took them
+    :param rollout_data: a minibatch of the rollout buffer
+    :return: shape ``(B,)`` integers for Discrete, else floats (contrib's recurrent buffers give integers)
+    """
+    actions: th.Tensor = rollout_data.actions
+    return actions.long().flatten() if isinstance(policy.action_space, spaces.Discrete) else actions.float()
+
+
+def is_stock(owner: Any, name: str, packages: tuple[str, ...]) -> bool:
+    """
+    Tell SB3's code from the user's, which may rely on more than its result.
+
+    :param owner: a policy, an action distribution, or a buffer
+    :param name: name of a method
+    :param packages: prefixes of the modules that count as SB3's
+    :return: whether the method is written in one of them, and not overridden, wrapped or replaced on the instance
+    """
+    function = getattr(type(owner), name, None)
+    # Not by its __module__, which functools.wraps copies to a wrapper
+    if not isinstance(function, FunctionType) or not function.__globals__.get("__name__", "").startswith(packages):
+        return False
+    return bool(getattr(owner, name) == MethodType(function, owner))
+
+
+def states_without_action(action_masks: np.ndarray, action_space: spaces.Space[Any]) -> int:
+    """
+    Count the states in which an action dimension has nothing left to choose.
+
+    :param action_masks: shape (..., number of choices of all action dimensions together), 0 where a choice is invalid
+    :param action_space: Discrete, MultiDiscrete or MultiBinary (two choices per dimension)
+    :return: the number of such states
+    """
+    if isinstance(action_space, spaces.MultiDiscrete):
+        n_choices = action_space.nvec
+    elif isinstance(action_space, spaces.MultiBinary):
+        n_choices = np.full(action_masks.shape[-1] // 2, 2)
+    else:
+        n_choices = np.array([action_masks.shape[-1]])
+    first_choices = np.cumsum(n_choices) - n_choices
+    n_valid = np.add.reduceat(action_masks, first_choices, axis=-1)
+    return int((n_valid == 0).any(axis=-1).sum())
