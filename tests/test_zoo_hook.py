@@ -42,7 +42,7 @@ import rl_zoo3.exp_manager
 print(sorted(rl_zoo3.ALGOS))
 """
     output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
-    assert "could not register with rl-zoo3: ModuleNotFoundError(" in output
+    assert output.count("could not register with rl-zoo3: ModuleNotFoundError(") == 1
     assert "'ppo'" in output
     assert "'ppo_kl'" not in output
 
@@ -53,3 +53,17 @@ def test_hook_is_silent_without_the_package(tmp_path):
     output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
     assert "False" in output.splitlines()
     assert "could not register" not in output
+
+
+def test_failures_in_nested_imports_leave_the_zoo_working(tmp_path):
+    """One registry of the zoo imports another, and a future zoo may have changed both."""
+    code = """
+import rl_zoo3
+from sb3_adaptive_kl import zoo
+zoo.complete_registry = None
+import rl_zoo3.exp_manager
+print("imported")
+"""
+    output = run(tmp_path, "-W", "always::UserWarning", "-c", code)
+    assert "could not register with rl-zoo3" in output
+    assert "imported" in output

@@ -61,6 +61,8 @@ def complete(module: "ModuleType") -> None:
         import warnings
 
         warnings.warn(f"sb3_adaptive_kl could not register with rl-zoo3: {error!r}", stacklevel=2)
+        if RegistryFinder in sys.meta_path:  # not if an import nested in this one has failed before
+            sys.meta_path.remove(RegistryFinder)  # one warning is enough
 
 
 def install() -> None:
