@@ -67,11 +67,14 @@ runpy.run_path({str(REPOSITORY / "examples" / "distributed.py")!r}, run_name="__
     with subprocess.Popen(
         [*TORCHRUN, *arguments], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as agent:
-        while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists():
-            assert agent.poll() is None, agent.stdout.read()
-            time.sleep(0.05)
-        os.kill(int((tmp_path / "pid-of-rank-1").read_text()), signal.SIGKILL)
-        output, _ = agent.communicate(timeout=180)
+        try:
+            while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists():
+                assert agent.poll() is None, agent.stdout.read()
+                time.sleep(0.05)
+            os.kill(int((tmp_path / "pid-of-rank-1").read_text()), signal.SIGKILL)
+            output, _ = agent.communicate(timeout=300)
+        finally:
+            agent.terminate()  # if the test has failed: the agent ends its ranks
     assert agent.returncode == 0, output
     assert AdaptiveKLPPO.load(tmp_path / "out" / "final", device="cpu").num_timesteps == 24576
     # It did not begin again

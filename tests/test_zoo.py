@@ -280,10 +280,11 @@ def test_other_algorithms_have_the_zoos_hyperparameters_and_errors():
     assert manager._preprocess_schedules({"target_kl": "lin_0.03"}) == {"target_kl": "lin_0.03"}
 
 
-def test_registration_twice_is_registration_once():
+def test_registration_twice_is_registration_once(monkeypatch):
     """The launcher registers, too, where the start-up hook has done so."""
     from rl_zoo3 import exp_manager
 
+    monkeypatch.setattr(exp_manager.ExperimentManager, "__init__", exp_manager.ExperimentManager.__init__)  # is restored
     complete_registry(exp_manager)
     processed = experiment_manager("ppo_kl")._preprocess_schedules({"clip_range": "outliers", "target_kl": "lin_0.03"})
     assert processed["clip_range"] == "outliers"

@@ -20,7 +20,7 @@ from sb3_adaptive_kl.clip_range import clip_equivalent_target
 TRUST_REGION = {
     "target_kl": ": write lin_0.02, clip_0.2 or clip_lin_0.2, with a number above 0",
     "clip_range": " must be a positive number, lin_0.2, outliers, or null (None) for no clipping",
-    "clip_range_vf": " must be a positive number or lin_0.2",
+    "clip_range_vf": " must be a positive number or lin_0.2, or null (None) for no clipping",
 }
 
 
