@@ -6,6 +6,11 @@ from importlib.metadata import version
 USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (same as python -m sb3_adaptive_kl.compare)
        sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (same as python -m sb3_adaptive_kl.zoo)
        sb3-adaptive-kl --version"""
+# Modules that the extras `zoo` and `compare` bring. Any other that is missing is the user's, such as a package of environments
+EXTRAS = {
+    "imageio_ffmpeg", "jinja2", "loky", "matplotlib", "moviepy", "pandas", "requests", "rich", "rl_zoo3", "rliable",
+    "sb3_contrib", "scipy", "seaborn", "tensorboard",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -15,25 +20,25 @@ def main() -> None:
     :raises SystemExit: if the subcommand is unknown, or needs an extra that is not installed
     """
     command = sys.argv.pop(1) if len(sys.argv) > 1 else None
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return
-    if command == "--version":
-        print(version("sb3-adaptive-kl"))
-        return
     try:
         if command == "compare":
             from sb3_adaptive_kl.compare.cli import main as compare
 
             sys.exit(compare())
-        if command == "zoo":
+        elif command == "zoo":
             from sb3_adaptive_kl.zoo import main as zoo
 
             zoo()
+        elif command == "--version":
+            print(version("sb3-adaptive-kl"))
+        elif command in ("-h", "--help"):
+            print(USAGE)
         else:
             print(USAGE, file=sys.stderr)
             sys.exit(2)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
         sys.exit(f"{error}: pip install 'sb3-adaptive-kl[{command}]'")
 
 

@@ -55,17 +55,26 @@ def test_the_zoo_refuses_to_optimize_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
-    script = str(REPOSITORY / "examples" / "distributed.py")
-    arguments = ["--max-restarts", "1", script, "--env", "CartPole-v1", "-n", "24576", "--n-envs", "2", "-o", "out"]
+    # Each rank says which process it is before it runs the example
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, runpy
+with open("pid-of-rank-" + os.environ["RANK"], "w") as file:
+    file.write(str(os.getpid()))
+runpy.run_path({str(REPOSITORY / "examples" / "distributed.py")!r}, run_name="__main__")
+""")
+    arguments = ["--max-restarts", "1", str(script), "--env", "CartPole-v1", "-n", "24576", "--n-envs", "2", "-o", "out"]
     with subprocess.Popen(
         [*TORCHRUN, *arguments], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as agent:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ranks = subprocess.run(["pgrep", "-P", str(agent.pid), "-f", "distributed.py"], capture_output=True, text=True)
-        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-        output, _ = agent.communicate(timeout=180)
+        try:
+            while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists():
+                assert agent.poll() is None, agent.stdout.read()
+                time.sleep(0.05)
+            os.kill(int((tmp_path / "pid-of-rank-1").read_text()), signal.SIGKILL)
+            output, _ = agent.communicate(timeout=300)
+        finally:
+            agent.terminate()  # if the test has failed: the agent ends its ranks
     assert agent.returncode == 0, output
     assert AdaptiveKLPPO.load(tmp_path / "out" / "final", device="cpu").num_timesteps == 24576
     # It did not begin again

@@ -1,5 +1,6 @@
 """RL Baselines3 Zoo: its own commands, word for word, run as child processes with `--algo ppo_kl`."""
 
+import argparse
 import os
 import re
 import shutil
@@ -14,8 +15,9 @@ import rl_zoo3.utils
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl.zoo import HOSTS, complete_registry, hyperparameter_file, hyperparameters, provide_programs
+from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region
 from sb3_adaptive_kl.zoo.launcher import SCRIPTS
+from sb3_adaptive_kl.zoo.programs import provide_programs
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
@@ -177,13 +179,6 @@ def test_zoo_package_imports_neither_the_zoo_nor_optuna(tmp_path):
     """The launcher must be importable without the extra, to name it."""
     code = "import sys, sb3_adaptive_kl.zoo; print({'rl_zoo3', 'optuna', 'imageio_ffmpeg'} & sys.modules.keys())"
     assert run(tmp_path, "-c", code).strip() == "set()"
-    code = "import sys; sys.modules['rl_zoo3'] = None; sys.argv[1:] = ['train']; from sb3_adaptive_kl.zoo import main; main()"
-    assert "pip install 'sb3-adaptive-kl[zoo]'" in run(tmp_path, "-c", code, expect=1)
-
-
-def test_complete_registry_rejects_other_modules():
-    with pytest.raises(ValueError, match=r"module=re is not a registry of the zoo: pass one of rl_zoo3\.utils, "):
-        complete_registry(re)
 
 
 def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, monkeypatch):
@@ -213,14 +208,12 @@ def test_search_space_replaces_the_clip_range_by_the_penalty():
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     ask = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask
-    for algo, host in HOSTS.items():
+    for algo, host in {"ppo_kl": "ppo", "ppo_kl_lstm": "ppo_lstm"}.items():
         trial, theirs = ask(), ask()
         sampled = HYPERPARAMS_SAMPLER[algo](trial, n_actions=2, n_envs=1, additional_args={})
         HYPERPARAMS_SAMPLER[host](theirs, n_actions=2, n_envs=1, additional_args={})
         ours = trial.distributions
         penalty = {"target_kl", "init_kl_coef", "kl_rule"}
-        if sampled["kl_rule"] == "adaptive":  # no other rule has a factor
-            penalty.add("kl_factor")
         assert ours.keys() == theirs.distributions.keys() - {"clip_range"} | penalty
         assert ours["target_kl"] == optuna.distributions.FloatDistribution(0.003, 0.1, log=True)
         converted = HYPERPARAMS_CONVERTER[algo](trial.params)
@@ -230,37 +223,72 @@ def test_search_space_replaces_the_clip_range_by_the_penalty():
 
 
 def test_strings_of_the_trust_region_are_parsed():
-    from rl_zoo3.exp_manager import ExperimentManager
-
-    preprocess = ExperimentManager._preprocess_schedules
-    schedule = preprocess({"target_kl": "lin_0.03"})["target_kl"]
+    schedule = parse_trust_region({"target_kl": "lin_0.03"})["target_kl"]
     assert isinstance(schedule, LinearSchedule)  # of SB3: a saved agent does not need the zoo
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.015, 0.0])
-    assert preprocess({"target_kl": 0.03}) == {"target_kl": 0.03}
-    assert preprocess({"target_kl": "clip_0.2"})["target_kl"] == pytest.approx(0.02)
-    schedule = preprocess({"target_kl": "clip_lin_0.2"})["target_kl"]
+    assert parse_trust_region({"target_kl": "clip_0.2"})["target_kl"] == pytest.approx(0.02)
+    schedule = parse_trust_region({"target_kl": "clip_lin_0.2"})["target_kl"]
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.02, 0.005, 0.0])
-    for clip_range in ("outliers", None):
-        passed = preprocess({"clip_range": clip_range, "learning_rate": "lin_0.1"})
-        assert passed["clip_range"] == clip_range
-        assert passed["learning_rate"](0.5) == pytest.approx(0.05)
-    assert preprocess({"clip_range": "lin_0.2"})["clip_range"](0.5) == pytest.approx(0.1)  # the zoo's own
-    with pytest.raises(ValueError, match=r"clip_range='outlier' is unknown, did you mean 'outliers'\?"):
-        preprocess({"clip_range": "outlier"})
-    for wrong in (
-        "lin_abc",
-        "lin_0.02_0.01",
-        "lin_0",
-        "lin_-1",
-        "lin_nan",
-        "clip_",
-        "clip_0",
-        "clip_lin_",
-        "lin_clip_0.2",
-        "Clip_0.2",
-    ):
-        with pytest.raises(ValueError, match=f"target_kl='{wrong}': write lin_0.02, clip_0.2 or clip_lin_0.2"):
-            preprocess({"target_kl": wrong})
+    for name in ("clip_range", "clip_range_vf"):
+        assert parse_trust_region({name: "lin_0.2"})[name](0.5) == pytest.approx(0.1)
+        assert parse_trust_region({name: "2e-1"})[name] == 0.2  # a string in yml 1.1
+    unchanged = {"target_kl": 0.03, "clip_range": "outliers", "clip_range_vf": None, "learning_rate": "lin_0.1"}
+    assert parse_trust_region(unchanged) == unchanged
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "target_kl",
+            "lin_abc lin_0.02_0.01 lin_0 lin_-1 lin_nan clip_ clip_0 clip_lin_ lin_clip_0.2 Clip_0.2",
+            "write lin_0.02",
+        ),
+        ("clip_range", "lin_0 clip_0.2", "must be a positive number, lin_0.2, outliers, or null"),
+        ("clip_range_vf", "lin_0 clip_0.2 outliers", "must be a positive number or lin_0.2"),
+    ],
+)
+def test_other_strings_of_the_trust_region_are_named(name, values, message):
+    for value in values.split():
+        with pytest.raises(ValueError, match=f"{name}='{value}':? {message}"):
+            parse_trust_region({name: value})
+
+
+def experiment_manager(algo: str):
+    from rl_zoo3.exp_manager import ExperimentManager  # not at module level, since it registers environments
+
+    return ExperimentManager(argparse.Namespace(), algo, "CartPole-v1", "logs")
+
+
+@pytest.mark.parametrize("clip_range", ["outliers", None])
+def test_zoo_accepts_our_clip_ranges_beside_its_own_schedules(clip_range):
+    manager = experiment_manager("ppo_kl")
+    processed = manager._preprocess_schedules({"clip_range": clip_range, "target_kl": "clip_0.2", "learning_rate": "lin_0.1"})
+    assert processed["clip_range"] == clip_range
+    assert processed["target_kl"] == pytest.approx(0.02)
+    assert processed["learning_rate"](0.5) == pytest.approx(0.05)
+
+
+def test_other_algorithms_have_the_zoos_hyperparameters_and_errors():
+    """PPO cannot train with our clip ranges: the zoo must go on rejecting them."""
+    manager = experiment_manager("ppo")
+    assert Path(manager.config).is_relative_to(Path(rl_zoo3.utils.__file__).parent)
+    with pytest.raises(ValueError, match="Invalid value for clip_range: None"):
+        manager._preprocess_schedules({"clip_range": None})
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        manager._preprocess_schedules({"clip_range": "outliers"})
+    assert manager._preprocess_schedules({"target_kl": "lin_0.03"}) == {"target_kl": "lin_0.03"}
+
+
+def test_registration_twice_is_registration_once(monkeypatch):
+    """The launcher registers, too, where the start-up hook has done so."""
+    from rl_zoo3 import exp_manager
+
+    monkeypatch.setattr(exp_manager.ExperimentManager, "__init__", exp_manager.ExperimentManager.__init__)  # is restored
+    complete_registry(exp_manager)
+    processed = experiment_manager("ppo_kl")._preprocess_schedules({"clip_range": "outliers", "target_kl": "lin_0.03"})
+    assert processed["clip_range"] == "outliers"
+    assert processed["target_kl"](0.5) == pytest.approx(0.015)
 
 
 def test_missing_conf_file_is_an_error(tmp_path):

@@ -10,8 +10,7 @@ import yaml
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.zoo import hyperparameter_file
-from sb3_adaptive_kl.zoo.trust_region_strings import parse_target
+from sb3_adaptive_kl.zoo import hyperparameter_file, parse_trust_region
 
 ZOO_KEYS = {
     "n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack", "callback", "env_kwargs",
@@ -43,7 +42,7 @@ def test_every_environment_of_the_zoo_has_an_entry(algo, host):
 def test_targets_are_one_and_a_half_times_what_the_zoos_clip_ranges_mean(algo, host):
     theirs = yaml.safe_load((files("rl_zoo3") / "hyperparams" / f"{host}.yml").read_text())
     for env in theirs.keys() - {"Swimmer-v4"}:  # it is learned faster with smaller steps (docs/results.md)
-        means = FloatSchedule(parse_target(f"clip_{theirs[env].get('clip_range', 0.2)}"))
+        means = FloatSchedule(_target({"target_kl": f"clip_{theirs[env].get('clip_range', 0.2)}"}))
         holds = FloatSchedule(_target(HYPERPARAMETERS[algo][env]))
         for progress_remaining in (1.0, 0.3):
             assert holds(progress_remaining) == pytest.approx(1.5 * means(progress_remaining), rel=0.01), env
@@ -105,8 +104,7 @@ def test_entry_constructs_and_updates(tmp_path, monkeypatch, capsys, algo, env):
 
 
 def _target(hyperparameters):
-    target = hyperparameters["target_kl"]
-    return parse_target(target) if isinstance(target, str) else target
+    return parse_trust_region(hyperparameters)["target_kl"]
 
 
 def _without_trust_region(hyperparameters):

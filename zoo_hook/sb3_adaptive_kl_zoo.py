@@ -22,22 +22,17 @@ REGISTRIES = frozenset({"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp
 
 
 class RegistryFinder:
-    """Find modules as the other finders do, and complete each of the zoo's registries after it was executed."""
+    """Find each of the zoo's registries on its path, as Python does, and complete it after it was executed."""
 
-    asking_others = False  # one of them may ask all finders, too
-
-    @classmethod
+    @staticmethod
     def find_spec(
-        cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+        fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if fullname not in REGISTRIES or cls.asking_others:
+        if fullname not in REGISTRIES:
             return None
-        cls.asking_others = True
-        try:
-            others = (finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec"))
-            spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        finally:
-            cls.asking_others = False
+        from importlib.machinery import PathFinder  # not at interpreter start
+
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

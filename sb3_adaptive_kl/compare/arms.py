@@ -102,8 +102,6 @@ class Arm:
 
         :raises PlanError: if a value is invalid
         """
-        from rl_zoo3.exp_manager import ExperimentManager  # not at module level: it imports Optuna
-
         if self.algo not in zoo.ALGORITHMS:
             return
         names = TRUST_REGION | {"clip_range_vf"} | arguments(self.algo) - arguments("ppo")
@@ -111,7 +109,7 @@ class Arm:
         algorithm: Any = ALGOS[self.algo]
         policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"
         try:
-            values = ExperimentManager._preprocess_schedules(values)
+            values = zoo.parse_trust_region(values)
             algorithm(policy, "CartPole-v1", n_steps=8, batch_size=8, device="cpu", **values)
         except ValueError as error:
             raise PlanError(f"{self.name!r}: {error}") from error

@@ -7,17 +7,7 @@ zoo's scripts without the hook. Nothing in this package imports the zoo before o
 
 from sb3_adaptive_kl.zoo.hyperparameters import hyperparameter_file
 from sb3_adaptive_kl.zoo.launcher import main
-from sb3_adaptive_kl.zoo.programs import provide_programs
-from sb3_adaptive_kl.zoo.registry import ALGORITHMS, HOSTS, REGISTRIES, complete_registry
-from sb3_adaptive_kl.zoo.search_space import penalty_sampler
+from sb3_adaptive_kl.zoo.registry import ALGORITHMS, REGISTRIES, complete_registry
+from sb3_adaptive_kl.zoo.trust_region_strings import parse_trust_region
 
-__all__ = [
-    "ALGORITHMS",
-    "HOSTS",
-    "REGISTRIES",
-    "complete_registry",
-    "hyperparameter_file",
-    "main",
-    "penalty_sampler",
-    "provide_programs",
-]
+__all__ = ["ALGORITHMS", "REGISTRIES", "complete_registry", "hyperparameter_file", "main", "parse_trust_region"]

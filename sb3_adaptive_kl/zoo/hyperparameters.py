@@ -1,8 +1,11 @@
-"""The tuned hyperparameters, one yml file for each algorithm. The zoo looks for them in its own package only."""
+"""The tuned hyperparameters, one yml file for each algorithm, and how the zoo reads them."""
 
+from collections.abc import Collection
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+from sb3_adaptive_kl.zoo.trust_region_strings import TRUST_REGION, parse_trust_region
 
 
 def hyperparameter_file(algo: str) -> Path:
@@ -17,19 +20,31 @@ def hyperparameter_file(algo: str) -> Path:
     return root / "hyperparams" / f"{algo}.yml"
 
 
-def use_packaged_hyperparameters(manager: Any) -> None:
+def extend_manager(manager: Any, algorithms: Collection[str]) -> None:
     """
-    Let the zoo read our yml file where it has none of its own and the user names none (``--conf-file``).
+    Let the zoo find our yml files, which it looks for in its own package only, and parse what is in them.
 
-    :param manager: the zoo's ``ExperimentManager``, modified in place
+    :param manager: the zoo's ``ExperimentManager``, modified in place. For other algorithms it behaves as before.
+    :param algorithms: names of ours in the zoo
     """
     init = manager.__init__
 
     @wraps(init)
-    def __init__(self: Any, *args: Any, config: str | None = None, **kwargs: Any) -> None:
-        init(self, *args, config=config, **kwargs)
-        packaged = hyperparameter_file(self.algo)
-        if not config and not Path(self.config).exists() and packaged.exists():
-            self.config = str(packaged)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.algo not in algorithms:
+            return
+        # Not if the user names a file (--conf-file), or the zoo ever has one
+        if not kwargs.get("config") and not Path(self.config).exists():
+            self.config = str(hyperparameter_file(self.algo))
+        preprocess = self._preprocess_schedules
+
+        def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+            parsed = parse_trust_region(hyperparams)
+            # The zoo would reject None, and what has been parsed
+            trust_region = {name: parsed.pop(name) for name in TRUST_REGION if name in parsed}
+            return {**preprocess(parsed), **trust_region}
+
+        self._preprocess_schedules = preprocess_schedules
 
     manager.__init__ = __init__

@@ -21,16 +21,10 @@ def main() -> None:
     """
     Run a script of the zoo with its arguments in this process.
 
-    :raises SystemExit: if the script is unknown or the zoo is not installed
+    :raises SystemExit: if the script is unknown
     """
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         sys.exit(USAGE)
-    try:
-        registries = [import_module(name) for name in REGISTRIES]
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}: pip install 'sb3-adaptive-kl[zoo]'")
-    if "ppo_kl" not in registries[0].ALGOS:  # the start-up hook is off
-        for module in registries:
-            complete_registry(module)
-    script = f"rl_zoo3.{sys.argv.pop(1)}"
-    runpy.run_module(script, run_name="__main__", alter_sys=True)
+    for name in REGISTRIES:
+        complete_registry(import_module(name))  # changes nothing if the hook has done it
+    runpy.run_module(f"rl_zoo3.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)

@@ -2,23 +2,11 @@
 
 import atexit
 import os
-import re
 import shutil
 import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
-
-
-def record_training_is_running() -> bool:
-    """
-    Check whether this process was started as ``python -m rl_zoo3.record_training``.
-
-    ``__main__`` cannot tell yet: Python imports the package ``rl_zoo3`` before it looks for the module to run.
-
-    :return: whether the command line says so
-    """
-    return re.search(r"(^| )-m ?rl_zoo3\.record_training( |$)", " ".join(sys.orig_argv)) is not None
 
 
 def provide_programs() -> None:
