@@ -176,7 +176,7 @@ def learning_rate_rule(rule: str | Mapping[str, Any] | LearningRateRule | None) 
     """
     if rule is None:
         return None
-    signature = "(scale, kl, target_kl), or None"
+    signature = "(scale, kl, target_kl)"
     known: LearningRateRule = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
     return known
 

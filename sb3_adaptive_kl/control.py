@@ -31,7 +31,7 @@ def apply_rule(
     :raises ValueError: if the rule returned NaN, or something that is not a number
     """
     low, high = bounds
-    wanted = _checked(rule(kl_coef, kl, target_kl), rule, kl)
+    wanted = _checked(rule(kl_coef, kl, target_kl), repr(rule), kl_coef, kl, target_kl)
     return min(max(wanted, low), high), (wanted > high) - (wanted < low)
 
 
@@ -84,7 +84,7 @@ class SegmentedControl:
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl
-        return min(max(_checked(wanted, self._rule, kl), low), high)
+        return min(max(_checked(wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl), low), high)
 
 
 def count_at_bound(count: int, side: int) -> int:
@@ -123,7 +123,10 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
     )
 
 
-def _checked(wanted: float, rule: PenaltyRule, kl: float) -> float:
+def _checked(wanted: float, source: str, kl_coef: float, kl: float, target_kl: float) -> float:
     if not isinstance(wanted, Real) or math.isnan(wanted):
-        raise ValueError(f"kl_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a number")
+        raise ValueError(
+            f"kl_rule={source} returned {wanted!r} for kl_coef={kl_coef}, kl={kl}, target_kl={target_kl}: "
+            "it must return a number"
+        )
     return float(wanted)  # a rule may return a NumPy scalar

@@ -64,6 +64,18 @@ def compute_gradients(
     return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
 
+def drop_other_gradients(policy: ActorCriticPolicy) -> None:
+    """
+    Remove the gradients of parameters that no step moves: ``backward()`` adds to them in each step, and nobody clears them.
+
+    :param policy: the policy after its last step
+    """
+    moved = set(map(id, optimized_parameters(policy.optimizer)))
+    for parameter in policy.parameters():
+        if id(parameter) not in moved:
+            parameter.grad = None
+
+
 def optimized_parameters(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     """
     List the parameters that a step can move. They need not be registered in the policy.

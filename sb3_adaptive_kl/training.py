@@ -80,6 +80,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 # diverged, and the error was something else
                 if math.isfinite(measured_kl(old_policy).mean):
                     raise
+            step.drop_other_gradients(self.policy)
             kl = self._measure_kl(old_policy)
             raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl

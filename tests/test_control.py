@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sb3_adaptive_kl import AdaptivePenalty
-from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, next_kl_coef, rollouts_at_bound, warn_at_bound
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, apply_rule, count_at_bound, warn_at_bound
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, next_kl_coef, rollouts_at
     ],
 )
 def test_rule_is_kept_within_bounds(wanted, expected):
-    assert next_kl_coef(lambda *_: wanted, 1.0, 0.01, 0.01, (0.5, 4.0)) == expected
+    assert apply_rule(lambda *_: wanted, 1.0, 0.01, 0.01, (0.5, 4.0)) == expected
 
 
 @pytest.mark.parametrize("returned", [math.nan, None, "1.0"])
@@ -33,13 +33,13 @@ def test_rule_that_does_not_return_a_number_is_named(returned):
         return returned
 
     with pytest.raises(ValueError, match=r"broken_rule.* returned .* for kl_coef=1.0, kl=0.02, target_kl=0.01"):
-        next_kl_coef(broken_rule, 1.0, 0.02, 0.01, (0.5, 4.0))
+        apply_rule(broken_rule, 1.0, 0.02, 0.01, (0.5, 4.0))
 
 
 def test_only_a_row_at_the_same_bound_is_counted():
     counts = [0]
     for side in (1, 1, 0, 1, -1, -1, -1):
-        counts.append(rollouts_at_bound(counts[-1], side))
+        counts.append(count_at_bound(counts[-1], side))
     assert counts[1:] == [1, 2, 0, 1, -1, -2, -3]
 
 
@@ -56,6 +56,6 @@ def test_warns_once_with_the_remedy(sign, remedy):
 
 @pytest.mark.parametrize("rule", [lambda *args: np.float64(3.0), AdaptivePenalty(*np.array([0.5, 2.0, 0.5, 2.0]))])
 def test_rules_may_compute_with_numpy(rule):
-    kl_coef, side = next_kl_coef(rule, 1.0, 1.0, 0.01, (0.5, 1.5))
+    kl_coef, side = apply_rule(rule, 1.0, 1.0, 0.01, (0.5, 1.5))
     assert (kl_coef, side) == (1.5, 1)
     assert type(kl_coef) is float

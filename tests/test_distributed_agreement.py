@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
+from sb3_adaptive_kl.execution import Execution
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -16,7 +17,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.distributed import RanksDisagree
-from sb3_adaptive_kl.execution import Execution
 from tests.ranks import Ranks, check_same_model, learned, make_env, outcome
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch.distributed as dist
+from sb3_adaptive_kl.distributed.failure import GRACE_SECONDS
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.distributed import RankFailure
-from sb3_adaptive_kl.distributed.failure import GRACE_SECONDS
 from tests.ranks import Ranks
 
 SECONDS_ALIVE = 4

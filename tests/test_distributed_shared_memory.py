@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch as th
 import torch.distributed as dist
+from sb3_adaptive_kl.distributed.errors import LostRanks
+from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory
 
 from sb3_adaptive_kl.distributed import ranks as distributed_ranks
 from sb3_adaptive_kl.distributed import shared_memory
-from sb3_adaptive_kl.distributed.errors import LostRanks
 from sb3_adaptive_kl.distributed.ranks import connected_ranks, sum_over_ranks
-from sb3_adaptive_kl.distributed.shared_memory import SLOT, SharedMemory
 from tests.ranks import Ranks
 
 TENSORS = (

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, losses
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, losses, step
 from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 
@@ -133,12 +133,13 @@ def test_undone_updates_are_counted_afresh_after_the_error(monkeypatch):
 def test_one_infinite_gradient_among_finite_ones_is_undone(monkeypatch):
     """Its step has length 0, and the next steps are finite."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
-    take_step, norms = model._execution.take_step, iter([1.0, math.inf, 1.0, 1.0])
+    compute_gradients, norms = step.compute_gradients, iter([1.0, math.inf, 1.0, 1.0])
 
     def infinite_once(*args):
-        return take_step(*args)._replace(grad_norm=th.tensor(next(norms)))
+        metrics, _ = compute_gradients(*args)
+        return metrics, th.tensor(next(norms))
 
-    monkeypatch.setattr(model._execution, "take_step", infinite_once)
+    monkeypatch.setattr(step, "compute_gradients", infinite_once)
     with pytest.warns(UserWarning, match="undone"):
         model.train()
 

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 
 import sb3_adaptive_kl
-from sb3_adaptive_kl.training import KLPenaltyTraining
 
 PACKAGE = Path(sb3_adaptive_kl.__file__).parent
 
 
 def test_import_pulls_in_no_optional_dependency():
-    names = ("rl_zoo3", "sb3_contrib", "matplotlib", "pandas", "torch._dynamo", "torch._inductor")
+    names = (
+        "rl_zoo3",
+        "sb3_contrib",
+        "matplotlib",
+        "pandas",
+        "torch._dynamo",
+        "torch._inductor",
+        "sb3_adaptive_kl.distributed",
+    )
     code = f"import sys, sb3_adaptive_kl; print([name for name in {names} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
@@ -32,41 +39,44 @@ def imports(module: str) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "sb3_adaptive_kl"
         for alias in node.names
+        if not alias.name[0].isupper()
     ]
     return set(names) - {"sb3_adaptive_kl"}
 
 
-# From the bottom up: a module may import those of the layers below it, and the exceptions named below
+# From the bottom up: a module may import those of the layers below it
 LAYERS = (
-    ("penalty", "learning_rate", "clip_range", "divergences", "losses", "snapshot"),
-    ("distributed.errors", "distributed.shared_memory"),
-    ("objective", "control", "distributed.ranks"),
-    ("rollout.hosts", "rollout.minibatches", "rollout.distributions", "distributed.callbacks", "distributed.failure"),
-    ("rollout.evaluation", "arguments", "metrics", "distributed.minibatches"),
+    ("messages", "penalty", "learning_rate", "clip_range", "divergences", "losses"),
+    ("objective", "control", "rollout.distributions"),
+    ("arguments", "metrics", "rollout.adapters"),
+    ("rollout.minibatches", "fast.eager", "fast.compilation"),
     ("rollout.old_policy",),
-    ("step", "distributed.synchronization"),
-    ("distributed.step", "distributed.algorithm"),
-    ("execution", "step_back"),
-    ("algorithm",),
+    ("step",),
+    ("snapshot", "fast.compiled"),
+    ("step_back", "algorithm"),
     ("training",),
     ("ppo", "ppo_mask", "ppo_recurrent"),
+    ("distributed.ranks", "distributed.callbacks", "distributed.synchronization", "distributed.gradients"),
+    ("distributed.data_parallel",),
+    ("distributed.contrib",),
 )
-# `algorithm` chooses between the plain execution and the fast one
-EXCEPTIONS = {"algorithm": {"fast.execution"}}
 
 
 @pytest.mark.parametrize("module", [module for layer in LAYERS for module in layer])
 def test_modules_import_only_the_layers_below(module):
     height = next(i for i, layer in enumerate(LAYERS) if module in layer)
     below = {f"sb3_adaptive_kl.{name}" for layer in LAYERS[:height] for name in layer}
-    below |= {f"sb3_adaptive_kl.{name}" for name in EXCEPTIONS.get(module, ())}
+    if module.startswith("distributed."):  # one floor, whose modules build on each other
+        below |= {f"sb3_adaptive_kl.{name}" for layer in LAYERS[:-1] for name in layer} | {"sb3_adaptive_kl.distributed.ranks"}
     assert {name for name in imports(module) if name.startswith("sb3_adaptive_kl")} <= below
 
 
 def test_every_module_has_its_layer():
     modules = {path.stem for path in PACKAGE.glob("*.py")}
-    modules |= {f"{folder}.{path.stem}" for folder in ("rollout", "distributed") for path in PACKAGE.glob(f"{folder}/*.py")}
-    assert modules - {"__init__", "cli", "rollout.__init__", "distributed.__init__"} == {
+    modules |= {
+        f"{folder}.{path.stem}" for folder in ("rollout", "fast", "distributed") for path in PACKAGE.glob(f"{folder}/*.py")
+    }
+    assert modules - {"__init__", "cli", "rollout.__init__", "fast.__init__", "distributed.__init__"} == {
         module for layer in LAYERS for module in layer
     }
 
@@ -124,10 +134,16 @@ except ImportError as error:
 
 
 def test_the_three_algorithms_share_one_train_step():
-    trains = [path.stem for path in PACKAGE.glob("*.py") if "def train(" in path.read_text()]
-    assert trains == ["training"]
     for name in ("AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"):
-        assert getattr(sb3_adaptive_kl, name).train is KLPenaltyTraining.train
+        algorithm = getattr(sb3_adaptive_kl, name)
+        assert next(base.__name__ for base in algorithm.__mro__ if "train" in vars(base)) == "KLPenaltyTraining"
+
+
+def test_only_the_distributed_folder_and_the_zoo_know_ranks():
+    for path in PACKAGE.rglob("*.py"):
+        if not {"distributed", "zoo"} & set(path.relative_to(PACKAGE).parts):
+            module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+            assert not [name for name in imports(module) if "distributed" in name], path
 
 
 def test_unknown_name():

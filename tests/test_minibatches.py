@@ -8,8 +8,6 @@ import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO
-from sb3_adaptive_kl.fast import minibatches as fast_module
-from sb3_adaptive_kl.fast.minibatches import minibatches_in_blocks
 from sb3_adaptive_kl.rollout import minibatches as module
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import CASES, Case, collect
@@ -40,7 +38,7 @@ def test_minibatches_are_the_hosts(name, block_bytes, monkeypatch):
         theirs = list(buffer.get(batch_size))
         state = np.random.random()
         np.random.seed(3)
-        ours = list(minibatches_in_blocks(buffer, batch_size))
+        ours = list(minibatches(buffer, batch_size))
         assert np.random.random() == state
         np.random.seed(3)
         permutation = th.as_tensor(np.random.permutation(100))
@@ -56,15 +54,16 @@ def test_block_is_not_larger_than_its_bytes(monkeypatch):
     """Images would otherwise be in memory twice."""
     model = collect(CASES["cnn"].build(AdaptiveKLPPO, n_steps=256, batch_size=8))
     drawn = []
+    get_samples = model.rollout_buffer._get_samples
 
-    def recording(buffer, batch_size):
-        for samples, index in minibatches(buffer, batch_size):
-            drawn.append(len(index))
-            yield samples, index
+    def recording(self, batch_inds, env=None):
+        drawn.append(len(batch_inds))
+        return get_samples(batch_inds, env)
 
+    monkeypatch.setattr(module, "is_stock", lambda *_: True)
+    monkeypatch.setattr(type(model.rollout_buffer), "_get_samples", recording)
     monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
-    monkeypatch.setattr(fast_module, "minibatches", recording)
-    assert len(list(minibatches_in_blocks(model.rollout_buffer, 8))) == 32
+    assert len(list(minibatches(model.rollout_buffer, 8))) == 32
     assert drawn == [72] * 3 + [40]  # an image has 36 · 36 = 1296 bytes, the rest of a transition a few dozen
 
 
@@ -83,6 +82,6 @@ def test_get_samples_is_restored_after_an_epoch(on_the_instance):
         buffer._get_samples = counting
     before = vars(buffer).get("_get_samples")
     for _ in range(2):
-        assert len(list(minibatches_in_blocks(buffer, 16))) == 4
+        assert len(list(minibatches(buffer, 16))) == 4
         assert vars(buffer).get("_get_samples") is before
     assert len(calls) == (8 if on_the_instance else 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_adaptive_kl.fast.compiled_step import as_tensors
+from sb3_adaptive_kl.fast.compiled import as_tensors
 from sb3_adaptive_kl.objective import Evaluation, Settings, objective
 
 RATIO = th.tensor([1.5, 0.5, 1.0, 1.0])
@@ -30,8 +30,6 @@ PLAIN = Settings(
     max_grad_norm=0.5,
     normalize_advantage=False,
     kl_cutoff_coef=None,
-    kl_cutoff_factor=2.0,
-    kl_stop_factor=None,
 )
 POLICY_LOSS = -(1.5 * 2 - 0.5 * 2 + 2 - 2) / 4
 VALUE_LOSS = 4.0**2 / 4
@@ -57,7 +55,7 @@ def test_plain_loss():
         ({"ent_coef": 0.1}, -0.1 * 1.0),
         ({"vf_coef": 1.0}, 0.5 * VALUE_LOSS),
         ({"kl_cutoff_coef": 100.0}, 100 * (0.1 - 2 * 0.02) ** 2),
-        ({"kl_cutoff_coef": 100.0, "kl_cutoff_factor": 6.0}, 0.0),
+        ({"kl_cutoff_coef": 100.0, "target_kl": 0.051}, 0.0),
         ({"kl_cutoff_coef": 100.0, "target_kl": 0.04}, 100 * (0.1 - 2 * 0.04) ** 2),
         # r Â = (3, −1, 2, −2) becomes min(3, 1.2 · 2) and min(−1, −0.8 · 2)
         ({"clip_range": 0.2}, (3 - 2.4 + 1.6 - 1) / 4),
@@ -88,9 +86,9 @@ def test_settings_as_tensors_give_the_same_loss():
     tensors = as_tensors(settings, th.device("cpu"))
     assert objective(NEW, KL, tensors)[0].item() == pytest.approx(objective(NEW, KL, settings)[0].item(), rel=1e-6)
     numbers = [value for value in tensors if not isinstance(value, bool | None)]
-    assert len(numbers) == 9
+    assert len(numbers) == 8
     assert all(isinstance(number, th.Tensor) for number in numbers)
-    assert as_tensors(PLAIN, th.device("cpu")).kl_stop_factor is None
+    assert as_tensors(PLAIN, th.device("cpu")).kl_cutoff_coef is None
 
 
 @pytest.mark.parametrize("vf_coef", [1, 0.5, np.float64(0.5)])

@@ -1,15 +1,15 @@
-"""A step along given gradients is the optimizer's own step, fast and plain; clipping is torch's."""
+"""A step is the optimizer's own step, whichever way is taken, for the parameters that the optimizer holds."""
 
 import copy
+import math
 
 import pytest
 import torch as th
 from stable_baselines3 import PPO
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.fast.optimizer import FastOptimizerStep, FusedAdam
-from sb3_adaptive_kl.step import OptimizerStep, clip_gradients
-from tests.conftest import CASES, parameters
+from sb3_adaptive_kl.fast.eager import one_kernel
+from tests.conftest import CASES, collect, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
@@ -19,80 +19,69 @@ def network():
     return th.nn.Sequential(th.nn.Linear(3, 4), th.nn.Tanh(), th.nn.Linear(4, 2))
 
 
-def gradients_of(network, step):
+def give_gradients(network, step, present=(0, 1, 2, 3)):
+    """Random ones, the same for the same step; None for the parameters that are not present."""
     generator = th.Generator().manual_seed(step)
-    return [th.randn(parameter.shape, generator=generator) for parameter in network.parameters()]
+    for i, parameter in enumerate(network.parameters()):
+        gradient = th.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient if i in present else None
 
 
-@pytest.mark.parametrize("max_norm", [0.1, 100.0])
-def test_clipping_is_torchs(max_norm):
-    net = network()
-    gradients = gradients_of(net, 0)
-    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-        parameter.grad = gradient.clone()
-    norm = th.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
-    ours, our_norm = clip_gradients([*gradients, None], max_norm)
-    assert our_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-    assert ours.pop() is None
-    for parameter, gradient in zip(net.parameters(), ours, strict=True):
-        assert th.allclose(parameter.grad, gradient, rtol=1e-5, atol=0)
+OPTIMIZERS = {
+    "adam": (lambda p: th.optim.Adam(p, 0.01), True),
+    "adam with options": (
+        lambda p: th.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True, maximize=True, betas=(0.8, 0.9)),
+        True,
+    ),
+    "adamw": (lambda p: th.optim.AdamW(p, 0.01, weight_decay=0.1), True),
+    "foreach chosen": (lambda p: th.optim.Adam(p, 0.01, foreach=True), False),
+    "not fused chosen": (lambda p: th.optim.Adam(p, 0.01, fused=False), False),
+    "sgd": (lambda p: th.optim.SGD(p, 0.01, momentum=0.9), False),
+    "rmsprop": (lambda p: th.optim.RMSprop(p, 0.01), False),
+    "a group for each": (lambda p: th.optim.Adam([{"params": [parameter]} for parameter in p], 0.01), False),
+}
 
 
-def test_clipping_leaves_gradients_that_share_memory_alone():
-    shared = th.ones(4)
-    (first, second), norm = clip_gradients([shared, shared], 1.0)
-    assert norm == 8**0.5
-    assert th.allclose(first, second)
-    assert (shared == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "fast"),
-    [
-        (lambda p: th.optim.Adam(p, 0.01), True),
-        (lambda p: th.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True, maximize=True, betas=(0.8, 0.9)), True),
-        (lambda p: th.optim.AdamW(p, 0.01, weight_decay=0.1), True),
-        (lambda p: th.optim.Adam(p, 0.01, foreach=True), False),
-        (lambda p: th.optim.Adam(p, 0.01, fused=False), False),
-        (lambda p: th.optim.SGD(p, 0.01, momentum=0.9), False),
-        (lambda p: th.optim.Adam([{"params": [parameter]} for parameter in p], 0.01), False),
-    ],
-)
-@pytest.mark.parametrize("kind", [OptimizerStep, FastOptimizerStep])
-def test_step_equals_the_optimizers(optimizer, fast, kind):
-    """The same parameters and the same state, whichever way is taken; a parameter without a gradient stays."""
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_equals_the_optimizers(name):
+    """The same parameters and the same state, whichever way is taken, over two updates."""
+    optimizer, bare = OPTIMIZERS[name]
     theirs, ours = network(), network()
-    frozen = th.nn.Parameter(th.ones(1))
-    their_optimizer, our_optimizer = (optimizer([*net.parameters(), frozen]) for net in (theirs, ours))
-    step = kind(our_optimizer, [*ours.parameters(), frozen])
-    for i in range(5):
-        for parameter, gradient in zip(theirs.parameters(), gradients_of(theirs, i), strict=True):
-            parameter.grad = gradient
-        their_optimizer.step()
-        step.take([*gradients_of(ours, i), None])
-    if kind is FastOptimizerStep:
-        assert (FusedAdam.of(our_optimizer) is not None) == fast
-    assert frozen == 1
+    optimizers = [optimizer(net.parameters()) for net in (theirs, ours)]
+    for net, one in zip((theirs, ours), optimizers, strict=True):
+        give_gradients(net, 0)
+        one.step()  # it makes the state
+    for update in range(2):
+        with one_kernel(optimizers[1]) as take_step:
+            assert (take_step != optimizers[1].step) == bare
+            for i in range(3):
+                give_gradients(theirs, 3 * update + i)
+                give_gradients(ours, 3 * update + i)
+                optimizers[0].step()
+                take_step()
     for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert th.allclose(parameter, other, rtol=1e-5, atol=1e-7)
-    our_state, their_state = our_optimizer.state_dict(), their_optimizer.state_dict()
+    our_state, their_state = optimizers[1].state_dict(), optimizers[0].state_dict()
     assert our_state["param_groups"] == their_state["param_groups"]
     for key, state in their_state["state"].items():
         assert state.keys() == our_state["state"][key].keys()
-        assert all(th.allclose(state[name], our_state["state"][key][name], rtol=1e-5, atol=1e-9) for name in state)
+        for entry, other in zip(state.values(), our_state["state"][key].values(), strict=True):
+            assert entry is other is None or th.allclose(entry, other, rtol=1e-5, atol=1e-9)
 
 
 def test_gradients_that_come_and_go():
-    """Adam moves what has a gradient now, and only that: the fast step must not move yesterday's parameters."""
+    """Adam moves what has a gradient now, and only that: the bare step must not move yesterday's parameters."""
     nets = network(), network()
     optimizers = [th.optim.Adam(net.parameters(), 0.01) for net in nets]
-    step = FastOptimizerStep(optimizers[1], list(nets[1].parameters()))
-    for i, present in enumerate([(0, 1), (0, 1, 2, 3), (0, 1, 2, 3), (2, 3), (0, 1, 2, 3)]):
-        gradients = [gradient if j in present else None for j, gradient in enumerate(gradients_of(nets[0], i))]
-        for parameter, gradient in zip(nets[0].parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        optimizers[0].step()
-        step.take(gradients)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        give_gradients(net, 0)
+        optimizer.step()
+    with one_kernel(optimizers[1]) as take_step:
+        for i, present in enumerate([(0, 1), (0, 1, 2, 3), (2, 3), (0, 1, 2, 3)]):
+            for net in nets:
+                give_gradients(net, i, present)
+            optimizers[0].step()
+            take_step()
     for theirs, ours in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert th.allclose(theirs, ours, rtol=1e-5, atol=1e-7)
 
@@ -101,12 +90,58 @@ def test_optimizer_step_hooks_are_called():
     net = network()
     optimizer = th.optim.Adam(net.parameters())
     calls = []
+    give_gradients(net, 0)
+    optimizer.step()
     optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    step = FastOptimizerStep(optimizer, list(net.parameters()))
-    for i in range(3):
-        step.take(gradients_of(net, i))
+    with one_kernel(optimizer) as take_step:
+        for _ in range(3):
+            take_step()
     assert len(calls) == 3
-    assert FusedAdam.of(optimizer) is None
+
+
+def test_wrapper_of_the_optimizers_step_is_called():
+    """As a scheduler of torch sets it on the instance."""
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(64)
+    calls, step = [], model.policy.optimizer.step
+    model.policy.optimizer.step = lambda: calls.append(1) or step()
+    model.learn(64)
+    assert len(calls) == 4
+
+
+def test_parameters_of_the_optimizer_alone_are_trained():
+    """One that the policy uses and does not have moves as PPO moves it, and goes back with an undone update."""
+    moved = []
+    for algorithm in (PPO, AdaptiveKLPPO):
+        model = CASES["box"].build(algorithm, n_steps=64, batch_size=64, n_epochs=1, max_grad_norm=1e6)
+        scale = th.nn.Parameter(th.ones(1))
+        model.policy.optimizer.add_param_group({"params": [scale]})
+        model.policy.action_net.register_forward_hook(lambda module, args, output, scale=scale: output * scale)
+        moved.append(collect(model))
+        model.train()
+        moved[-1] = scale.item()
+    assert moved[0] != 1.0
+    assert moved[1] == pytest.approx(moved[0], abs=1e-6)
+    collect(model)
+    model.rollout_buffer.advantages[:] = math.nan
+    before = scale.item()
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert scale.item() == before
+
+
+def test_gradients_are_left_as_ppo_leaves_them():
+    """Those of the last minibatch, clipped; a parameter outside of the optimizer does not add up gradients over the steps."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
+    model.train()
+    gradients = [parameter.grad for parameter in model.policy.parameters()]
+    assert th.nn.utils.get_total_norm(gradients) <= model.max_grad_norm * (1 + 1e-5)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    group = model.policy.optimizer.param_groups[0]
+    # By identity: tensors compare by their values
+    group["params"] = [parameter for parameter in group["params"] if parameter is not model.policy.log_std]
+    del model.policy.optimizer.state[model.policy.log_std]
+    collect(model).train()
+    assert model.policy.log_std.grad is None
 
 
 def test_checkpoints_are_exchanged_with_ppo(tmp_path):
@@ -130,7 +165,6 @@ def test_parameters_frozen_during_a_run_do_not_move(optimizer):
     )
     layers = model.policy.mlp_extractor.policy_net
     before = layers[0].weight.clone()
-    assert all(parameter.grad is None for parameter in model.policy.parameters())
     model.policy.value_net.weight.grad = th.ones_like(model.policy.value_net.weight)  # a callback's own
     layers.requires_grad_(False)
     model.learn(64)

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_adaptive_kl import AdaptiveLearningRate, AdaptivePenalty, FixedPenalty, PredictivePenalty, ProportionalPenalty
+from sb3_adaptive_kl import (
+    AdaptiveLearningRate,
+    AdaptivePenalty,
+    FixedPenalty,
+    PenaltyRule,
+    PredictivePenalty,
+    ProportionalPenalty,
+)
 from sb3_adaptive_kl.arguments import penalty_rule
 from sb3_adaptive_kl.penalty import default_bounds
 
@@ -51,13 +58,42 @@ def test_increase_and_decrease_cancel():
     assert rule(rule(1.0, 1.0, 0.01), 0.0, 0.01) == 1.0
 
 
-def test_symmetric_penalty():
-    rule = AdaptivePenalty.symmetric(tolerance=3.0, factor=4.0)
-    assert [rule(1.0, kl, 1.0) for kl in (0.3, 0.4, 2.9, 3.1)] == [0.25, 1.0, 1.0, 4.0]
+def test_named_rule_is_the_papers():
+    assert penalty_rule("adaptive") == AdaptivePenalty()
 
 
-def test_default_arguments_give_the_papers_rule():
-    assert penalty_rule("adaptive", kl_tolerance=1.5, kl_factor=2.0) == AdaptivePenalty()
+@pytest.mark.parametrize(
+    ("mapping", "rule"),
+    [
+        ({"name": "adaptive", "high": 2.0, "low": 0.5}, AdaptivePenalty(low=0.5, high=2.0)),
+        ({"name": "predictive", "segments": 5}, PredictivePenalty(segments=5)),
+        ({"name": "fixed"}, FixedPenalty()),
+    ],
+)
+def test_rule_with_numbers_can_be_written_as_a_mapping(mapping, rule):
+    assert penalty_rule(mapping) == rule
+    assert "name" in mapping  # it is the user's
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"high": 2.0}, "kl_rule=None is unknown"),
+        ({"name": "adaptiv"}, "kl_rule='adaptiv' is unknown, did you mean 'adaptive'"),
+        ({"name": "adaptive", "hi": 2.0}, "hi=2.0 is not a number of 'adaptive', which has low, high, decrease, increase"),
+        ({"name": "adaptive", "high": "2"}, "high='2' is not a number of 'adaptive'"),
+        ({"name": "fixed", "high": 2.0}, "high=2.0 is not a number of 'fixed', which has none"),
+        ({"name": "adaptive", "high": 0.5}, "high=0.5 must satisfy"),
+    ],
+)
+def test_wrong_mapping_is_named(mapping, message):
+    with pytest.raises(ValueError, match=message):
+        penalty_rule(mapping)
+
+
+def test_rule_that_defines_nothing_says_what_it_must_define():
+    with pytest.raises(NotImplementedError, match=r"Empty must define __call__\(kl_coef, kl, target_kl\)"):
+        type("Empty", (PenaltyRule,), {})()(1.0, 0.01, 0.01)
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(0.0, 0.98), (0.009, 0.99), (0.01, 1.0), (0.011, 1.01), (math.inf, 1.02)])
@@ -91,9 +127,14 @@ def test_scale_invariance(rule, kl_coef, kl, target_kl, exponent):
     assert rule(scale * kl_coef, kl, target_kl) == scale * rule(kl_coef, kl, target_kl)
 
 
-def test_default_bounds():
-    assert default_bounds(normalize_advantage=True) == (1 / 32, 32)
-    assert default_bounds(normalize_advantage=False) == (1e-6, 1e6)
+def test_default_bounds_do_not_bind_where_the_target_can_be_held():
+    """With normalized advantages the optimum at β has a KL of at most 1/(2β²): the bounds are far from the usual targets."""
+    low, high = default_bounds(normalize_advantage=True)
+    assert 1 / (2 * high**2) < 0.001 / 1.5
+    assert 1 / (2 * low**2) > 1.5 * 0.1
+    # Without, β carries the unit of the rewards
+    assert default_bounds(normalize_advantage=False)[0] < low / 1000
+    assert default_bounds(normalize_advantage=False)[1] > high * 1000
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,20 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_adaptive_kl import AdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO, losses
+from sb3_adaptive_kl import (
+    AdaptiveKLPPO,
+    AdaptivePenalty,
+    PenaltyRule,
+    PredictivePenalty,
+    RecurrentAdaptiveKLPPO,
+    losses,
+    step,
+)
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
-from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum
+from sb3_adaptive_kl.objective import MinibatchMetrics
+from sb3_adaptive_kl.rollout.minibatches import minibatches
+from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
 BOUNDS = (1 / 32, 32.0)
@@ -69,7 +79,7 @@ def test_later_halves_of_equal_segments():
     assert segments(PredictivePenalty(), 3) == [(2, (1, 2))]  # fewer steps than segments
     assert segments(PredictivePenalty(), 1) == []
     assert len(segments(PredictivePenalty(), 320)) == 9
-    assert segments(lambda kl_coef, kl, target_kl: kl_coef, 100) == []  # any other rule
+    assert segments(AdaptivePenalty(), 100) == []  # any other rule
 
 
 def test_the_first_minibatch_says_nothing():
@@ -81,19 +91,12 @@ def test_the_first_minibatch_says_nothing():
 
 @pytest.mark.parametrize("segments", [0, -3, 2.5, None, "10", True])
 def test_users_rule_with_wrong_segments_is_named(segments):
-    class Mine:
+    class Mine(PenaltyRule):
         def __call__(self, kl_coef, kl, target_kl):
             return kl_coef
 
-        def within_update(self, *args):
-            return args[0]
-
     Mine.segments = segments
-    with pytest.raises(ValueError, match=r"kl_rule=.*Mine.* segments, a whole number of at least 1"):
-        CASES["box"].build(AdaptiveKLPPO, kl_rule=Mine(), **SMALL)
-    del Mine.within_update
-    Mine.segments = 10
-    with pytest.raises(ValueError, match=r"must have both a method within_update"):
+    with pytest.raises(ValueError, match=r"kl_rule=.*Mine.* has segments=.* a whole number of at least 1"):
         CASES["box"].build(AdaptiveKLPPO, kl_rule=Mine(), **SMALL)
 
 
@@ -118,18 +121,18 @@ def test_the_rule_is_told_what_is_left_and_what_was_before():
     for n_taken in range(1, 13):
         steps = control.end_segment(n_taken)
         if steps is not None:
-            kl_coef = control.next_kl_coef(kl_coef, 0.001, [0.001 * n_taken, 0.003 * n_taken], 0.01)
+            kl_coef = control.adapt(kl_coef, [0.001 * n_taken - 0.001, 0.003 * n_taken - 0.001], 0.01)
     assert told == [(1.0, pytest.approx(0.007), 0.0, 2, 0.01), (2.0, pytest.approx(0.015), pytest.approx(0.007), 1, 0.01)]
 
 
 def test_it_stays_within_the_bounds_and_survives_nan():
     control = SegmentedControl(PredictivePenalty(), 30, (0.9, 1.1))
     control.end_segment(3)
-    assert control.next_kl_coef(1.0, 0.0, [0.5], 0.01) == 1.1
+    assert control.adapt(1.0, [0.5], 0.01) == 1.1
     control.end_segment(6)
-    assert control.next_kl_coef(1.0, 0.0, [math.nan], 0.01) == 1.1
+    assert control.adapt(1.0, [math.nan], 0.01) == 1.1
     control.end_segment(9)
-    assert control.next_kl_coef(1.0, 0.0, [1e-9], 0.01) == 0.9
+    assert control.adapt(1.0, [1e-9], 0.01) == 0.9
 
 
 def test_it_must_return_a_number():
@@ -155,16 +158,16 @@ def test_the_device_is_read_once_per_segment(monkeypatch):
     model = collect(
         CASES["box"].build(AdaptiveKLPPO, kl_rule="predictive", n_steps=256, batch_size=32, n_epochs=5, learning_rate=0.01)
     )
-    take_step = model._execution.take_step
+    compute_gradients = step.compute_gradients
 
-    def seen(update, rollout_data, index, settings):
-        used.append(settings.kl_coef)
-        return take_step(update, rollout_data, index, settings)
+    def seen(*args):
+        used.append(args[-1].kl_coef)
+        return compute_gradients(*args)
 
-    monkeypatch.setattr(model._execution, "take_step", seen)
+    monkeypatch.setattr(step, "compute_gradients", seen)
     model.train()
     assert len(reads) == 9  # 40 steps in 10 segments of 4
-    assert [len(read) for read in reads] == [3] * 9  # the first minibatch, and the later half of each segment
+    assert [len(read) for read in reads] == [2] * 9  # the later half of each segment
     assert used[:4] == [1.0] * 4
     assert len(set(used)) == 10
     assert logged(model)["kl_coef"] == used[-1]
@@ -177,7 +180,7 @@ def test_segments_cover_the_steps_that_are_taken(batch_size, monkeypatch):
     """Also those of a last, shorter minibatch."""
     n_steps = []
     log = UpdateMetrics.log
-    monkeypatch.setattr(UpdateMetrics, "log", lambda self, *args: n_steps.append(self.n_steps) or log(self, *args))
+    monkeypatch.setattr(UpdateMetrics, "log", lambda self, *args: n_steps.append(self.n_minibatches) or log(self, *args))
     model = collect(CASES["box"].build(AdaptiveKLPPO, kl_rule="predictive", n_steps=64, batch_size=batch_size, n_epochs=3))
     model.train()
     assert n_steps == [model._steps_per_update]
@@ -241,8 +244,9 @@ class Dropping(BaseFeaturesExtractor):
 def test_dropout_is_not_taken_for_a_step(monkeypatch):
     """In training mode the policy differs from the remembered one, here by more than the target, though it hardly moves."""
     at_rest = []
-    kls = UpdateMetrics.kls
-    monkeypatch.setattr(UpdateMetrics, "kls", lambda self, steps: at_rest.append(kls(self, steps)[0]) or kls(self, steps))
+    add = UpdateMetrics.add
+    index = MinibatchMetrics._fields.index("kl")
+    monkeypatch.setattr(UpdateMetrics, "add", lambda self, *args: at_rest.append(args[0][index].item()) or add(self, *args))
     case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Dropping, "log_std_init": -2.0}})
     model = case.build(
         AdaptiveKLPPO, kl_rule="predictive", target_kl=2e-4, n_steps=512, batch_size=256, n_epochs=10, learning_rate=1e-6
@@ -251,6 +255,19 @@ def test_dropout_is_not_taken_for_a_step(monkeypatch):
         collect(model).train()
     assert np.mean(at_rest) > 2e-4
     assert model.kl_coef < 0.5
+
+
+def test_dropout_does_not_stop_an_update_early():
+    """The noise of dropout alone is above the limit, before the first step: it is subtracted."""
+    case = Case("MlpPolicy", pendulum, {"policy_kwargs": {"features_extractor_class": Dropping, "log_std_init": -3.5}})
+    model = case.build(AdaptiveKLPPO, kl_stop_factor=1.5, n_steps=512, batch_size=256, n_epochs=5, learning_rate=1e-6)
+    rollout_data, index = next(minibatches(collect(model).rollout_buffer, 256))
+    old_policy = remember(model)
+    model.policy.set_training_mode(True)
+    at_rest = old_policy.divergence(index, model._adapter.evaluate(model.policy, rollout_data, True)).mean().item()
+    model.target_kl = at_rest / 2
+    model.train()
+    assert model._n_updates == 5
 
 
 @NEEDS_COMPILER

@@ -13,8 +13,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.rollout.old_policy import sweep
 from sb3_adaptive_kl.rollout.minibatches import in_order, minibatches
+from sb3_adaptive_kl.rollout.old_policy import sweep
 from tests.conftest import Case, collect, image, logged, minibatch_loss, multi_input, parameters, pendulum, remember
 
 

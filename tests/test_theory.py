@@ -118,7 +118,7 @@ def test_five_percent_are_outliers():
 @pytest.mark.parametrize(("factor", "settles"), [(2.0, False), (1.4, True)])
 def test_smaller_factor_stops_oscillation(factor, settles):
     """With KL ∝ β^−2 and 0.0196 at β = 4, the paper's factor alternates between 4 and 8; a smaller factor settles."""
-    rule, kl_coef, path = AdaptivePenalty.symmetric(1.5, factor), 4.0, []
+    rule, kl_coef, path = AdaptivePenalty(decrease=1 / factor, increase=factor), 4.0, []
     for _ in range(20):
         kl_coef = rule(kl_coef, 0.0196 * (4.0 / kl_coef) ** 2, 0.01)
         path.append(kl_coef)

@@ -122,8 +122,8 @@ def test_clip_ranges_follow_their_schedules():
     assert (settings.clip_range, settings.clip_range_vf) == pytest.approx((0.2, 0.2))
 
 
-def test_hinge_begins_at_its_factor():
-    """Of a policy that was moved by a known KL, the loss grows by c · (KL − factor · target)², and not below."""
+def test_hinge_begins_at_twice_the_target():
+    """Of a policy that was moved by a known KL, the loss grows by c · (KL − 2 · target)², and not below."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=128, vf_coef=0.0, target_kl=0.005))
     old_policy = remember(model)
     with th.no_grad():
@@ -131,12 +131,12 @@ def test_hinge_begins_at_its_factor():
     kl = old_policy.divergence_on_rollout().mean().item()
     rollout_data, index = next(minibatches(model.rollout_buffer, batch_size=128))
 
-    def loss(coef, factor):
-        model.kl_cutoff_coef, model.kl_cutoff_factor = coef, factor
+    def loss(coef, target):
+        model.kl_cutoff_coef, model.target_kl = coef, target
         return minibatch_loss(model, old_policy, rollout_data, index)[0].item()
 
-    assert loss(1000.0, factor=2.0) - loss(0.0, factor=2.0) == pytest.approx(1000 * (kl - 2 * 0.005) ** 2, rel=1e-3)
-    assert loss(1000.0, factor=20.0) == loss(0.0, factor=20.0)
+    assert loss(1000.0, target=0.005) - loss(0.0, target=0.005) == pytest.approx(1000 * (kl - 2 * 0.005) ** 2, rel=1e-3)
+    assert loss(1000.0, target=kl / 1.9) == loss(0.0, target=kl / 1.9)
 
 
 def test_early_stop_skips_epochs_but_not_the_rule(capsys):
@@ -240,15 +240,15 @@ def test_means_over_minibatches(monkeypatch):
     """All minibatches count alike, but for SB3's two habits: approx_kl is of the last epoch, loss of the last minibatch."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=128, batch_size=32, n_epochs=2, init_kl_coef=3.0))
     norms, seen = [], []
-    gradients = step_module.clipped_gradients
+    compute_gradients = step_module.compute_gradients
 
     def recorded(*args):
-        result = gradients(*args)
-        norms.append(result[2])
-        seen.append(MinibatchMetrics(*result[1]))
-        return result
+        metrics, norm = compute_gradients(*args)
+        norms.append(norm)
+        seen.append(MinibatchMetrics(*metrics))
+        return metrics, norm
 
-    monkeypatch.setattr(step_module, "clipped_gradients", recorded)
+    monkeypatch.setattr(step_module, "compute_gradients", recorded)
     model.train()
     assert len(norms) == len(seen) == 8
     assert logged(model)["grad_norm"] == pytest.approx(np.mean(norms))

@@ -1,7 +1,4 @@
-"""The folder ``fast`` only saves time: without it the same policies are trained."""
-
-import subprocess
-import sys
+"""What is in ``fast`` only saves time: without it the same policies are trained."""
 
 import gymnasium as gym
 import numpy as np
@@ -10,9 +7,8 @@ import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.algorithm import choose_execution
 from sb3_adaptive_kl.arguments import settings_at
-from sb3_adaptive_kl.execution import Execution
+from sb3_adaptive_kl.fast import eager
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from tests.conftest import collect, logged, parameters
 
@@ -33,40 +29,16 @@ def train_all():
     return results
 
 
-WITHOUT_FAST = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith("sb3_adaptive_kl.fast"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import numpy as np, torch as th
-th.set_num_threads(1)
-from tests.test_without_fast import train_all
-np.savez(sys.argv[1], **train_all())
-assert not [name for name in sys.modules if name.startswith("sb3_adaptive_kl.fast")]
-"""
-
-
-def test_training_without_fast_gives_the_same_numbers(tmp_path):
-    subprocess.run([sys.executable, "-c", WITHOUT_FAST, tmp_path / "results.npz"], check=True)
-    without, with_fast = np.load(tmp_path / "results.npz"), train_all()
-    assert set(without) == set(with_fast) == {"ppo", "maskable", "recurrent"}
+def test_training_without_fast_gives_the_same_numbers(monkeypatch):
+    with_fast = train_all()
+    monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", "0")
+    # What is skipped otherwise
+    monkeypatch.setattr(eager, "unvalidated", None)
+    monkeypatch.setattr(eager, "bare_adam", None)
+    without = train_all()
+    assert set(without) == {"ppo", "maskable", "recurrent"}
     for name, expected in with_fast.items():
         np.testing.assert_allclose(without[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize(
-    ("missing", "compile"), [("sb3_adaptive_kl.fast.execution", True), ("sb3_adaptive_kl.fast.optimizer", False)]
-)
-def test_compiling_without_fast_and_half_of_fast_are_errors(missing, compile, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("sb3_adaptive_kl.fast")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=missing):
-        choose_execution(compile)
 
 
 def test_compiling_with_an_old_torch_warns(monkeypatch):
@@ -76,10 +48,10 @@ def test_compiling_with_an_old_torch_warns(monkeypatch):
     assert model.learn(64)._n_updates > 0  # without another warning, which would be an error
 
 
-def test_nan_at_the_first_minibatch_is_undone():
+def test_nan_at_the_first_minibatch_is_undone(monkeypatch):
     """Here torch's distributions validate their arguments: the first evaluation raises, and there is nothing to log."""
+    monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", "0")
     model = collect(AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL))
-    model._execution = Execution()
     model.rollout_buffer.observations[:] = np.nan
     before = parameters(model)
     with pytest.raises(ValueError, match="Expected parameter loc"):  # the old policy cannot be evaluated either

@@ -122,7 +122,12 @@ def _unvalidated_family(family: type) -> type:
         if name != "__name__"  # torch's compiler would look up the original by it
     }
     method = FunctionType(make.__code__, namespace, closure=make.__closure__)
-    return type(family.__name__, (family,), {"proba_distribution": method})
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        # A copy that a callback makes or pickles during a rollout is of the family itself
+        return object.__new__, (family,), vars(self)
+
+    return type(family.__name__, (family,), {"proba_distribution": method, "__reduce__": reduce})
 
 
 @contextmanager
@@ -166,7 +171,8 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Callable[[], object]:
     states = [optimizer.state[parameter] for parameter in parameters]
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([state[name] for state in states if name in state] for name in names)
-    options: Any = {name: group[name] for name in ("lr", "amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")}
+    option_names = ("lr", "amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")
+    options: Any = {name: group[name] for name in option_names}
     beta1, beta2 = group["betas"]
 
     @th.no_grad()
