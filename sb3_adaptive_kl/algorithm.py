@@ -5,11 +5,11 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 import math
 from contextlib import AbstractContextManager
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.type_aliases import Schedule, TensorDict
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
 from sb3_adaptive_kl.fast.eager import fast_collection
@@ -20,6 +20,13 @@ from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 if TYPE_CHECKING:
     from sb3_adaptive_kl.fast.compiled import Compiler
 
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="KLPenaltyAlgorithm")
+
+# Arguments that the host does not have, or that mean something else there
+PENALTY_ARGUMENTS = (
+    *("clip_range", "target_kl", "init_kl_coef", "kl_rule", "kl_coef_bounds", "kl_ceiling", "learning_rate_rule"),
+    *("kl_divergence", "kl_cutoff_coef", "kl_stop_factor", "compile"),
+)
 # What save(), load(), get_parameters() and set_parameters() carry from one update to the next
 STATE = ("kl_coef", "learning_rate_scale")
 
@@ -39,11 +46,22 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     the host.
     """
 
-    # The host's arguments that the train step needs
+    # Arguments of the host that the train step needs, and those of the penalty
     batch_size: int | None
     n_epochs: int
     normalize_advantage: bool
     clip_range_vf: float | Schedule | None
+    clip_range: Any
+    target_kl: float | Schedule
+    init_kl_coef: float
+    kl_rule: str | dict[str, Any] | PenaltyRule
+    kl_coef_bounds: tuple[float, float] | None
+    kl_ceiling: float | None
+    learning_rate_rule: str | dict[str, Any] | LearningRateRule | None
+    kl_divergence: str
+    kl_cutoff_coef: float
+    kl_stop_factor: float | None
+    compile: bool
 
     # The state: plain numbers, which save() writes and load() restores
     kl_coef: float
@@ -56,37 +74,12 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _adapter: PolicyAdapter = PolicyAdapter()
     _compiler: "Compiler | None" = None
 
-    def __init__(
-        self,
-        *args: Any,
-        clip_range: float | str | Schedule | None,
-        target_kl: float | Schedule,
-        init_kl_coef: float,
-        kl_rule: str | dict[str, Any] | PenaltyRule,
-        kl_coef_bounds: tuple[float, float] | None,
-        kl_ceiling: float | None,
-        learning_rate_rule: str | dict[str, Any] | LearningRateRule | None,
-        kl_divergence: str,
-        kl_cutoff_coef: float,
-        kl_stop_factor: float | None,
-        compile: bool,
-        _init_setup_model: bool,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, _init_setup_model: bool = True, **kwargs: Any) -> None:
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
         check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
+        penalty = {name: kwargs.pop(name) for name in PENALTY_ARGUMENTS}
         super().__init__(*args, **{**kwargs, "_init_setup_model": False})
-        self.clip_range = clip_range
-        self.target_kl = target_kl
-        self.init_kl_coef = init_kl_coef
-        self.kl_rule = kl_rule
-        self.kl_coef_bounds = kl_coef_bounds
-        self.kl_ceiling = kl_ceiling
-        self.learning_rate_rule = learning_rate_rule
-        self.kl_divergence = kl_divergence
-        self.kl_cutoff_coef = kl_cutoff_coef
-        self.kl_stop_factor = kl_stop_factor
-        self.compile = compile
+        vars(self).update(penalty)
         if _init_setup_model:
             self._setup_model()
 
@@ -139,6 +132,38 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
+    def learn(
+        self: SelfAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """
+        Train as the host does.
+
+        :param total_timesteps: The total number of samples (env steps) to train on
+        :param callback: callback(s) called at every step with state of the algorithm.
+        :param log_interval: for how many iterations the training info is logged.
+        :param tb_log_name: the name of the run for TensorBoard logging (``None``: that of the class)
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :param kwargs: what only the host has: MaskablePPO's ``use_masking``
+        :return: the trained model
+        """
+        return super().learn(
+            total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+            **kwargs,
+        )
+
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout as the host does."""
         with self._collecting():
@@ -147,6 +172,16 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     def _collecting(self) -> AbstractContextManager[None]:
         """Choose how the policy acts during a rollout: as the host lets it, or compiled."""
         return fast_collection(self.policy) if self._compiler is None else self._compiler.compiled_collection(self.policy)
+
+
+def arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
+    """
+    Collect the arguments of a constructor, which its class spells out for IDEs and ``load()``, to pass them on.
+
+    :param local_variables: ``locals()`` at the beginning of the constructor
+    :return: argument → value
+    """
+    return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}
 
 
 def _python_number(value: Any) -> Any:

@@ -52,6 +52,8 @@ def check_arguments(model: Any) -> None:
         value = getattr(model, name, low)
         if not is_number(value) or not low <= value <= high:
             raise ValueError(f"{name}={value!r} must be a finite number within kl_coef_bounds=({low:g}, {high:g}): {remedy}")
+    penalty_rule(model.kl_rule)
+    learning_rate_rule(model.learning_rate_rule)
     check_settings(model)
 
 
@@ -79,10 +81,6 @@ def check_settings(model: Any) -> None:
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
     if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
         raise ValueError(f"compile={model.compile!r} must be True or False")
-    # These raise if there is no such rule, or no such bounds
-    penalty_rule(model.kl_rule)
-    learning_rate_rule(model.learning_rate_rule)
-    kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 
@@ -122,7 +120,7 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
         schedule = getattr(model, name)
         return None if schedule is None else _value_at(name, schedule, progress_remaining)
 
-    target_kl = target_kl_at(model.target_kl, progress_remaining)
+    target_kl = max(_value_at("target_kl", model.target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
     return Settings(
         target_kl=target_kl,
         kl_coef=float(model.kl_coef),
@@ -134,18 +132,6 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
         normalize_advantage=bool(model.normalize_advantage),
         kl_cutoff_coef=model.kl_cutoff_coef or None,
     )
-
-
-def target_kl_at(target_kl: float | Schedule, progress_remaining: float) -> float:
-    """
-    Evaluate the target, d_targ, for one update.
-
-    :param target_kl: a number, or a function of the remaining progress
-    :param progress_remaining: from 1 (beginning) to 0 (end)
-    :return: in nats, > 0
-    :raises ValueError: if it is anything but a finite number ≥ 0
-    """
-    return max(_value_at("target_kl", target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
 
 
 def penalty_rule(rule: str | Mapping[str, Any] | PenaltyRule | Callable[[float, float, float], float]) -> PenaltyRule:

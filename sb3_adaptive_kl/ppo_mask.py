@@ -1,19 +1,18 @@
 """MaskableAdaptiveKLPPO: sb3-contrib's PPO with invalid action masking, with an adaptive KL penalty instead of clipping."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch as th
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
+from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
-
-SelfMaskableAdaptiveKLPPO = TypeVar("SelfMaskableAdaptiveKLPPO", bound="MaskableAdaptiveKLPPO")
 
 
 class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[misc]  # as for AdaptiveKLPPO
@@ -68,58 +67,4 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            clip_range=clip_range,
-            clip_range_vf=clip_range_vf,
-            normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            target_kl=target_kl,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            init_kl_coef=init_kl_coef,
-            kl_rule=kl_rule,
-            kl_coef_bounds=kl_coef_bounds,
-            kl_ceiling=kl_ceiling,
-            learning_rate_rule=learning_rate_rule,
-            kl_divergence=kl_divergence,
-            kl_cutoff_coef=kl_cutoff_coef,
-            kl_stop_factor=kl_stop_factor,
-            compile=compile,
-            _init_setup_model=_init_setup_model,
-        )
-
-    def learn(  # type: ignore[override]  # use_masking comes where MaskablePPO has it
-        self: SelfMaskableAdaptiveKLPPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "MaskableAdaptiveKLPPO",
-        reset_num_timesteps: bool = True,
-        use_masking: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfMaskableAdaptiveKLPPO:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            use_masking=use_masking,
-            progress_bar=progress_bar,
-        )
+        super().__init__(**arguments(locals()))

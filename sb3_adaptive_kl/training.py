@@ -65,6 +65,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._adapter.check_rollout(self.rollout_buffer)
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
+        rule, bounds = self._penalty_rule(settings.target_kl), kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
         metrics = UpdateMetrics()
 
         problem = None
@@ -74,7 +75,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot = Snapshot(self.policy)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence)
             try:
-                self._optimize(old_policy, settings, metrics)
+                self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
                 # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
                 # diverged, and the error was something else
@@ -106,17 +107,19 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._log_update(settings, metrics, raw_kl, kl)
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         rule_kl = raw_kl if problem is None else math.inf
-        self._adapt_kl_coef(rule_kl, settings.target_kl)
+        self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
+        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, side)
+        if side > 0 or self.clip_range is None:  # a clip may end updates below the target, as it should
+            warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
         self._adapt_learning_rate(rule_kl, settings.target_kl)
         self._warn_or_give_up(problem)
 
-    def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
+    def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
         """
         Take minibatch steps for ``n_epochs`` passes over the rollout, or fewer if ``kl_stop_factor`` says so. A rule with
         several segments adapts β in between.
         """
         self.policy.set_training_mode(True)
-        control = SegmentedControl(self._penalty_rule(settings.target_kl), self._steps_per_update, self._kl_coef_limits)
         with self._minibatch_gradients(old_policy) as compute_gradients, one_kernel(self.policy.optimizer) as take_step:
             for epoch in range(self.n_epochs):
                 metrics.start_epoch()
@@ -168,10 +171,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         return penalty_rule(self.kl_rule)
 
     @property
-    def _kl_coef_limits(self) -> tuple[float, float]:
-        return kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
-
-    @property
     def _steps_per_update(self) -> int:
         n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
         return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
@@ -186,19 +185,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         log_progress(self.logger, self.policy, self._explained_variance(), self._n_updates, self._undone_updates)
         if self._compiler is not None:
             self._compiler.log(self.logger)
-
-    def _adapt_kl_coef(self, kl: float, target_kl: float) -> None:
-        """
-        Update β for the next update.
-
-        :param kl: d in nats, ``inf`` after an update that was undone
-        :param target_kl: d_targ in nats
-        :raises ValueError: if a user's rule returns NaN
-        """
-        self.kl_coef, side = apply_rule(self._penalty_rule(target_kl), self.kl_coef, kl, target_kl, self._kl_coef_limits)
-        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, side)
-        if side > 0 or self.clip_range is None:  # a clip may end updates below the target, as it should
-            warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl, target_kl)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)

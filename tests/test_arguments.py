@@ -17,7 +17,7 @@ from sb3_adaptive_kl import (
     MaskableAdaptiveKLPPO,
     RecurrentAdaptiveKLPPO,
 )
-from sb3_adaptive_kl.arguments import settings_at, target_kl_at
+from sb3_adaptive_kl.arguments import settings_at
 from tests.conftest import CASES
 
 BAD = [
@@ -139,9 +139,9 @@ def test_every_argument_is_stored_and_documented():
 
 
 def test_scheduled_target_stays_positive_at_zero():
-    schedule = LinearSchedule(0.02, 0.0, 1.0)
-    assert target_kl_at(schedule, 1.0) == pytest.approx(0.02)
-    assert 0 < target_kl_at(schedule, 0.0) < 1e-9
+    model = CASES["discrete"].build(AdaptiveKLPPO, target_kl=LinearSchedule(0.02, 0.0, 1.0))
+    assert settings_at(model, 1.0).target_kl == pytest.approx(0.02)
+    assert 0 < settings_at(model, 0.0).target_kl < 1e-9
 
 
 @pytest.mark.parametrize("name", ["target_kl", "clip_range", "clip_range_vf"])

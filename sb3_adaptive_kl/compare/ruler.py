@@ -12,7 +12,7 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_adaptive_kl.arguments import target_kl_at
+from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter, PolicyAdapter, RecurrentPolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
@@ -89,4 +89,4 @@ class Ruler(BaseCallback):
     def _target_kl(self) -> float | None:
         """Read the penalty's target. In PPO and TRPO ``target_kl`` is a limit, and not a target."""
         model: Any = self.model
-        return target_kl_at(model.target_kl, model._current_progress_remaining) if hasattr(model, "kl_coef") else None
+        return settings_at(model, model._current_progress_remaining).target_kl if hasattr(model, "kl_coef") else None

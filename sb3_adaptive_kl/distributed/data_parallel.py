@@ -33,7 +33,6 @@ from sb3_adaptive_kl.distributed.synchronization import (
     checksum,
     pool_kl,
 )
-from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.step import ComputeGradients
@@ -77,8 +76,8 @@ class DataParallel(KLPenaltyTraining):
 
     # ---------------------------------------------------------------- the update
 
-    def _optimize(self, old_policy: OldPolicy, settings: Settings, metrics: UpdateMetrics) -> None:
-        super()._optimize(old_policy, settings, metrics)
+    def _optimize(self, *args: Any) -> None:
+        super()._optimize(*args)
         average_buffers(self.policy)
 
     @contextmanager
