@@ -17,8 +17,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim.adam import adam
 
 from sb3_adaptive_kl.rollout.adapters import is_stock
+from sb3_adaptive_kl.step import optimized_parameters
 
 STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
+# Options of torch's optimizers: how a step is computed, unless the user chose
+DEFAULTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # How torch's errors begin when it samples from NaN: categoricals, and Bernoullis
 NAN_MESSAGES = ("probability tensor contains", "Expected p_in >= 0")
 
@@ -140,10 +143,12 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     :return: a context with the function to call instead of ``optimizer.step``
     """
     groups = optimizer.param_groups
-    if not is_enabled() or not type(optimizer).__module__.startswith("torch.optim.") or any(map(_chosen_by_user, groups)):
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.") and "foreach" in groups[0]
+    chosen = any(group.get(name, default) != default for group in groups for name, default in DEFAULTS.items())
+    if chosen or not is_torchs or not is_enabled():
         yield optimizer.step
         return
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = optimized_parameters(optimizer)
     # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not; and it knows no complex numbers
     can_fuse = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in parameters)
     flag = "fused" if type(optimizer) in (th.optim.Adam, th.optim.AdamW) and can_fuse else "foreach"
@@ -185,8 +190,3 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Callable[[], object]:
             adam(parameters, gradients, *moments, state_steps=steps, fused=True, beta1=beta1, beta2=beta2, **options)
 
     return step
-
-
-def _chosen_by_user(group: dict[str, Any]) -> bool:
-    ways = [group.get("foreach"), group.get("fused"), group.get("capturable") or None, group.get("differentiable") or None]
-    return "foreach" not in group or any(way is not None for way in ways)

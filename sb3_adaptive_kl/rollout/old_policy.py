@@ -48,13 +48,11 @@ class OldPolicy:
         self.buffer = buffer
         self.adapter = adapter
         self._divergence = DIVERGENCES[kl_divergence]
+        # Whether the divergence compares distributions, and not only log-probabilities of the actions taken
+        self.needs_distribution = self._divergence.needs_distribution
+        self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self._remember()
-
-    @property
-    def needs_distribution(self) -> bool:
-        """Whether the divergence compares distributions, and not only log-probabilities of the actions taken."""
-        return self._divergence.needs_distribution
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -90,10 +88,6 @@ class OldPolicy:
         """
         divergence = self.divergence_on_rollout()
         return RolloutKL(divergence.mean().item(), divergence.max().item())
-
-    @property
-    def _n_transitions(self) -> int:
-        return self.buffer.buffer_size * self.buffer.n_envs
 
     def _remember(self) -> None:
         before = torch_distribution(getattr(self.policy, "action_dist", None))
