@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's palette, safe for color-blind readers
+BAND = 1.5  # the paper moves β outside of [target / 1.5, 1.5 · target]
 Curve = tuple[list[int], list[float]]
 
 
@@ -31,7 +32,7 @@ def read_log(folder: Path, keys: list[str]) -> dict[str, Curve]:
     return {key: ([event.step for event in found], [event.value for event in found]) for key, found in scalars.items()}
 
 
-def draw(log: dict[str, Curve], tolerance: float) -> Figure:
+def draw(log: dict[str, Curve]) -> Figure:
     figure = Figure(figsize=(8, 8), layout="constrained")
     returns, kl, kl_coef = figure.subplots(3, 1, sharex=True)
     returns.plot(*log["rollout/ep_rew_mean"], color=BLUE)
@@ -43,8 +44,8 @@ def draw(log: dict[str, Curve], tolerance: float) -> Figure:
     told = [(t, d / r) for t, d, r in zip(timesteps, kls, log["train/kl_over_target"][1], strict=True) if r > 0]
     at, target = [t for t, _ in told], [value for _, value in told]
     kl.plot(at, target, color=VERMILION, lw=1, label="target")
-    low, high = [value / tolerance for value in target], [value * tolerance for value in target]
-    kl.fill_between(at, low, high, color=VERMILION, alpha=0.25, lw=0, label=f"within a factor of {tolerance:g}")
+    low, high = [value / BAND for value in target], [value * BAND for value in target]
+    kl.fill_between(at, low, high, color=VERMILION, alpha=0.25, lw=0, label=f"within a factor of {BAND:g}")
     kl.set(ylabel="KL after the update [nats]", yscale="log")
     kl.legend()
 
@@ -60,11 +61,10 @@ def draw(log: dict[str, Curve], tolerance: float) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a run, which contains an events.out.tfevents file")
-    parser.add_argument("--kl-tolerance", type=float, default=1.5, help="kl_tolerance of the run")
     parser.add_argument("-o", "--output", type=Path, default=Path("training.png"), help="picture to write, .png or .svg")
     arguments = parser.parse_args()
     log = read_log(arguments.folder, ["rollout/ep_rew_mean", "train/kl", "train/kl_over_target", "train/kl_coef"])
-    draw(log, arguments.kl_tolerance).savefig(arguments.output, dpi=120)
+    draw(log).savefig(arguments.output, dpi=120)
     print(f"Saved the plot to {arguments.output}")
 
 
