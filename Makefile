@@ -3,6 +3,7 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= not slow
 
 BIN = $(VENV)/bin
 MARKDOWN = CHANGELOG.md CONTRIBUTING.md README.md .github docs zoo_hook
@@ -28,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/sb3-adaptive-kl compare --env CartPole-v1 --algo ppo_kl ppo --seeds 3 -n 50000 --jobs 2 -o $(DEMO)/compare
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(TESTS)"
 
 # With the lower bounds of pyproject.toml, on Python 3.10 or 3.11, for which their wheels exist: make test-oldest PYTHON=python3.10
 # gymnasium 1.0 compiles Box2D, with swig and a C++ compiler. -W default: old packages warn about newer ones

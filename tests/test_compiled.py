@@ -8,13 +8,15 @@ import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
+from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.training import measured_kl
+from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, remember
 
 pytestmark = NEEDS_COMPILER
 # 60 = 24 + 24 + 12: every epoch ends with a shorter minibatch
@@ -171,6 +173,23 @@ class TestBox:
             model.train()
         assert not model._compiler.compilation.failed
         assert th.equal(parameters(model), before)
+
+    def test_policy_is_itself_while_compiled_steps_run(self):
+        """A rule that acts within the update may evaluate it: with its own space, at which an unmoved policy has a KL of 0."""
+        seen = []
+
+        class Curious(PredictivePenalty):
+            def within_update(self, kl_coef, kl, *args):
+                seen.append((model.policy.observation_space, measured_kl(old_policy).mean))
+                return kl_coef
+
+        case = Case("MlpPolicy", lambda: IdentityEnv(dim=3))
+        model = collect(case.build(AdaptiveKLPPO, compile=True, kl_rule=Curious(), learning_rate=0.0, **SMALL))
+        old_policy = remember(model)
+        model.train()
+        assert not model._compiler.compilation.failed
+        assert seen
+        assert all(space == model.observation_space and kl < 1e-12 for space, kl in seen)
 
     def test_freezing_and_thawing_the_network(self):
         """In the midst of a run: what is frozen rests, and moves again when it is thawed."""

@@ -246,3 +246,11 @@ def test_checks_are_dropped_for_the_update_only():
     assert th.distributions.Distribution._validate_args is True
     with pytest.raises(ValueError, match="Expected parameter"):
         model.policy.action_dist.proba_distribution(th.full((1, 4), math.nan))
+
+
+def test_warnings_point_at_the_line_that_trains(monkeypatch):
+    with_nan_loss(monkeypatch)
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL)
+    with pytest.warns(UserWarning, match="undone") as caught:
+        model.learn(64)
+    assert {warning.filename for warning in caught if "undone" in str(warning.message)} == {__file__}

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO
@@ -82,3 +83,15 @@ def test_same_seed_gives_same_run():
     runs = [CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(3 * 64) for _ in range(2)]
     assert th.equal(parameters(runs[0]), parameters(runs[1]))
     assert runs[0].kl_coef == runs[1].kl_coef
+
+
+def test_parameters_carry_beta():
+    """And the factor of the learning rate; those of PPO do not have them."""
+    case = CASES["box"]
+    model, other, ppo = (case.build(algorithm, n_steps=64) for algorithm in (AdaptiveKLPPO, AdaptiveKLPPO, PPO))
+    model.kl_coef, model.learning_rate_scale = 4.0, 0.5
+    other.set_parameters(model.get_parameters())
+    assert (other.kl_coef, other.learning_rate_scale) == (4.0, 0.5)
+    ppo.set_parameters(model.get_parameters())
+    other.set_parameters(ppo.get_parameters())
+    assert other.kl_coef == 4.0

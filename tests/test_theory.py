@@ -69,8 +69,13 @@ def test_every_number_is_tested():
 
 
 def test_settings_on_the_page_are_the_defaults():
-    assert PredictivePenalty() == PredictivePenalty(segments=10, gain=0.5, max_ratio=math.e, floor=0.3)
-    assert (MIN_FRACTION, TARGET_FRACTION) == (0.8, 0.9)
+    rule, words = PredictivePenalty(), {10: "ten"}
+    assert f"cuts an update into {words[rule.segments]} segments" in THEORY
+    assert (rule.max_ratio, rule.gain) == (math.e, 0.5)
+    assert f"k + (k − k_before) · segments left,  {rule.floor:g} · k )" in THEORY
+    assert "clip( d̂ / d_targ, 1/e, e )^½" in THEORY
+    assert f"aims at {TARGET_FRACTION:g} times the ceiling" in THEORY
+    assert f"d is between {MIN_FRACTION:g} times the ceiling and the ceiling" in THEORY
 
 
 def test_closed_forms_of_the_example():
