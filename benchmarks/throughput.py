@@ -163,7 +163,7 @@ def print_profile() -> None:
     timed("collecting: returns and advantages", model.rollout_buffer, "compute_returns_and_advantage")
     timed("updating: old policy and KL", OldPolicy, "__init__")
     timed("updating: old policy and KL", OldPolicy, "divergence_on_rollout")
-    timed("updating: steps", model._execution.compiled_steps, "_compiled_step")
+    timed("updating: gradients", model._compiler, "_clipped_gradients")
     timed("updating", model, "train")
     timed("all", model, "learn")
     for _ in range(10):

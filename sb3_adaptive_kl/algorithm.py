@@ -176,10 +176,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
 def arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
     """
-    Collect the arguments of a constructor, which its class spells out for IDEs and ``load()``, to pass them on.
-
-    :param local_variables: ``locals()`` at the beginning of the constructor
-    :return: argument → value
+    Collect what a constructor was given, from its ``locals()``: its class spells the arguments out for IDEs and ``load()``.
     """
     return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}
 

@@ -88,13 +88,7 @@ class SegmentedControl:
 
 
 def count_at_bound(count: int, side: int) -> int:
-    """
-    Count the rollouts in a row at which the same bound stopped the rule.
-
-    :param count: the count so far; negative at the lower bound
-    :param side: the bound that stopped it now, as ``apply_rule`` returns it
-    :return: the new count
-    """
+    """Count the rollouts in a row at which the same bound stopped the rule; negative at the lower bound."""
     return count + side if side * count > 0 else side
 
 

@@ -30,28 +30,20 @@ class UpdateMetrics:
 
     def add(self, minibatch: th.Tensor, grad_norm: th.Tensor) -> None:
         """
-        Add a minibatch to the current epoch.
-
-        :param minibatch: its stacked ``MinibatchMetrics``, before its step
-        :param grad_norm: norm of its gradient before clipping
+        Add a minibatch to the current epoch: its stacked ``MinibatchMetrics``, and the norm of its gradient before
+        clipping.
         """
         self._minibatches.append(minibatch)
         self._grad_norms.append(grad_norm)
 
     def finite(self) -> bool:
-        """
-        Check that every gradient was finite. One of infinite norm is clipped to a step of length 0: the parameters would stay
-        finite, and the same, forever.
-        """
+        """Check that every gradient was finite."""
+        # One of infinite norm is clipped to a step of length 0: the parameters would stay finite, and the same, forever
         return not self._grad_norms or bool(th.stack(self._grad_norms).isfinite().all())
 
     def kls(self, minibatches: slice) -> list[float]:
-        """
-        Read the KL of some minibatches, each before its step. This synchronizes with the device once.
-
-        :param minibatches: slice into those of all epochs
-        :return: their KL beyond the KL at rest, in nats
-        """
+        """Read the KL of some minibatches of the update, each before its step and beyond the KL at rest, in nats."""
+        # One synchronization with the device
         # At rest, before the first step, the policy in training mode differs from the remembered one by dropout and batch
         # normalization alone
         kl = MinibatchMetrics._fields.index("kl")
@@ -101,24 +93,14 @@ def log_penalty(logger: Logger, kl_coef: float, target_kl: float, mean_kl: float
 
 def log_step_back(logger: Logger, raw_kl: float, scale: float) -> None:
     """
-    Log how far the policy would have moved without its ceiling.
-
-    :param logger: the model's logger
-    :param raw_kl: d after the last minibatch step, before any step back, in nats
-    :param scale: the share of the actor's step that was kept, 1 for all of it
+    Log how far the policy would have moved without its ceiling, in nats, and the share of the actor's step that was kept.
     """
     logger.record("train/kl_raw", raw_kl)
     logger.record("train/step_scale", scale)
 
 
 def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> None:
-    """
-    Log the learning rate where a rule moves it; SB3 has logged the schedule's value.
-
-    :param logger: the model's logger
-    :param learning_rate: the update's learning rate
-    :param scale: its factor
-    """
+    """Log the learning rate where a rule moves it; SB3 has logged the schedule's value."""
     logger.record("train/learning_rate", learning_rate)
     logger.record("train/learning_rate_scale", scale)
 

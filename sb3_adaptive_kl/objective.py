@@ -63,11 +63,8 @@ class MinibatchMetrics(NamedTuple):
     clip_fraction: th.Tensor | None = None
 
     def stack(self) -> th.Tensor:
-        """
-        Stack the metrics into one vector, detached from the graph, which would otherwise live until they are logged.
-
-        :return: the metrics that are not ``None``, in order
-        """
+        """Stack the metrics that are not ``None`` into one vector."""
+        # Detached from the graph, which would otherwise live until they are logged
         with th.no_grad():
             return th.stack([part for part in self if part is not None])
 

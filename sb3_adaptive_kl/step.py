@@ -65,11 +65,8 @@ def compute_gradients(
 
 
 def drop_other_gradients(policy: ActorCriticPolicy) -> None:
-    """
-    Remove the gradients of parameters that no step moves: ``backward()`` adds to them in each step, and nobody clears them.
-
-    :param policy: the policy after its last step
-    """
+    """Remove the gradients of parameters that no step moves."""
+    # backward() adds to them in each step, and nobody clears them
     moved = set(map(id, optimized_parameters(policy.optimizer)))
     for parameter in policy.parameters():
         if id(parameter) not in moved:
@@ -77,10 +74,5 @@ def drop_other_gradients(policy: ActorCriticPolicy) -> None:
 
 
 def optimized_parameters(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    """
-    List the parameters that a step can move. They need not be registered in the policy.
-
-    :param optimizer: the policy's optimizer
-    :return: the parameters of all its groups, in order
-    """
+    """List the parameters that a step can move. They need not be registered in the policy."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -194,13 +194,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                     group["lr"] *= self.learning_rate_scale
 
     def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
-        """
-        Update ``learning_rate_scale`` for the next update, if there is a rule for it.
-
-        :param kl: d in nats, ``inf`` after an update that was undone
-        :param target_kl: d_targ in nats
-        :raises ValueError: if a user's rule does not return a positive number
-        """
+        """Update ``learning_rate_scale`` for the next update, if there is a rule for it."""
         rule = learning_rate_rule(self.learning_rate_rule)
         if rule is not None:
             self.learning_rate_scale = next_scale(rule, self.learning_rate_scale, kl, target_kl)

@@ -100,11 +100,7 @@ class Compiler:
                     del policy.forward
 
     def log(self, logger: Logger) -> None:
-        """
-        Log the seconds spent compiling since the last call, if any.
-
-        :param logger: the model's logger
-        """
+        """Log the seconds spent compiling since the last call, if any."""
         seconds = self.compilation.pop_seconds()
         if seconds > 0:
             logger.record("time/compilation", seconds)
@@ -143,13 +139,7 @@ class CompiledForward:
 
 
 def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
-    """
-    Run a policy's own ``forward``.
-
-    :param actor: a compilable copy of the policy
-    :param observations: batch of preprocessed observations
-    :return: the result of ``forward``: actions, values, log-probabilities
-    """
+    """Run a policy's own ``forward`` on preprocessed observations."""
     result = type(actor).forward(actor, observations, *args, **kwargs)  # the instance's forward is CompiledForward
     if th.compiler.is_compiling():
         forget_distribution(actor)  # compiled code cannot leave a new object behind

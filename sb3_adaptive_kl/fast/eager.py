@@ -54,25 +54,14 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
 
 
 def raise_for_nan(policy: Any, args: Any, result: Any) -> None:
-    """
-    Check what a policy returns. A NaN observation or parameter always makes a log-probability NaN, whatever the distribution.
-
-    :param policy: the policy
-    :param args: of its ``forward``, not read
-    :param result: of its ``forward``: actions, values, log-probabilities
-    :raises ValueError: if a log-probability is NaN
-    """
+    """Raise ValueError if a policy's ``forward`` has returned a NaN log-probability."""
+    # A NaN observation or parameter always makes a log-probability NaN, whatever the distribution
     if result[2].isnan().any():
         raise nan_error(policy)
 
 
 def nan_error(policy: ActorCriticPolicy) -> ValueError:
-    """
-    Describe where a NaN may come from.
-
-    :param policy: the policy that returned it
-    :return: the error to raise
-    """
+    """Describe where a NaN may come from."""
     return ValueError(
         "the log-probability of an action is NaN: wrap the environment in VecCheckNan to find a NaN observation; if there "
         "is none, the policy's parameters are extreme: lower learning_rate="

@@ -52,30 +52,15 @@ class PolicyAdapter:
         return Evaluation(*[None if entries is None else entries[valid] for entries in evaluation])  # type: ignore[arg-type]
 
     def arguments(self, rollout_data: Any) -> dict[str, Any]:
-        """
-        List what the policy needs to evaluate actions besides them and the observations.
-
-        :param rollout_data: a minibatch of the rollout buffer
-        :return: keyword arguments of ``policy.evaluate_actions``
-        """
+        """List what ``policy.evaluate_actions`` needs besides observations and actions."""
         return {}
 
     def valid(self, rollout_data: Any) -> th.Tensor | None:
-        """
-        Tell transitions from padding.
-
-        :param rollout_data: a minibatch of the rollout buffer
-        :return: boolean mask of the transitions, or ``None`` if there is no padding
-        """
+        """Tell transitions from padding, by a boolean mask, or ``None`` if there is no padding."""
         return None
 
     def check_rollout(self, buffer: RolloutBuffer) -> None:
-        """
-        Refuse a rollout that cannot be trained on.
-
-        :param buffer: the full rollout buffer
-        :raises ValueError: with the reason and the remedy
-        """
+        """Raise ValueError, with the reason and the remedy, for a rollout that cannot be trained on."""
 
 
 class MaskablePolicyAdapter(PolicyAdapter):

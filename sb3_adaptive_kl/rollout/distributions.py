@@ -95,12 +95,7 @@ def policy_distribution(policy: ActorCriticPolicy) -> ActionDistribution:
 
 
 def hidden_distribution_error(policy: ActorCriticPolicy) -> ValueError:
-    """
-    Describe the mistake in a policy whose ``evaluate_actions`` does not use ``policy.action_dist``.
-
-    :param policy: the policy
-    :return: the error to raise
-    """
+    """Describe the mistake in a policy whose ``evaluate_actions`` does not use ``policy.action_dist``."""
     return ValueError(
         f"policy={type(policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
         "policy.action_dist, so its KL divergence cannot be computed: build it with "
@@ -133,12 +128,7 @@ def action_distribution(distribution: Distribution | None) -> ActionDistribution
 
 
 def torch_distribution(distribution: Distribution | None) -> Any:
-    """
-    Unwrap a distribution of SB3 or sb3-contrib. Each evaluation of the policy makes a new object of torch's.
-
-    :param distribution: for instance ``policy.action_dist``
-    :return: a distribution of torch, a list of them, or ``None`` before the first evaluation
-    """
+    """Unwrap torch's distribution, or the list of them, from SB3's; ``None`` before the first evaluation."""
     # sb3-contrib's masked MultiDiscrete and MultiBinary hold their categoricals in `distributions`
     return getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
 

@@ -57,12 +57,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple
 
 
 def transitions_per_block(buffer: RolloutBuffer) -> int:
-    """
-    Count the transitions that fit into BLOCK_BYTES.
-
-    :param buffer: a full rollout buffer
-    :return: at least 1
-    """
+    """Count the transitions that fit into BLOCK_BYTES, at least 1."""
     fields = [*vars(buffer).values(), *(buffer.observations.values() if isinstance(buffer.observations, dict) else ())]
     n_bytes = sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
     return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // n_bytes)

@@ -81,11 +81,7 @@ class OldPolicy:
         return divergence
 
     def kl(self) -> RolloutKL:
-        """
-        Measure the policy, as it is now, on the whole rollout.
-
-        :return: mean and largest divergence from the old policy, in nats
-        """
+        """Measure the policy, as it is now, on the whole rollout."""
         divergence = self.divergence_on_rollout()
         return RolloutKL(divergence.mean().item(), divergence.max().item())
 

@@ -59,11 +59,7 @@ def join_group(algorithms: tuple[str, ...]) -> None:
 
 
 def train_is_running() -> bool:
-    """
-    Check whether this process was started to run the zoo's ``train``.
-
-    :return: whether the command line says so
-    """
+    """Check whether this process was started to run the zoo's ``train``."""
     return re.search(r"(^| )-m ?(rl_zoo3\.train|sb3_adaptive_kl\.zoo train)( |$)", " ".join(sys.orig_argv)) is not None
 
 
