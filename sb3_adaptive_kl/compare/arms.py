@@ -11,10 +11,10 @@ import difflib
 import hashlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -168,6 +168,20 @@ def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
     return {**shared, **rest}
 
 
+def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, Hyperparameters]:
+    """
+    Complete hyperparameters with defaults: those that some arm sets, and those that several of the algorithms have.
+
+    :param arms: the arms
+    :param given: arm → hyperparameters of its runs
+    :return: arm → completed hyperparameters
+    """
+    n_algorithms = Counter(key for algo in {arm.algo for arm in arms} for key in arguments(algo))
+    compared = TRUST_REGION.union(*given.values(), (key for key, n in n_algorithms.items() if n > 1))
+    added = {arm.name: {key: value for key, value in sorted(defaults(arm.algo).items()) if key in compared} for arm in arms}
+    return {name: {**values, **given[name]} for name, values in added.items()}
+
+
 def defaults(algo: str) -> Hyperparameters:
     """Default values of the hyperparameters that have one."""
     signature = inspect.signature(ALGOS[algo]).parameters
@@ -191,24 +205,15 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 def _entry(algo: str, env: str) -> Hyperparameters:
     """The zoo's tuned entry for an environment, or for its previous version: the zoo has no entries for MuJoCo's -v5."""
-    entries = _file(algo)
-    atari = "AtariEnv" in str(gym.registry[env].entry_point)
-    candidates = [env]
-    if env.endswith("-v5"):
-        candidates += [f"{env[:-1]}{version}" for version in (4, 2)]
-    if atari:
-        candidates.append("atari")
-    name = next((name for name in candidates if name in entries), "default")
-    if name not in entries:
+    file = zoo.hyperparameter_file(algo) if algo in zoo.ALGORITHMS else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
+    entries = yaml.safe_load(file.read_text())
+    base, _, version = env.rpartition("-v")
+    previous = [f"{base}-v{number}" for number in (4, 2) if version == "5"]
+    atari = ["atari"] if "AtariEnv" in str(gym.registry[env].entry_point) else []
+    candidates = [name for name in (env, *previous, *atari, "default") if name in entries]
+    if not candidates:
         raise PlanError(f"the zoo has neither hyperparameters of {algo} for {env} nor a default entry")
-    return dict(entries[name])
-
-
-def _file(algo: str) -> dict[str, Hyperparameters]:
-    """Environment → tuned entry of an algorithm, from our file or the zoo's."""
-    ours = zoo.hyperparameter_file(algo)
-    path = ours if algo in zoo.ALGORITHMS else Path(str(files("rl_zoo3") / "hyperparams" / f"{algo}.yml"))
-    return yaml.safe_load(path.read_text())  # type: ignore[no-any-return]
+    return dict(entries[candidates[0]])
 
 
 def split_name(text: str) -> tuple[str, str]:

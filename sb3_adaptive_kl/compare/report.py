@@ -1,101 +1,77 @@
 """
-The last stage: write `report.html`, a single file to share, and `report.md` with the same content.
+Write everything that follows from the finished runs; last `report.html`, a single file to share, and `report.md` with the same
+content.
 
     python -m sb3_adaptive_kl.compare.report FOLDER
 """
 
 import base64
+import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from sb3_adaptive_kl.compare import plots
-from sb3_adaptive_kl.compare.arms import Arm
+from sb3_adaptive_kl.compare import plots, statistics
+from sb3_adaptive_kl.compare.arms import PlanError, effective
 from sb3_adaptive_kl.compare.intervals import SAMPLES
-from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
-from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE, TIMINGS_FILE
-from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store, on_folder
-
-REPORT_FILE = "report.html"
-
-# Entry of a pair → its name in the report, and what a seed needs to be compared
-MEASURES = {"final": ("final policy", "a finished run"), "area": ("while learning", "a finished training episode")}
-
-# Captions, also used as alternative text
-CAPTIONS = {
-    "final_returns": "Return of the final policy: a dot per seed, and the mean with its 95 % interval.",
-    "aggregates": "Normalized scores over all environments, with 95 % intervals.",
-    "probability_of_improvement": "Probability that a run of the first arm beats a run of the second; ½ is a tie.",
-    "performance_profile": "Share of runs above each normalized score. Higher is better.",
-}
-CURVES_CAPTION = (
-    "Learning curves: mean over seeds with its 95 % interval; the threshold is dotted. Below, on the same time axis: exact KL "
-    "of the updates that changed the policy, and β, each as median and middle 80 % over seeds; the target is dashed."
-)
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS
+from sb3_adaptive_kl.compare.results import read
+from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 
 
-def write(plan: Plan, store: Store) -> Path:
-    """
-    Write both reports.
+def summarize(store: Store) -> int:
+    """Write statistics, plots and report of the finished runs, and return the exit code."""
+    results = read(store)
+    computed, runs = statistics.write(store, results)
+    pictures = plots.write(store, computed, results)
+    environment = Environment(
+        loader=PackageLoader("sb3_adaptive_kl.compare"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, interval=interval, percent=percent, count=count)
+    content = gather(store, computed, runs, pictures)
+    for name in ("report.md", "report.html"):
+        store.write(name, environment.get_template(name).render(content))
+    if warning := seeds_warning(store.plan.seeds):
+        print(f"Warning: {warning}", file=sys.stderr)
+    failures = store.failures()
+    for run, line in failures.items():
+        print(f"failed: {run}: {line}", file=sys.stderr)
+    print(f"Report: {store.folder / 'report.html'}")
+    return 1 if failures else 0
 
-    :return: path of the HTML page
-    """
-    content = gather(plan, store)
-    for template, autoescape in ((REPORT_FILE, True), ("report.md", False)):
-        environment = Environment(
-            loader=PackageLoader("sb3_adaptive_kl.compare"),
-            autoescape=autoescape,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters.update(number=number, interval=interval, percent=percent, count=count, reached=reached)
-        store.write(template, environment.get_template(template).render(content))
-    return store.folder / REPORT_FILE
 
-
-def gather(plan: Plan, store: Store) -> dict[str, Any]:
+def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures: list[str]) -> dict[str, Any]:
     """Collect the variables of the templates."""
-    statistics = store.read_json(STATISTICS_FILE)
-    runs, arms = list(plan.runs()), [Arm.parse(arm) for arm in plan.arms]
+    plan, command = store.plan, json.loads((store.folder / COMMAND_FILE).read_text())
+    hyperparameters = {env: effective(plan.parsed_arms, plan.hyperparameters[env]) for env in plan.environments}
     return {
         "plan": plan,
-        "statistics": statistics,
-        "timings": store.read_json(TIMINGS_FILE),
-        "command": store.read_json(COMMAND_FILE),
-        "command_line": shlex.join(store.read_json(COMMAND_FILE)["command"]),
-        "n_runs": len(runs),
-        "n_finished": sum(store.finished(run) for run in runs),
-        "failures": store.failures(plan),
+        "statistics": computed,
+        "timings": runs.groupby(["env", "arm"], sort=False)[["seconds", "steps_per_second"]].mean() if len(runs) else runs,
+        "command": command,
+        "command_line": shlex.join(command["command"]),
+        "n_runs": len(list(plan.runs())),
+        "n_finished": len(runs),
+        "failures": store.failures(),
         "seeds_warning": seeds_warning(plan.seeds),
         "bootstrap_samples": SAMPLES,
-        "verdicts": [verdict(env, pair) for env, stats in statistics["environments"].items() for pair in stats["pairs"]],
-        "differing": {env: differing(plan.effective(env)) for env in plan.environments},
-        "shared": {env: shared(plan.effective(env)) for env in plan.environments},
-        "curves": {env: plots.curves_name(env) for env in statistics["environments"]},
-        "curves_caption": CURVES_CAPTION,
-        "improvements": improvements(statistics["across"]),
-        "captions": {name: CAPTIONS[name] for name in plots.picture_names(statistics) if name in CAPTIONS},
+        "differing": {env: differing(arms) for env, arms in hyperparameters.items()},
+        "shared": {env: shared(arms) for env, arms in hyperparameters.items()},
+        "curves_name": plots.curves_name,
+        "pictures": pictures,
+        "band": statistics.BAND,
         "image": lambda name, suffix="": _data_uri(store.folder / plots.FOLDER / f"{name}{suffix}.svg"),
         "folder": plots.FOLDER,
-        "definitions": {
-            arm.name: text.removeprefix(f"{arm.name}=") for arm, text in zip(arms, plan.arms, strict=True) if arm.name != text
-        },
-        "on_policy": {arm.name: arm.on_policy for arm in arms},
-        "zoo_logs": {arm.name: f"runs/{arm.folder}" for arm in arms},
+        "definitions": dict(zip(plan.names, plan.arms, strict=True)),
     }
-
-
-def improvements(across: dict[str, Any] | None) -> dict[str, list[Any]]:
-    """Pair of arms → probabilities that a run of the first beats a run of the second, while learning and in the end."""
-    table: dict[str, list[Any]] = {}
-    measures = ("probability_of_improvement_while_learning", "probability_of_improvement")
-    for column, measure in enumerate(measures):
-        for pair in across[measure] if across is not None else ():
-            table.setdefault(" > ".join(pair["arms"]), [None] * len(measures))[column] = pair["probability"]
-    return table
 
 
 def seeds_warning(seeds: int) -> str | None:
@@ -103,26 +79,6 @@ def seeds_warning(seeds: int) -> str | None:
     if seeds == 1:
         return "1 seed: a single run does not have intervals and cannot show a difference."
     return f"{count(seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little." if seeds < FEW_SEEDS else None
-
-
-def verdict(env: str, pair: dict[str, Any]) -> dict[str, Any]:
-    """State the differences between two arms, and which of them are shown."""
-    a, b = pair["arms"]
-    sentences = [f"{name}: {_sentence(a, b, pair[measure], needed)}" for measure, (name, needed) in MEASURES.items()]
-    shown = any(pair[measure] is not None and pair[measure]["winner"] for measure in MEASURES)
-    return {"env": env, "arms": f"{a} and {b}", "sentences": sentences, "shown": shown}
-
-
-def _sentence(a: str, b: str, difference: dict[str, Any] | None, needed: str) -> str:
-    if difference is None:
-        return f"not compared: no seed has {needed} in both arms."
-    low, high = difference["student"]
-    student = "" if low is None else f", Student's t [{number(low)}, {number(high)}]"
-    numbers = f"{a} − {b} = {interval(difference['mean'])}{student}, {count(difference['seeds'], 'seed')}"
-    winner = difference["winner"]
-    if winner is None:
-        return f"no difference is shown ({numbers})."
-    return f"{winner} is better than {b if winner == a else a} ({numbers})."
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -138,31 +94,23 @@ def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """Format for reading, with about three significant digits."""
+    """Format for reading, with three significant digits, or all digits of an integer part."""
     if value is None:
         return "–"
-    if value == 0 or 0.1 <= abs(value) < 1000:
-        text = f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 or value == 0 else 3}f}"
-    else:
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2g}"
-    return text.replace("-", "−", 1) if text.startswith("-") else text
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return text.replace("-", "−")
 
 
 def interval(values: list[float] | None) -> str:
     """Format an estimate with its limits, if there are enough runs for limits."""
     if values is None or values[1] is None:
-        return number(None if values is None else values[0])
+        return number(values and values[0])
     return f"{number(values[0])} [{number(values[1])}, {number(values[2])}]"
 
 
 def count(n: int, noun: str) -> str:
     """Format a number with its noun in singular or plural."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def reached(arm: dict[str, Any], threshold: float | None) -> str:
-    """Format how many seeds of an arm reached the threshold."""
-    return "–" if threshold is None else f"{arm['reached']} of {arm['seeds']}"
 
 
 def percent(value: float | None) -> str:
@@ -174,4 +122,7 @@ def _data_uri(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    on_folder(write)
+    try:
+        sys.exit(summarize(Store.open(Path(sys.argv[1]))))
+    except PlanError as error:
+        sys.exit(str(error))

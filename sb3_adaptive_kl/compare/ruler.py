@@ -24,16 +24,6 @@ HOSTS: tuple[tuple[type, Host], ...] = (
 )
 
 
-def measurable(model: Any) -> bool:
-    """
-    Tell whether the ruler fits.
-
-    :param model: any algorithm of the zoo
-    :return: whether it is on-policy
-    """
-    return isinstance(model, OnPolicyAlgorithm)
-
-
 def remember(model: OnPolicyAlgorithm) -> OldPolicy:
     """
     Remember the policy of a model that has just collected a rollout.
@@ -56,7 +46,7 @@ class Ruler(BaseCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.updates: list[tuple[int, float, float, float | None, float | None, float | None]] = []
+        self.updates: list[tuple[float | None, ...]] = []
         self.seconds = 0.0
         self._before: tuple[OldPolicy, float | None] | None = None
 
@@ -67,12 +57,6 @@ class Ruler(BaseCallback):
         start = time.perf_counter()
         self._before = remember(self.model), getattr(self.model, "kl_coef", None)  # type: ignore[arg-type]
         self.seconds += time.perf_counter() - start
-
-    def _on_rollout_start(self) -> None:
-        self._measure()
-
-    def _on_training_end(self) -> None:
-        self._measure()
 
     def _measure(self) -> None:
         if self._before is None:  # before the first update; and the zoo ends the training of its first callback twice
@@ -85,6 +69,8 @@ class Ruler(BaseCallback):
         step_scale = self.model.step_scale if getattr(self.model, "kl_ceiling", None) is not None else None  # type: ignore[attr-defined]
         self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl(), step_scale))
         self.seconds += time.perf_counter() - start
+
+    _on_rollout_start = _on_training_end = _measure
 
     def _target_kl(self) -> float | None:
         """Read the penalty's target. In PPO and TRPO ``target_kl`` is a limit, and not a target."""
