@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-from sb3_adaptive_kl.compare.arms import PlanError
+from sb3_adaptive_kl.compare.arms import reported
 from sb3_adaptive_kl.compare.plan import Run
 
 POLL_SECONDS = 0.3
@@ -72,7 +72,8 @@ def loky(jobs: int) -> Backend:
     from loky import ProcessPoolExecutor
 
     def execute_all(runs: Sequence[Run]) -> Events:
-        waiting, active = list(runs), {}
+        waiting = list(runs)
+        active: dict[Future[Outcome], Run] = {}
         executors: dict[str, ProcessPoolExecutor] = {}
         with tempfile.TemporaryDirectory() as folder:
             reported = {run.folder: Path(folder, str(i)) for i, run in enumerate(runs)}
@@ -119,24 +120,19 @@ def ray(jobs: int, address: str | None = None) -> Backend:
     :param address: address of an existing cluster to use instead; its CPUs limit the number of runs at a time
     :raises PlanError: if Ray is not installed or the cluster cannot be reached
     """
-    try:
+    with reported("the ray backend needs pip install 'sb3-adaptive-kl[ray]'"):
         import ray as library
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    except ModuleNotFoundError:
-        raise PlanError("the ray backend needs Ray: pip install 'sb3-adaptive-kl[ray]'") from None
-    cluster: dict[str, Any] = {"address": "local", "num_cpus": jobs, "include_dashboard": False}
-    try:
-        library.init(**({"address": address} if address else cluster), log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        problem = f"cannot reach the Ray cluster at {address}" if address else "cannot start a Ray cluster"
-        raise PlanError(f"{problem}: {str(error).splitlines()[0]}") from None
+    cluster = {"address": address} if address else {"address": "local", "num_cpus": jobs, "include_dashboard": False}
+    with reported(f"no Ray cluster at {address}" if address else "cannot start a Ray cluster"):
+        library.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
 
     def execute_all(runs: Sequence[Run]) -> Events:
         # Progress is kept on the driver's node, which lasts as long as the driver
         driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
         progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
-        one_process = {"num_cpus": 1, "max_calls": 1, "runtime_env": {"env_vars": ONE_THREAD}}
+        one_process: dict[str, Any] = {"num_cpus": 1, "max_calls": 1, "runtime_env": {"env_vars": ONE_THREAD}}
         task = library.remote(max_retries=MAX_LOST_NODES, **one_process)(_report_to_queue)
         active = {task.remote(run, progress).future(): run for run in runs}
         timesteps: dict[str, int] = {}

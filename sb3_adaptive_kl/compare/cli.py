@@ -5,22 +5,29 @@ Exit codes: 0 if all runs finished, 1 if some failed, 2 for invalid input (one l
 """
 
 import argparse
+import json
 import platform
 import sys
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sb3_adaptive_kl.compare import backends, report
 from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
-from sb3_adaptive_kl.compare.run import carry_out
 from sb3_adaptive_kl.compare.store import Store
 
 PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "scipy")
 
 
 FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
+# Type of a field → how its option is parsed; the others are integers
+KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
     for name, field in Plan.model_fields.items():
         flags = FLAGS.get(name, [f"--{name.replace('_', '-')}"])
-        kinds = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}}
+        kind = KINDS.get(field.annotation, {"type": int})
         if name != "hyperparameters":
-            group.add_argument(*flags, dest=name, help=field.description, **kinds.get(field.annotation, {"type": int}))
+            group.add_argument(*flags, dest=name, help=field.description, **kind)
     parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the options above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, metavar="N", help="number of runs at a time (default: 1)")
@@ -98,3 +105,41 @@ def _command(arguments: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
     }
+
+
+def carry_out(store: Store, backend: backends.Backend) -> None:
+    """
+    Execute the unfinished runs, with progress bars on a terminal and a line for each run that ends.
+
+    A failure is recorded and does not stop the other runs.
+    """
+    runs = list(store.plan.runs())
+    todo = [run for run in runs if not store.finished(run)]
+    n_finished = len(runs) - len(todo)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, transient=True) as bars, closing(backend(todo)) as events:
+        overall = bars.add_task("all runs", total=sum(run.budget for run in todo))
+        tasks = {run.folder: bars.add_task(str(run), False, run.budget, visible=False) for run in todo}
+        if n_finished:
+            console.print(f"{n_finished} of {len(runs)} runs have already finished")
+        for run, event in events:
+            task = tasks[run.folder]
+            if isinstance(event, int):
+                bars.start_task(task)
+                bars.update(task, completed=event, visible=event > 0)
+            else:
+                store.keep(run, event)
+                n_finished += 1
+                console.print(f"[{n_finished}/{len(runs)}] {run}: {_in_short(event)}")
+                bars.update(task, completed=run.budget, visible=False)
+            completed = sum(task.completed for task in bars.tasks if task.id != overall)
+            bars.update(overall, completed=completed, description=f"{n_finished}/{len(runs)} runs")
+
+
+def _in_short(outcome: backends.Outcome) -> str:
+    if isinstance(outcome, str):
+        return f"failed: {outcome.splitlines()[0]}"
+    result = json.loads(outcome["run.json"])
+    speed = result["timesteps"] / result["seconds"]
+    return f"return {fmean(result['final_returns']):.1f}, {result['seconds']:.0f} s, {speed:,.0f} steps/s"

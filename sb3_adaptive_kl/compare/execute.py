@@ -27,7 +27,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pandas as pd
-import torch as th
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
@@ -71,7 +70,6 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
     :return: content of the run's folder
     :raises Exception: if anything in the training or evaluation does
     """
-    th.set_num_threads(1)  # every run has its own process
     for package in ("rl_zoo3.import_envs", *run.gym_packages):
         import_module(package)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output.txt"), "w") as output:
@@ -88,7 +86,7 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
     config = folder / "hyperparameters.yml"
     config.write_text(yaml.safe_dump({run.env: run.hyperparameters}))
     # The zoo's other scripts read these from the args.yml of an agent
-    args = argparse.Namespace(algo=run.algo, env=run.env, seed=run.seed, n_timesteps=run.budget, env_kwargs=None, device="cpu")
+    args = argparse.Namespace(**asdict(run), n_timesteps=run.budget, env_kwargs=None, device="cpu")
     manager = ExperimentManager(
         args,
         run.algo,
@@ -101,9 +99,8 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         device="cpu",
         config=str(config),
     )
-    experiment = manager.setup_experiment()
-    assert experiment is not None  # it is None only when the zoo optimizes hyperparameters
-    model, _ = experiment
+    model: Any
+    model, _ = manager.setup_experiment()  # type: ignore[misc]  # it is None only when the zoo optimizes hyperparameters
     recorder, ruler = Recorder(report), Ruler()
     measurable = isinstance(model, OnPolicyAlgorithm)
     manager.callbacks.extend([recorder, ruler] if measurable else [recorder])

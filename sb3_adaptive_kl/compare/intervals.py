@@ -77,3 +77,8 @@ def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> Any:
     """
     a, b = a[..., :, None, :], b[..., None, :, :]
     return ((a > b).mean(axis=(-3, -2, -1)) + (a >= b).mean(axis=(-3, -2, -1))) / 2
+
+
+# Of an environment, and across environments
+FINALS = {"mean": mean, "median": median_of_runs, "iqm": iqm}
+AGGREGATES = {"iqm": iqm, "median": median_of_environments, "mean": mean, "optimality_gap": optimality_gap}

@@ -7,7 +7,6 @@ The resolved plan is written into the results folder. A run depends on nothing e
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
@@ -20,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, PlanError, resolve_hyperparameters, suggestion
+from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, PlanError, reported, resolve_hyperparameters, suggestion
 
 FEW_SEEDS = 5  # with fewer seeds the intervals say little
 N_TIMESTEPS = "time steps per run (default: the zoo's for PPO, 1,000,000 where it has none)"
@@ -59,8 +58,8 @@ class Plan(BaseModel):
 
     environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
     arms: list[str] = Field(
-        description="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed', or the same with a name for the "
-        "report, 'fixed=ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)"
+        description="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed', or the same with a name for "
+        "the report, 'fixed=ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)"
     )
     seeds: PositiveInt = Field(description=f"number of seeds (default: {FEW_SEEDS})")
     n_eval_episodes: PositiveInt = Field(20, description="episodes that score a final policy (default: 20)")
@@ -95,7 +94,7 @@ class Plan(BaseModel):
         :param path: a yml file with the fields
         :raises PlanError: if it does not hold a valid plan
         """
-        with _reported(f"{path} cannot be read as a plan"):
+        with reported(f"{path} cannot be read as a plan"):
             content = yaml.safe_load(path.read_text())
         return cls.create(content, f"{path}: ")
 
@@ -104,10 +103,10 @@ class Plan(BaseModel):
         if not self.environments or not self.arms:
             raise PlanError(f"no {'arms' if self.environments else 'environments'} to compare")
         for package in ("rl_zoo3.import_envs", *self.gym_packages):  # the zoo's: ale-py, minigrid, … if installed
-            with _reported("gym_packages must be installed or on PYTHONPATH"):
+            with reported("gym_packages must be installed or on PYTHONPATH"):
                 import_module(package)
         for env in self.environments:
-            with _reported(f"unknown environment {env!r} (--gym-packages names a package that registers your own)"):
+            with reported(f"unknown environment {env!r} (--gym-packages names a package that registers your own)"):
                 gym.spec(env)
         given = self.n_timesteps, self.own_hyperparameters
         if "hyperparameters" not in self.model_fields_set:
@@ -133,7 +132,7 @@ class Plan(BaseModel):
         :raises PlanError: if one cannot be made
         """
         for env in self.environments:
-            with warnings.catch_warnings(), _reported(f"{env} cannot be made"):
+            with warnings.catch_warnings(), reported(f"{env} cannot be made"):
                 warnings.simplefilter("ignore")
                 gym.make(env).close()
         for arm in self.parsed_arms:
@@ -162,25 +161,15 @@ class Plan(BaseModel):
     def difference(self, other: "Plan") -> list[str]:
         """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
         ours, theirs = (pd.json_normalize(plan.model_dump()).iloc[0].to_dict() for plan in (self, other))
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        keys = [str(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
         return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]
 
 
 def _in_words(error: ErrorDetails) -> str:
-    name = ".".join(map(str, error["loc"]))
     if error["type"] == "value_error":  # a PlanError
         return str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"{name!r} is missing"
+    name = ".".join(map(str, error["loc"])) or "plan"
+    value = "" if error["type"] == "missing" else f"={error['input']!r}"
     hint = suggestion(name, Plan.model_fields) if error["type"] == "extra_forbidden" else ""
-    return f"{name or 'the plan'}={error['input']!r}: {error['msg']}{hint}"
-
-
-@contextmanager
-def _reported(problem: str) -> Iterator[None]:
-    """Report an exception of third-party code, which may be any, in one line."""
-    try:
-        yield
-    except Exception as error:
-        raise PlanError(f"{problem}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    return f"{name}{value}: {error['msg']}{hint}"

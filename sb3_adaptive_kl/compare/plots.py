@@ -21,14 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sb3_adaptive_kl.compare.results import Result, updates_of
-from sb3_adaptive_kl.compare.store import Store
+from sb3_adaptive_kl.compare.store import Result, Store, updates_of
 
 FOLDER = "plots"
 STYLES = {"": "light", "-dark": "dark"}  # suffix of the file names → style
 WIDTH = 6.4  # inches: one column of a page, legible on a phone
 N_BINS = 80  # bins of the time axis in plots of updates
-LINE_STYLES = ("-", "--", ":", "-.")  # the next one where the style's colors are used up
 LEGEND_WIDTH, ROW_WIDTH = 80, 28  # characters of a line of the legend, and beside a row
 LINE_HEIGHT = 0.17  # inches
 AGGREGATES = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap (less is better)"}
@@ -70,7 +68,7 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
             title: [(arm, number[arm], entry[key], []) for arm, entry in across["arms"].items()]
             for key, title in AGGREGATES.items()
         }
-        figures["aggregates"] = partial(_rows, scores, "normalized score: 0 a random policy, 1 the best arm", n_columns=2)
+        figures["aggregates"] = partial(_rows, scores, "normalized score: 0 a random policy, 1 the best arm")
         improvements: dict[str, list[Row]] = {
             title: [(" > ".join(pair["arms"]), number[pair["arms"][0]], pair["probability"], []) for pair in across[key]]
             for key, title in IMPROVEMENTS.items()
@@ -142,14 +140,13 @@ def _profile(profile: dict[str, Any], number: dict[str, int]) -> Figure:
     return figure
 
 
-def _rows(panels: dict[str, list[Row]], xlabel: str, n_columns: int = 1, middle: float | None = None) -> Figure:
+def _rows(panels: dict[str, list[Row]], xlabel: str, middle: float | None = None) -> Figure:
     """Plot a row for each interval: its estimate as a diamond, its limits as a line, single values as dots."""
     labels = [row[0] for rows in panels.values() for row in rows]
     row_height = 0.3 + LINE_HEIGHT * max(_n_lines(label, ROW_WIDTH) for label in labels)
-    height = 0.4 + (0.8 * len(panels) + row_height * len(labels)) / n_columns
+    height = 0.4 + 0.8 * len(panels) + row_height * len(labels)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    ratios = [len(rows) + 0.5 for rows in panels.values()][::n_columns]
-    grid = figure.subplots(len(ratios), n_columns, squeeze=False, height_ratios=ratios, sharey=n_columns > 1)
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=[len(rows) + 0.5 for rows in panels.values()])
     for axes, (title, rows) in zip(grid.flat, panels.items(), strict=True):
         axes.set_title(title, fontsize="medium")
         for y, (_, i, (estimate, low, high), values) in enumerate(rows):
@@ -176,8 +173,9 @@ def _band(axes: Axes, arm: int, x: Any, middle: Any, low: Any, high: Any) -> Non
 
 
 def _line(arm: int) -> dict[str, Any]:
-    n_colors = len(mpl.rcParams["axes.prop_cycle"])
-    return {"color": f"C{arm}", "linestyle": LINE_STYLES[arm // n_colors % len(LINE_STYLES)]}
+    """Color and line style: the next line style where the colors are used up."""
+    cycle = list(mpl.rcParams["axes.prop_cycle"])
+    return cycle[arm % len(cycle)]  # type: ignore[no-any-return]
 
 
 def _note(axes: Axes, text: str) -> None:
@@ -186,11 +184,10 @@ def _note(axes: Axes, text: str) -> None:
 
 def _figure_with_legend(height: float, arms: dict[str, int]) -> Figure:
     """Name every arm above the panels, including arms that are missing from some of them."""
-    n_columns = 2 if all(len(arm) <= LEGEND_WIDTH // 2 - 5 for arm in arms) else 1
-    height += LINE_HEIGHT * sum(_n_lines(arm, LEGEND_WIDTH) for arm in arms) / n_columns
+    height += LINE_HEIGHT * sum(_n_lines(arm, LEGEND_WIDTH) for arm in arms)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     handles = [Line2D([], [], label=_wrapped(arm, LEGEND_WIDTH), **_line(i)) for arm, i in arms.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=n_columns, fontsize="small", frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", fontsize="small", frameon=False)
     return figure
 
 

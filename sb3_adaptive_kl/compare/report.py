@@ -5,10 +5,10 @@ content.
     python -m sb3_adaptive_kl.compare.report FOLDER
 """
 
-import base64
 import json
 import shlex
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sb3_adaptive_kl.compare import plots, statistics
-from sb3_adaptive_kl.compare.arms import PlanError, effective
+from sb3_adaptive_kl.compare.arms import effective
 from sb3_adaptive_kl.compare.intervals import SAMPLES
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS
-from sb3_adaptive_kl.compare.results import read
 from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 
 
 def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
-    results = read(store)
-    computed, runs = statistics.write(store, results)
+    results = store.results()
+    computed, runs = statistics.compute(store.plan, results)
+    store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
+    store.write("runs.csv", runs.to_csv(index=False))
     pictures = plots.write(store, computed, results)
     environment = Environment(
         loader=PackageLoader("sb3_adaptive_kl.compare"),
@@ -35,7 +36,7 @@ def summarize(store: Store) -> int:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, interval=interval, percent=percent, count=count)
+    environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing, shared)})
     content = gather(store, computed, runs, pictures)
     for name in ("report.md", "report.html"):
         store.write(name, environment.get_template(name).render(content))
@@ -51,7 +52,6 @@ def summarize(store: Store) -> int:
 def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures: list[str]) -> dict[str, Any]:
     """Collect the variables of the templates."""
     plan, command = store.plan, json.loads((store.folder / COMMAND_FILE).read_text())
-    hyperparameters = {env: effective(plan.parsed_arms, plan.hyperparameters[env]) for env in plan.environments}
     return {
         "plan": plan,
         "statistics": computed,
@@ -63,13 +63,11 @@ def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures:
         "failures": store.failures(),
         "seeds_warning": seeds_warning(plan.seeds),
         "bootstrap_samples": SAMPLES,
-        "differing": {env: differing(arms) for env, arms in hyperparameters.items()},
-        "shared": {env: shared(arms) for env, arms in hyperparameters.items()},
-        "curves_name": plots.curves_name,
+        "hyperparameters": {env: effective(plan.parsed_arms, plan.hyperparameters[env]) for env in plan.environments},
+        "plots": plots,
         "pictures": pictures,
         "band": statistics.BAND,
-        "image": lambda name, suffix="": _data_uri(store.folder / plots.FOLDER / f"{name}{suffix}.svg"),
-        "folder": plots.FOLDER,
+        "svg": lambda name, suffix="": b64encode((store.folder / plots.FOLDER / f"{name}{suffix}.svg").read_bytes()).decode(),
         "definitions": dict(zip(plan.names, plan.arms, strict=True)),
     }
 
@@ -117,12 +115,5 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _data_uri(path: Path) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(summarize(Store.open(Path(sys.argv[1]))))
-    except PlanError as error:
-        sys.exit(str(error))
+    sys.exit(summarize(Store.open(Path(sys.argv[1]))))

@@ -24,21 +24,6 @@ HOSTS: tuple[tuple[type, Host], ...] = (
 )
 
 
-def remember(model: OnPolicyAlgorithm) -> OldPolicy:
-    """
-    Remember the policy of a model that has just collected a rollout.
-
-    :param model: any on-policy algorithm
-    :return: its policy now, to compare with what it becomes. The rollout is a shallow copy: reading a buffer replaces its
-        arrays by flattened ones, and the next rollout replaces them by empty ones.
-    """
-    buffer: Any = copy.copy(model.rollout_buffer)
-    if isinstance(buffer.observations, dict):
-        buffer.observations = dict(buffer.observations)
-    host = next(host for algorithm, host in HOSTS if isinstance(model, algorithm))
-    return OldPolicy(model.policy, buffer, host)
-
-
 class Ruler(BaseCallback):
     """Measures every update. ``updates`` holds a row for each, and ``seconds`` the time spent measuring."""
 
@@ -55,7 +40,13 @@ class Ruler(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         start = time.perf_counter()
-        self._before = remember(self.model), getattr(self.model, "kl_coef", None)  # type: ignore[arg-type]
+        model: Any = self.model
+        # A shallow copy: reading a buffer replaces its arrays by flattened ones, and the next rollout by empty ones
+        buffer = copy.copy(model.rollout_buffer)
+        if isinstance(buffer.observations, dict):
+            buffer.observations = dict(buffer.observations)
+        host = next(host for algorithm, host in HOSTS if isinstance(model, algorithm))
+        self._before = OldPolicy(model.policy, buffer, host), getattr(model, "kl_coef", None)
         self.seconds += time.perf_counter() - start
 
     def _measure(self) -> None:
@@ -65,14 +56,12 @@ class Ruler(BaseCallback):
         old_policy, kl_coef = self._before
         self._before = None
         kl = old_policy.divergence_on_rollout()
+        model: Any = self.model
+        # In PPO and TRPO, target_kl is a limit, and not a target
+        target_kl = target_kl_at(model.target_kl, model._current_progress_remaining) if hasattr(model, "kl_coef") else None
         # Only an arm with a ceiling can shorten its steps
-        step_scale = self.model.step_scale if getattr(self.model, "kl_ceiling", None) is not None else None  # type: ignore[attr-defined]
-        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl(), step_scale))
+        step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
+        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, target_kl, step_scale))
         self.seconds += time.perf_counter() - start
 
     _on_rollout_start = _on_training_end = _measure
-
-    def _target_kl(self) -> float | None:
-        """Read the penalty's target. In PPO and TRPO ``target_kl`` is a limit, and not a target."""
-        model: Any = self.model
-        return target_kl_at(model.target_kl, model._current_progress_remaining) if hasattr(model, "kl_coef") else None

@@ -4,7 +4,6 @@ Compute `statistics.json` and `runs.csv` from the finished runs.
 Timings are in `runs.csv` alone, so the statistics of a plan are the same on every machine and at every repetition.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
@@ -16,10 +15,9 @@ import pandas as pd
 import scipy.stats
 
 from sb3_adaptive_kl.compare import intervals
-from sb3_adaptive_kl.compare.intervals import CONFIDENCE, interval
+from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval
 from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.results import Result, updates_of
-from sb3_adaptive_kl.compare.store import Store
+from sb3_adaptive_kl.compare.store import Result, updates_of
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
 # as it is (Schulman et al. 2017, section 4)
@@ -29,22 +27,6 @@ THRESHOLD_SHARE = 0.9
 # Two sweeps over the same rollout may differ by this much, relative to the KL
 ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
-# Of one environment, and of all together
-FINALS = {"mean": intervals.mean, "median": intervals.median_of_runs, "iqm": intervals.iqm}
-AGGREGATES = {
-    "iqm": intervals.iqm,
-    "median": intervals.median_of_environments,
-    "mean": intervals.mean,
-    "optimality_gap": intervals.optimality_gap,
-}
-
-
-def write(store: Store, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Compute, write and return the statistics and the table of runs."""
-    statistics, runs = compute(store.plan, results)
-    store.write("statistics.json", json.dumps(statistics, indent=1, allow_nan=False))
-    store.write("runs.csv", runs.to_csv(index=False))
-    return statistics, runs
 
 
 def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -56,16 +38,28 @@ def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
-    runs = pd.DataFrame([_row(result) for result in results], columns=None if results else ["env", "arm"])
-    environments: dict[str, Any] = {}
-    for env, rows in runs.groupby("env", sort=False):
-        of_env = [results[i] for i in rows.index]
-        reference = _reference(rows, of_env)
-        rows["steps_to_threshold"] = [result.steps_to(reference["threshold"]) for result in of_env]
-        runs.loc[rows.index, "steps_to_threshold"] = rows["steps_to_threshold"]
-        arms = {arm: _arm(of_arm, [results[i] for i in of_arm.index]) for arm, of_arm in rows.groupby("arm", sort=False)}
-        environments[str(env)] = {**reference, "arms": arms, "pairs": _pairs(rows)}
-    across = _across(plan.names, runs, environments) if environments else None
+    if not results:
+        return {"seeds": plan.seeds, "confidence": CONFIDENCE, "environments": {}, "across": None}, pd.DataFrame()
+    runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
+    references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
+    references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
+    random, given, best = references["random_return"], references["reward_threshold"], references["best"]
+    scale = (best - random).where(best > random)
+    threshold = given.fillna(random + THRESHOLD_SHARE * scale)
+    runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
+    runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
+    environments = {
+        env: {
+            "random": random[env],
+            "best": best[env],
+            "threshold": _finite(threshold[env]),
+            "threshold_source": "gymnasium" if given[env] == threshold[env] else "best arm",
+            "arms": {arm: _arm(of_arm, [results[i] for i in of_arm.index]) for arm, of_arm in rows.groupby("arm", sort=False)},
+            "pairs": _pairs(rows),
+        }
+        for env, rows in runs.groupby("env", sort=False)
+    }
+    across = _across(plan.names, runs)
     return {"seeds": plan.seeds, "confidence": CONFIDENCE, "environments": environments, "across": across}, runs
 
 
@@ -77,6 +71,8 @@ def _row(result: Result) -> dict[str, Any]:
         "timesteps": summary["timesteps"],
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
+        "random_return": np.mean(summary["random_returns"]),
+        "reward_threshold": summary["reward_threshold"],
         "area": result.area,
         **{f"kl_{name}": value for name, value in kl.items()},
         "seconds": summary["seconds"],
@@ -86,17 +82,6 @@ def _row(result: Result) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- one environment
-
-
-def _reference(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
-    """What the arms of an environment are compared with: a random policy, the best arm, and a return to reach."""
-    random = fmean(value for result in results for value in result.summary["random_returns"])
-    best = float(runs.groupby("arm")["final_return"].mean().max())
-    threshold, source = results[0].summary["reward_threshold"], "gymnasium's reward threshold"
-    if threshold is None:
-        threshold = random + THRESHOLD_SHARE * (best - random) if best > random else None
-        source = f"{THRESHOLD_SHARE:.0%} of the way from random to the best arm, if that is better than random"
-    return {"random": random, "best": best, "threshold": threshold, "threshold_source": source}
 
 
 def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
@@ -186,34 +171,32 @@ def _student(differences: list[float]) -> list[Any]:
 # ---------------------------------------------------------------- across environments
 
 
-def _across(arms: list[str], runs: pd.DataFrame, environments: dict[str, Any]) -> dict[str, Any] | None:
+def _across(arms: list[str], runs: pd.DataFrame) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
     Only environments where some arm is better than random count, and for each arm only the seeds it finished on all of them.
     """
-    better = {env: entry for env, entry in environments.items() if entry["best"] > entry["random"]}
-    counted = runs[runs["env"].isin(better)]
-    random, best = (counted["env"].map({env: entry[key] for env, entry in better.items()}) for key in ("random", "best"))
-    scores = _matrices(arms, counted, (counted["final_return"] - random) / (best - random))
+    counted = runs[runs["score"].notna()]
+    scores = _matrices(arms, counted, "score")
     if not scores:
         return None
-    at = partial(intervals.profile, at=PROFILE_AT)
+    profile = partial(intervals.profile, at=PROFILE_AT)
     return {
-        "environments": list(better),
+        "environments": counted["env"].unique().tolist(),
         "arms": {
             arm: {"seeds": len(matrix), **{name: interval(statistic, matrix) for name, statistic in AGGREGATES.items()}}
             for arm, matrix in scores.items()
         },
         "probability_of_improvement": _improvements(scores),
-        "probability_of_improvement_while_learning": _improvements(_matrices(arms, counted, counted["area"])),
-        "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(at, matrix) for arm, matrix in scores.items()}},
+        "probability_of_improvement_while_learning": _improvements(_matrices(arms, counted, "area")),
+        "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(profile, matrix) for arm, matrix in scores.items()}},
     }
 
 
-def _matrices(arms: list[str], runs: pd.DataFrame, values: pd.Series) -> dict[str, np.ndarray]:
-    """Arm → values of its runs, shape (seeds, environments), over the seeds that have a value on all environments."""
-    wide = runs.assign(value=values).pivot(index=["arm", "seed"], columns="env", values="value").dropna()
+def _matrices(arms: list[str], runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+    """Arm → a column of its runs, shape (seeds, environments), of the seeds that have a value on all environments."""
+    wide = runs.pivot(index=["arm", "seed"], columns="env", values=column).dropna()
     return {arm: wide.loc[arm].to_numpy() for arm in arms if arm in wide.index}
 
 

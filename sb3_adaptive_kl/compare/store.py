@@ -14,15 +14,79 @@ run.
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from sb3_adaptive_kl.compare.arms import PlanError
+import numpy as np
+import pandas as pd
+
+from sb3_adaptive_kl.compare.arms import PlanError, reported
 from sb3_adaptive_kl.compare.backends import Outcome
 from sb3_adaptive_kl.compare.plan import Plan, Run
 
 PLAN_FILE, COMMAND_FILE = "plan.yml", "command.json"
 UNFINISHED = ".unfinished-"
+# Points of a learning curve; each is the mean of the episodes that ended in the 5 % of the budget before it
+N_POINTS, WINDOW = 100, 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run, read from its folder."""
+
+    run: Run
+    summary: dict[str, Any]
+    episodes: pd.DataFrame  # rows of `Recorder`, of training episodes that ended within the budget
+    updates: pd.DataFrame | None  # rows of `Ruler`; None for an algorithm it cannot measure
+
+    @classmethod
+    def read(cls, run: Run, folder: Path) -> "Result":
+        summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
+        updates = folder / "updates.csv"
+        in_budget = episodes["timesteps"] <= run.budget
+        return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)
+
+    @property
+    def final(self) -> float:
+        """Mean return of the final policy."""
+        return fmean(self.summary["final_returns"])
+
+    @property
+    def points(self) -> np.ndarray:
+        """Time steps of the learning curve; the last is the end of the budget."""
+        return np.arange(1, N_POINTS + 1) * self.run.budget / N_POINTS
+
+    @cached_property
+    def curve(self) -> np.ndarray:
+        """Mean return of training episodes at ``points``; NaN if no episode ended within the budget."""
+        ended = self.episodes["timesteps"].to_numpy()
+        last = np.searchsorted(ended, self.points, side="right")
+        first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
+        sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"])])
+        with np.errstate(invalid="ignore"):
+            means = (sums[last] - sums[first]) / (last - first)
+        # Where no episode ended, repeat the last mean; before the first episode, the first mean
+        return np.asarray(pd.Series(means).ffill().bfill())
+
+    @property
+    def area(self) -> float:
+        """Area under the learning curve divided by the budget: the mean return while learning. NaN without a curve."""
+        return float(self.curve.mean())
+
+    def steps_to(self, threshold: float) -> float:
+        """Time steps until the learning curve reaches the threshold; NaN if it never does, or the threshold is NaN."""
+        started = self.points >= self.episodes["timesteps"].min()
+        return float(min(self.points[(self.curve >= threshold) & started], default=np.nan))
+
+
+def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:
+    """Concatenate the measured updates of several runs; None if there are none."""
+    frames = [result.updates for result in results if result.updates is not None and len(result.updates)]
+    return pd.concat(frames) if frames else None
 
 
 class Store:
@@ -64,18 +128,23 @@ class Store:
                 raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
         elif folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
             raise PlanError(f"{folder} is neither empty nor a results folder, choose another folder")
-        try:
+        with reported(f"cannot write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"{UNFINISHED}*/"):  # left behind by a killed driver
                 shutil.rmtree(path)
             store.write(PLAN_FILE, plan.dump())
             store.write(COMMAND_FILE, json.dumps(command, indent=1))
-        except OSError as error:
-            raise PlanError(f"cannot write to {folder}: {error.strerror}") from None
         return store
 
     def finished(self, run: Run) -> bool:
         return (self.folder / run.folder / "run.json").is_file()
+
+    def results(self) -> list[Result]:
+        """Read the finished runs, sorted by environment, arm and seed."""
+        environments, arms = self.plan.environments, self.plan.names
+        runs = [run for run in self.plan.runs() if self.finished(run)]
+        runs.sort(key=lambda run: (environments.index(run.env), arms.index(run.arm)))
+        return [Result.read(run, self.folder / run.folder) for run in runs]
 
     def keep(self, run: Run, outcome: Outcome) -> None:
         """Write the files of a finished run or the traceback of a failed one."""
