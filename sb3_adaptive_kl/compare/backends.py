@@ -21,9 +21,6 @@ from sb3_adaptive_kl.compare.plan import Run
 POLL_SECONDS = 0.3
 # One thread per run; the limits must be set before numpy and torch are imported
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-# How often Ray restarts a task on another node after losing one; a run that fails by itself is not retried
-MAX_LOST_NODES = 5
-
 # Content of a finished run's folder, by relative path; or why the run failed: the error in one line, and its traceback below
 Outcome = dict[str, bytes] | str
 Events = Generator[tuple[Run, int | Outcome], None, None]
@@ -133,7 +130,8 @@ def ray(jobs: int, address: str | None = None) -> Backend:
         driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
         progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
         one_process: dict[str, Any] = {"num_cpus": 1, "max_calls": 1, "runtime_env": {"env_vars": ONE_THREAD}}
-        task = library.remote(max_retries=MAX_LOST_NODES, **one_process)(_report_to_queue)
+        # Retried on another node after losing one; a run that fails by itself is not
+        task = library.remote(max_retries=5, **one_process)(_report_to_queue)
         active = {task.remote(run, progress).future(): run for run in runs}
         timesteps: dict[str, int] = {}
         try:

@@ -1,7 +1,7 @@
 """
 Command line: `python -m sb3_adaptive_kl.compare`, or `sb3-adaptive-kl compare`.
 
-Exit codes: 0 if all runs finished, 1 if some failed, 2 for invalid input (one line, nothing written), 130 after Ctrl-C.
+Exit codes: 0 if all runs finished, 1 if some failed, 2 for invalid input (nothing is written), 130 after Ctrl-C.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -30,13 +30,8 @@ FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "-
 KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="sb3-adaptive-kl compare",
         description="Compare algorithms on environments: train on the CPU, measure, and write a report.",
         epilog="To resume an interrupted comparison, run the same command again.",
@@ -50,9 +45,13 @@ def parser() -> argparse.ArgumentParser:
             group.add_argument(*flags, dest=name, help=field.description, **kind)
     parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the options above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
-    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="number of runs at a time (default: 1)")
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="run on this machine or on a Ray cluster")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="existing cluster (default: start one here)")
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="existing cluster, whose CPUs decide instead of --jobs (default: start one here)",
+    )
     return parser
 
 
@@ -90,12 +89,11 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _backend(args: argparse.Namespace) -> backends.Backend:
-    if args.jobs is not None and args.jobs < 1:
+    if args.jobs < 1:
         raise PlanError(f"jobs must be at least 1, not {args.jobs}")
-    if args.ray_address is not None and (args.backend != "ray" or args.jobs is not None):
-        raise PlanError("--ray-address requires --backend ray, and excludes --jobs: the cluster's CPUs decide")
-    jobs = args.jobs or 1
-    return backends.ray(jobs, args.ray_address) if args.backend == "ray" else backends.loky(jobs)
+    if args.ray_address is not None and args.backend != "ray":
+        raise PlanError("--ray-address requires --backend ray")
+    return backends.ray(args.jobs, args.ray_address) if args.backend == "ray" else backends.loky(args.jobs)
 
 
 def _command(arguments: list[str]) -> dict[str, Any]:

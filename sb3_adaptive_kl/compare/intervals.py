@@ -30,14 +30,10 @@ def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
     if any(len(matrix) < 2 for matrix in scores):
         return [estimate, None, None]
     generator = np.random.default_rng(SEED)
-    samples = statistic(*(_resampled(matrix, generator) for matrix in scores))
+    drawn = [generator.integers(len(matrix), size=(SAMPLES, *matrix.shape)) for matrix in scores]
+    samples = statistic(*(matrix[rows, np.arange(matrix.shape[1])] for matrix, rows in zip(scores, drawn, strict=True)))
     tail = (1 - CONFIDENCE) / 2
     return [estimate, *np.quantile(samples, [tail, 1 - tail], axis=0).tolist()]
-
-
-def _resampled(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    drawn = generator.integers(len(scores), size=(SAMPLES, *scores.shape))
-    return np.asarray(scores[drawn, np.arange(scores.shape[1])])
 
 
 def mean(scores: np.ndarray) -> Any:

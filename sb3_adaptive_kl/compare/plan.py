@@ -22,8 +22,7 @@ from pydantic_core import ErrorDetails
 from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, PlanError, reported, resolve_hyperparameters, suggestion
 
 FEW_SEEDS = 5  # with fewer seeds the intervals say little
-N_TIMESTEPS = "time steps per run (default: the zoo's for PPO, 1,000,000 where it has none)"
-OWN_HYPERPARAMETERS = "use the zoo's entry tuned for each algorithm, instead of PPO's with the algorithm's own trust region"
+ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
-    arms: list[str] = Field(
-        description="algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1,kl_rule=fixed', or the same with a name for "
-        "the report, 'fixed=ppo_kl:target_kl=0.1,kl_rule=fixed' (default: ppo_kl ppo)"
-    )
+    arms: list[str] = Field(description=ARMS)
     seeds: PositiveInt = Field(description=f"number of seeds (default: {FEW_SEEDS})")
     n_eval_episodes: PositiveInt = Field(20, description="episodes that score a final policy (default: 20)")
     gym_packages: list[str] = Field([], description="packages to import for their environments")
@@ -69,8 +65,12 @@ class Plan(BaseModel):
     # Choose arms on some seeds, and judge them on others
     first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
     # These two resolve the hyperparameters. In yml, 1.0e6 is a float
-    n_timesteps: PositiveInt | None = Field(None, strict=False, exclude=True, description=N_TIMESTEPS)
-    own_hyperparameters: bool = Field(False, exclude=True, description=OWN_HYPERPARAMETERS)
+    n_timesteps: PositiveInt | None = Field(
+        None, strict=False, exclude=True, description="time steps per run (default: the zoo's for PPO)"
+    )
+    own_hyperparameters: bool = Field(
+        False, exclude=True, description="give each algorithm the zoo's entry tuned for it, instead of PPO's"
+    )
 
     @classmethod
     def create(cls, content: Any, source: str = "") -> "Plan":
@@ -110,9 +110,8 @@ class Plan(BaseModel):
                 gym.spec(env)
         given = self.n_timesteps, self.own_hyperparameters
         if "hyperparameters" not in self.model_fields_set:
-            arms = self.parsed_arms
-            self.hyperparameters = {env: resolve_hyperparameters(arms, env, *given) for env in self.environments}
-            self.n_timesteps, self.own_hyperparameters = None, False
+            resolved = {env: resolve_hyperparameters(self.parsed_arms, env, *given) for env in self.environments}
+            self.hyperparameters, self.n_timesteps, self.own_hyperparameters = resolved, None, False
         elif any(given):
             raise PlanError("n_timesteps and own_hyperparameters resolve hyperparameters: remove them, or the hyperparameters")
         for env, arm in product(self.environments, self.names):

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from sb3_adaptive_kl.compare import plots, statistics
 from sb3_adaptive_kl.compare.arms import effective
-from sb3_adaptive_kl.compare.intervals import SAMPLES
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS
 from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 
@@ -62,21 +61,17 @@ def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures:
         "n_finished": len(runs),
         "failures": store.failures(),
         "seeds_warning": seeds_warning(plan.seeds),
-        "bootstrap_samples": SAMPLES,
         "hyperparameters": {env: effective(plan.parsed_arms, plan.hyperparameters[env]) for env in plan.environments},
         "plots": plots,
         "pictures": pictures,
-        "band": statistics.BAND,
         "svg": lambda name, suffix="": b64encode((store.folder / plots.FOLDER / f"{name}{suffix}.svg").read_bytes()).decode(),
-        "definitions": dict(zip(plan.names, plan.arms, strict=True)),
     }
 
 
 def seeds_warning(seeds: int) -> str | None:
     """Warn about the width of the intervals; None if there are enough seeds."""
-    if seeds == 1:
-        return "1 seed: a single run does not have intervals and cannot show a difference."
-    return f"{count(seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little." if seeds < FEW_SEEDS else None
+    warning = f"{count(seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little; a single run has none"
+    return warning if seeds < FEW_SEEDS else None
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -38,8 +38,9 @@ def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
+    settings = {"seeds": plan.seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
-        return {"seeds": plan.seeds, "confidence": CONFIDENCE, "environments": {}, "across": None}, pd.DataFrame()
+        return {**settings, "environments": {}, "across": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
     references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
     references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
@@ -59,8 +60,7 @@ def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
         }
         for env, rows in runs.groupby("env", sort=False)
     }
-    across = _across(plan.names, runs)
-    return {"seeds": plan.seeds, "confidence": CONFIDENCE, "environments": environments, "across": across}, runs
+    return {**settings, "environments": environments, "across": _across(plan.names, runs)}, runs
 
 
 def _row(result: Result) -> dict[str, Any]:

@@ -150,8 +150,7 @@ class Store:
         """Write the files of a finished run or the traceback of a failed one."""
         failure = self._failure_file(run)
         if isinstance(outcome, str):
-            failure.parent.mkdir(exist_ok=True)
-            failure.write_text(outcome)
+            self.write(str(failure), outcome)
             return
         unfinished, destination = self.folder / f"{UNFINISHED}{failure.stem}", self.folder / run.folder
         for name, content in outcome.items():
