@@ -23,8 +23,7 @@ from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
 from sb3_adaptive_kl.compare.store import Store
 
 PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "scipy")
-
-
+# Options whose names are not those of the fields of the plan
 FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
 # Type of a field → how its option is parsed; the others are integers
 KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}}
@@ -47,11 +46,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="run on this machine or on a Ray cluster")
-    parser.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="existing cluster, whose CPUs decide instead of --jobs (default: start one here)",
-    )
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="existing cluster, whose CPUs replace --jobs")
     return parser
 
 

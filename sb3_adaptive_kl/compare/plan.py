@@ -66,11 +66,9 @@ class Plan(BaseModel):
     first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
     # These two resolve the hyperparameters. In yml, 1.0e6 is a float
     n_timesteps: PositiveInt | None = Field(
-        None, strict=False, exclude=True, description="time steps per run (default: the zoo's for PPO)"
+        None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
     )
-    own_hyperparameters: bool = Field(
-        False, exclude=True, description="give each algorithm the zoo's entry tuned for it, instead of PPO's"
-    )
+    own_hyperparameters: bool = Field(False, exclude=True, description="give each algorithm the entry tuned for it, not PPO's")
 
     @classmethod
     def create(cls, content: Any, source: str = "") -> "Plan":

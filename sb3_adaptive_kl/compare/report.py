@@ -24,7 +24,7 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
     results = store.results()
-    computed, runs = statistics.compute(store.plan, results)
+    computed, runs = statistics.compute(store.plan.seeds, results)
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
     pictures = plots.write(store, computed, results)

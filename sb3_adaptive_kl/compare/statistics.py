@@ -16,7 +16,6 @@ import scipy.stats
 
 from sb3_adaptive_kl.compare import intervals
 from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval
-from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.store import Result, updates_of
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
@@ -29,16 +28,16 @@ ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
 
-def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
 
-    :param plan: the plan of the runs
+    :param seeds: number of seeds of the plan
     :param results: its finished runs, sorted by environment and arm
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
-    settings = {"seeds": plan.seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
+    settings = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
         return {**settings, "environments": {}, "across": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
@@ -60,7 +59,7 @@ def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
         }
         for env, rows in runs.groupby("env", sort=False)
     }
-    return {**settings, "environments": environments, "across": _across(plan.names, runs)}, runs
+    return {**settings, "environments": environments, "across": _across(runs)}, runs
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -171,14 +170,14 @@ def _student(differences: list[float]) -> list[Any]:
 # ---------------------------------------------------------------- across environments
 
 
-def _across(arms: list[str], runs: pd.DataFrame) -> dict[str, Any] | None:
+def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
     Only environments where some arm is better than random count, and for each arm only the seeds it finished on all of them.
     """
     counted = runs[runs["score"].notna()]
-    scores = _matrices(arms, counted, "score")
+    scores = _matrices(counted, "score")
     if not scores:
         return None
     profile = partial(intervals.profile, at=PROFILE_AT)
@@ -189,15 +188,15 @@ def _across(arms: list[str], runs: pd.DataFrame) -> dict[str, Any] | None:
             for arm, matrix in scores.items()
         },
         "probability_of_improvement": _improvements(scores),
-        "probability_of_improvement_while_learning": _improvements(_matrices(arms, counted, "area")),
+        "probability_of_improvement_while_learning": _improvements(_matrices(counted, "area")),
         "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(profile, matrix) for arm, matrix in scores.items()}},
     }
 
 
-def _matrices(arms: list[str], runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+def _matrices(runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
     """Arm → a column of its runs, shape (seeds, environments), of the seeds that have a value on all environments."""
     wide = runs.pivot(index=["arm", "seed"], columns="env", values=column).dropna()
-    return {arm: wide.loc[arm].to_numpy() for arm in arms if arm in wide.index}
+    return {arm: wide.loc[arm].to_numpy() for arm in runs["arm"].unique() if arm in wide.index}
 
 
 def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Result:
         ended = self.episodes["timesteps"].to_numpy()
         last = np.searchsorted(ended, self.points, side="right")
         first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
-        sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"])])
+        sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"].to_numpy(dtype=float))])
         with np.errstate(invalid="ignore"):
             means = (sums[last] - sums[first]) / (last - first)
         # Where no episode ended, repeat the last mean; before the first episode, the first mean
