@@ -39,9 +39,8 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
     for name, field in Plan.model_fields.items():
         flags = FLAGS.get(name, [f"--{name.replace('_', '-')}"])
-        kind = KINDS.get(field.annotation, {"type": int})
         if name != "hyperparameters":
-            group.add_argument(*flags, dest=name, help=field.description, **kind)
+            group.add_argument(*flags, dest=name, help=field.description, **KINDS.get(field.annotation, {"type": int}))
     parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the options above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")

@@ -99,8 +99,7 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
         device="cpu",
         config=str(config),
     )
-    model: Any
-    model, _ = manager.setup_experiment()  # type: ignore[misc]  # it is None only when the zoo optimizes hyperparameters
+    model: Any = manager.setup_experiment()[0]  # type: ignore[index]  # None only when the zoo optimizes hyperparameters
     recorder, ruler = Recorder(report), Ruler()
     measurable = isinstance(model, OnPolicyAlgorithm)
     manager.callbacks.extend([recorder, ruler] if measurable else [recorder])

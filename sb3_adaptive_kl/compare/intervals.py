@@ -32,8 +32,7 @@ def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
     generator = np.random.default_rng(SEED)
     drawn = [generator.integers(len(matrix), size=(SAMPLES, *matrix.shape)) for matrix in scores]
     samples = statistic(*(matrix[rows, np.arange(matrix.shape[1])] for matrix, rows in zip(scores, drawn, strict=True)))
-    tail = (1 - CONFIDENCE) / 2
-    return [estimate, *np.quantile(samples, [tail, 1 - tail], axis=0).tolist()]
+    return [estimate, *np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0).tolist()]
 
 
 def mean(scores: np.ndarray) -> Any:

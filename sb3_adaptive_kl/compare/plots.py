@@ -75,8 +75,7 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
             if across[key]
         }
         if improvements:
-            xlabel = "probability that a run of the first is better"
-            figures["probability_of_improvement"] = partial(_rows, improvements, xlabel, middle=0.5)
+            figures["probability_of_improvement"] = partial(_rows, improvements, "probability to be better", middle=0.5)
         figures["performance_profile"] = partial(_profile, across["profile"], number)
     return figures
 

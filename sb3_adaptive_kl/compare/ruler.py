@@ -53,8 +53,7 @@ class Ruler(BaseCallback):
         if self._before is None:  # before the first update; and the zoo ends the training of its first callback twice
             return
         start = time.perf_counter()
-        old_policy, kl_coef = self._before
-        self._before = None
+        (old_policy, kl_coef), self._before = self._before, None
         kl = old_policy.divergence_on_rollout()
         model: Any = self.model
         # In PPO and TRPO, target_kl is a limit, and not a target
