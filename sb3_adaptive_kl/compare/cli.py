@@ -110,7 +110,7 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     n_finished = len(runs) - len(todo)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, transient=True) as bars, closing(backend(todo)) as events:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, closing(backend(todo)) as events:
         overall = bars.add_task("all runs", total=sum(run.budget for run in todo))
         tasks = {run.folder: bars.add_task(str(run), False, run.budget, visible=False) for run in todo}
         if n_finished:
