@@ -40,6 +40,22 @@ def completed(tmp_path_factory):
     return folder / "results", compare(folder, "--plan", "plan.yml", "-j", "2", "-o", "results")
 
 
+@pytest.fixture
+def start():
+    """Start a process in a session of its own, which does not survive the test."""
+    children = []
+
+    def start(*args, **kwargs):
+        children.append(subprocess.Popen(*args, start_new_session=True, **kwargs))
+        return children[-1]
+
+    yield start
+    for child in children:
+        for process in processes_of(child.pid):
+            os.kill(process, signal.SIGKILL)
+        child.communicate()
+
+
 def statistics_of(results: Path) -> str:
     return (results / "statistics.json").read_text()
 
@@ -134,12 +150,12 @@ def test_report_can_be_repeated_from_the_finished_runs_alone(completed, tmp_path
         Store.open(results / "runs")
 
 
-def test_resumption_after_sigkill_gives_the_same_statistics(completed, tmp_path):
+def test_resumption_after_sigkill_gives_the_same_statistics(completed, tmp_path, start):
     """Kill the driver during the runs, and damage one of the run folders."""
     results, _ = completed
     (tmp_path / "plan.yml").write_text(yaml.safe_dump(PLAN))
     arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
-    child = subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    child = start(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     until(lambda: list(tmp_path.glob("results/runs/**/run.json")))
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -156,19 +172,17 @@ def test_resumption_after_sigkill_gives_the_same_statistics(completed, tmp_path)
     assert not list((tmp_path / "results").glob(".unfinished*"))
 
 
-def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(completed, tmp_path):
+def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(tmp_path, start):
     """Ctrl-C reaches every process of the terminal. Afterwards no process may remain, and no run may look finished."""
     (tmp_path / "plan.yml").write_text(yaml.safe_dump({**PLAN, "n_timesteps": 500_000}))
     arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
     (tmp_path / "tmp").mkdir()
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path / "tmp")}
-    child = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    child = start(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     # Two runs train: the zoo makes a run's training environment, and then its monitor file, after everything was imported
     until(lambda: len(list((tmp_path / "tmp").rglob("0.monitor.csv"))) == 2)
     os.killpg(child.pid, signal.SIGINT)
-    _, stderr = child.communicate(timeout=180)  # a busy machine may pause for long
+    _, stderr = child.communicate(timeout=600)  # a busy machine may pause for long
     assert child.returncode == 130
     assert stderr.splitlines()[-1].startswith("interrupted; finished runs are kept")
     assert "Traceback" not in stderr
@@ -188,7 +202,7 @@ def processes_of(session: int) -> list[int]:
     return processes
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not fulfilled within {seconds} seconds"

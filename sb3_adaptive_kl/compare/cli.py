@@ -29,6 +29,10 @@ FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "-
 KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}}
 
 
+def _flags(name: str) -> list[str]:
+    return FLAGS.get(name, [f"--{name.replace('_', '-')}"])
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sb3-adaptive-kl compare",
@@ -38,9 +42,8 @@ def parser() -> argparse.ArgumentParser:
     # A field of the plan that is not given is absent from the namespace
     group = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
     for name, field in Plan.model_fields.items():
-        flags = FLAGS.get(name, [f"--{name.replace('_', '-')}"])
         if name != "hyperparameters":
-            group.add_argument(*flags, dest=name, help=field.description, **KINDS.get(field.annotation, {"type": int}))
+            group.add_argument(*_flags(name), dest=name, help=field.description, **KINDS.get(field.annotation, {"type": int}))
     parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the options above")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")
@@ -78,7 +81,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.plan is None:
         return Plan.create({"environments": [], "arms": ["ppo_kl", "ppo"], "seeds": FEW_SEEDS, **given})
     if given:
-        raise PlanError(f"--plan cannot be combined with {', '.join(given)}: remove one or the other")
+        raise PlanError(f"--plan cannot be combined with {', '.join(_flags(name)[-1] for name in given)}: remove one of them")
     return Plan.load(args.plan)
 
 

@@ -27,7 +27,6 @@ def summarize(store: Store) -> int:
     computed, runs = statistics.compute(store.plan.seeds, results)
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
-    pictures = plots.write(store, computed, results)
     environment = Environment(
         loader=PackageLoader("sb3_adaptive_kl.compare"),
         autoescape=select_autoescape(),
@@ -36,7 +35,7 @@ def summarize(store: Store) -> int:
         lstrip_blocks=True,
     )
     environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing, shared)})
-    content = gather(store, computed, runs, pictures)
+    content = gather(store, computed, runs, plots.write(store, computed, results))
     for name in ("report.md", "report.html"):
         store.write(name, environment.get_template(name).render(content))
     if warning := seeds_warning(store.plan.seeds):

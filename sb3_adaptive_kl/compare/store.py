@@ -159,12 +159,12 @@ class Store:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(destination, ignore_errors=True)  # without run.json: damaged, or not written by us
         os.replace(unfinished, destination)
-        failure.unlink(missing_ok=True)
+        (self.folder / failure).unlink(missing_ok=True)
 
     def failures(self) -> dict[str, str]:
         """Failed run → its error in one line."""
-        runs = [run for run in self.plan.runs() if not self.finished(run) and self._failure_file(run).is_file()]
-        return {str(run): self._failure_file(run).read_text().splitlines()[0] for run in runs}
+        runs = [(run, self.folder / self._failure_file(run)) for run in self.plan.runs() if not self.finished(run)]
+        return {str(run): file.read_text().splitlines()[0] for run, file in runs if file.is_file()}
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step."""
@@ -174,4 +174,4 @@ class Store:
         os.replace(unfinished, path)
 
     def _failure_file(self, run: Run) -> Path:
-        return self.folder / "failures" / f"{run.folder.removeprefix('runs/').replace('/', '_')}.txt"
+        return Path("failures", f"{run.folder.removeprefix('runs/').replace('/', '_')}.txt")
