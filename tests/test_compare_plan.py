@@ -8,14 +8,18 @@ import gymnasium as gym
 import pytest
 import yaml
 
-from sb3_adaptive_kl.compare.arms import Arm, PlanError
+from sb3_adaptive_kl.compare.arms import Arm, PlanError, effective
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing, shared
 
 
 def create(environments=("CartPole-v1",), arms=("ppo_kl", "ppo"), seeds=2, **kwargs):
     lists = [list(names) if isinstance(names, tuple) else names for names in (environments, arms)]
-    return Plan.create(*lists, seeds, **kwargs)
+    return Plan.create({"environments": lists[0], "arms": lists[1], "seeds": seeds, **kwargs})
+
+
+def completed(plan, env):
+    return effective(plan.parsed_arms, plan.hyperparameters[env])
 
 
 def test_only_the_trust_region_differs():
@@ -54,7 +58,7 @@ def test_arms_can_be_named(tmp_path):
         ("held", "ppo_kl", "held"),
         ("ppo", "ppo", "ppo"),
     }
-    assert plan.effective("CartPole-v1").keys() == {"held", "ppo"}
+    assert completed(plan, "CartPole-v1").keys() == {"held", "ppo"}
     (tmp_path / "plan.yml").write_text(plan.dump())
     assert Plan.load(tmp_path / "plan.yml") == plan
 
@@ -67,6 +71,15 @@ def test_plans_of_the_studies_are_valid(name, n_arms):
     trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling", "compile"}
     for env in plan.environments:
         assert set(differing(plan.hyperparameters[env])) == trust_region, env
+
+
+def test_plan_of_the_papers_table_is_valid():
+    """Its hyperparameters use yml's anchors and merge keys."""
+    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "table1.yml")
+    assert len(list(plan.runs())) == 7 * 2 * 3
+    assert {run.budget for run in plan.runs()} == {1_000_000}
+    for env in plan.environments:
+        assert differing(plan.hyperparameters[env])["clip_range"] == {"clip_0.2": 0.2, "adaptive_0.01": None}
 
 
 @pytest.mark.parametrize("arm", ["=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"])
@@ -83,7 +96,7 @@ def test_seeds_can_be_counted_from_another_one(tmp_path):
     (tmp_path / "plan.yml").write_text(create().dump().replace("first_seed: 0\n", ""))
     assert Plan.load(tmp_path / "plan.yml") == create()  # a plan of 0.1.0
     for wrong in (-1, 1.5, True, "1"):
-        with pytest.raises(PlanError, match="first_seed must be an integer of at least 0"):
+        with pytest.raises(PlanError, match="first_seed="):
             create(first_seed=wrong)
 
 
@@ -125,16 +138,16 @@ def test_recurrent_arms_get_ppos_entry_next_to_ppo_and_ppo_lstms_entry_otherwise
 def test_defaults_of_ppo_are_shared():
     """LunarLander's entry does not set the learning rate, and TRPO's and A2C's defaults differ from PPO's."""
     plan = create(["LunarLander-v3"], ["ppo_kl", "trpo", "a2c"])
-    effective = plan.effective("LunarLander-v3")
-    assert {arm["learning_rate"] for arm in effective.values()} == {3e-4}
-    assert {arm["normalize_advantage"] for arm in effective.values()} == {True}
-    assert not {"learning_rate", "n_steps", "gae_lambda"} & differing(effective).keys()
-    assert differing(effective)["batch_size"] == {"ppo_kl": 64, "trpo": 64, "a2c": "–"}  # A2C does not have it
+    values = completed(plan, "LunarLander-v3")
+    assert {arm["learning_rate"] for arm in values.values()} == {3e-4}
+    assert {arm["normalize_advantage"] for arm in values.values()} == {True}
+    assert not {"learning_rate", "n_steps", "gae_lambda"} & differing(values).keys()
+    assert differing(values)["batch_size"] == {"ppo_kl": 64, "trpo": 64, "a2c": "–"}  # A2C does not have it
 
 
 def test_differing_defaults_are_listed():
-    effective = create(["LunarLander-v3"], ["ppo", "a2c"], own_hyperparameters=True).effective("LunarLander-v3")
-    assert differing(effective)["normalize_advantage"] == {"ppo": True, "a2c": False}
+    values = completed(create(["LunarLander-v3"], ["ppo", "a2c"], own_hyperparameters=True), "LunarLander-v3")
+    assert differing(values)["normalize_advantage"] == {"ppo": True, "a2c": False}
 
 
 def test_runs_are_ordered_by_seed():
@@ -147,10 +160,10 @@ def test_runs_are_ordered_by_seed():
 
 def test_effective_hyperparameters_include_compared_defaults():
     """A default is compared where another arm sets the argument, and left out where the algorithm does not have it."""
-    effective = create(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:init_kl_coef=2"]).effective("Pendulum-v1")
-    assert effective["ppo_kl"]["init_kl_coef"] == 1.0
-    assert effective["ppo"]["target_kl"] is None
-    assert "init_kl_coef" not in effective["ppo"]
+    values = completed(create(["Pendulum-v1"], ["ppo_kl", "ppo", "ppo_kl:init_kl_coef=2"]), "Pendulum-v1")
+    assert values["ppo_kl"]["init_kl_coef"] == 1.0
+    assert values["ppo"]["target_kl"] is None
+    assert "init_kl_coef" not in values["ppo"]
 
 
 def test_overrides_are_yml_and_may_contain_brackets():
@@ -191,27 +204,38 @@ def test_run_folders_are_unique_and_follow_the_zoos_layout():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"environments": ["CartPole-v3"]}, "unknown environment 'CartPole-v3', did you mean 'CartPole-v"),
+        (
+            {"environments": ["CartPole-v3"]},
+            "unknown environment 'CartPole-v3' .*provides versioned environments: \\[ `v0`, `v1`",
+        ),
         ({"environments": ["Rover-v0"]}, "--gym-packages names a package that registers your own"),
         ({"environments": []}, "no environments to compare"),
-        ({"environments": "CartPole-v1"}, "environments must be a list of names"),
+        ({"environments": "CartPole-v1"}, "environments='CartPole-v1': Input should be a valid list"),
         ({"arms": ["pppo"]}, "unknown algorithm 'pppo', did you mean 'ppo'"),
         ({"arms": ["ppo_kl:target=0.1"]}, "ppo_kl has no hyperparameter 'target', did you mean 'target_kl'"),
         ({"arms": ["ppo:target_kl"]}, "not of the form name=value"),
-        ({"arms": ["ppo", "ppo"]}, "ppo given twice"),
+        ({"arms": ["ppo", "ppo"]}, "an environment or an arm is given twice: 2 runs .* runs/ppo/"),
         ({"arms": ["ppo:policy=A", "ppo:policy=a"]}, "given twice"),  # on a file system that ignores case
         ({"arms": ["ppo:n_timesteps=5"]}, "the budget is the same for all arms"),
         ({"arms": []}, "no arms to compare"),
-        ({"seeds": 0}, "seeds must be an integer of at least 1, not 0"),
-        ({"seeds": 2.5}, "seeds must be an integer"),
-        ({"seeds": 2.0}, "seeds must be an integer"),
-        ({"seeds": True}, "seeds must be an integer"),
-        ({"n_timesteps": float("nan")}, "n_timesteps must be an integer"),
-        ({"n_timesteps": float("inf")}, "n_timesteps must be an integer"),
-        ({"n_timesteps": -5}, "n_timesteps must be"),
-        ({"n_eval_episodes": 0}, "n_eval_episodes must be"),
-        ({"gym_packages": ["no_such_package"]}, "No module named 'no_such_package': install it, or add the folder"),
-        ({"gym_packages": "minigrid"}, "gym_packages must be a list of names"),
+        ({"arms": ["ppo:clip_range=[0.1"]}, r"clip_range=\[0.1': ParserError: "),
+        (
+            {"hyperparameters": {}, "n_timesteps": 5},
+            "n_timesteps and own_hyperparameters resolve hyperparameters: remove them",
+        ),
+        ({"seeds": 0}, "seeds=0: Input should be greater than 0"),
+        ({"seeds": 2.5}, "seeds=2.5: Input should be a valid integer"),
+        ({"seeds": 2.0}, "seeds=2.0: Input should be a valid integer"),
+        ({"seeds": True}, "seeds=True: Input should be a valid integer"),
+        ({"n_timesteps": float("nan")}, "n_timesteps=nan: Input should be a finite number"),
+        ({"n_timesteps": float("inf")}, "n_timesteps=inf: Input should be a finite number"),
+        ({"n_timesteps": -5}, "n_timesteps=-5: Input should be greater than 0"),
+        ({"n_eval_episodes": 0}, "n_eval_episodes=0: Input should be greater than 0"),
+        (
+            {"gym_packages": ["no_such_package"]},
+            "gym_packages must be installed or on PYTHONPATH: .* No module named 'no_such_package'",
+        ),
+        ({"gym_packages": "minigrid"}, "gym_packages='minigrid': Input should be a valid list"),
     ],
 )
 def test_invalid_arguments_are_rejected(arguments, message):
@@ -223,11 +247,14 @@ def test_invalid_arguments_are_rejected(arguments, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("environments: [CartPole-v1]\narms: [ppo]", "'seeds' is missing"),
-        ("environments: [CartPole-v1]\narms: [ppo]\nseeds: 1\nseed: 2", "'seed' is unknown, did you mean 'seeds'"),
-        ("[1, 2]", "is not a plan"),
+        ("environments: [CartPole-v1]\narms: [ppo]", "seeds: Field required"),
+        (
+            "environments: [CartPole-v1]\narms: [ppo]\nseeds: 1\nseed: 2",
+            "seed=2: Extra inputs are not permitted, did you mean 'seeds'",
+        ),
+        ("[1, 2]", r"plan=\[1, 2\]: Input should be a valid dictionary"),
         ("a: [", "cannot be read as a plan"),
-        ("environments: CartPole-v1\narms: [ppo]\nseeds: 1", "environments must be a list of names"),
+        ("environments: CartPole-v1\narms: [ppo]\nseeds: 1", "environments='CartPole-v1': Input should be a valid list"),
     ],
 )
 def test_files_that_are_not_a_plan_are_rejected(tmp_path, content, message):
@@ -240,9 +267,12 @@ def test_files_that_are_not_a_plan_are_rejected(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("hyperparameters", "message"),
     [
-        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}}}, "missing hyperparameters of ppo for CartPole-v1"),
-        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}, "ppo": None}}, "missing hyperparameters of ppo for CartPole-v1"),
-        (5, "missing hyperparameters of ppo_kl for CartPole-v1"),
+        ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}}}, "hyperparameters.CartPole-v1.ppo: n_timesteps must be"),
+        (
+            {"CartPole-v1": {"ppo_kl": {"n_timesteps": 9}, "ppo": None}},
+            "hyperparameters.CartPole-v1.ppo=None: Input should be a valid dictionary",
+        ),
+        (5, "hyperparameters=5: Input should be a valid dictionary"),
         ({"CartPole-v1": {"ppo_kl": {"n_timesteps": 0}}}, "n_timesteps must be"),
         ({"CartPole-v1": {"ppo_kl": {"n_envs": 1}}}, "n_timesteps must be"),
     ],
@@ -257,7 +287,7 @@ def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ("ppo_kl:kl_ceiling=0.5", "'ppo_kl:kl_ceiling=0.5': kl_ceiling=0.5 must be a finite number >= 1"),
+        ("ppo_kl:kl_ceiling=0.5", "'ppo_kl:kl_ceiling=0.5': ValueError: kl_ceiling=0.5 must be a finite number >= 1"),
         ("ppo_kl:target_kl=abc", "target_kl='abc': write lin_0.02"),
         ("ppo_kl_lstm:kl_rule=predict", "kl_rule='predict' is unknown, did you mean 'predictive'"),
         ("ppo_kl:clip_range=outlier", "clip_range='outlier' is unknown, did you mean 'outliers'"),
@@ -273,7 +303,7 @@ def test_invalid_value_of_an_arm_is_found_before_the_first_run(arm, message):
 def test_environment_that_cannot_be_made_is_found_before_the_first_run():
     gym.register("Broken-v0", "no_such_module:Env")
     try:
-        plan = Plan.create(environments=["CartPole-v1", "Broken-v0"], arms=["ppo"], seeds=1)
+        plan = Plan.create({"environments": ["CartPole-v1", "Broken-v0"], "arms": ["ppo"], "seeds": 1})
         with pytest.raises(PlanError, match="Broken-v0 cannot be made: ModuleNotFoundError: No module named 'no_such_module'"):
             plan.check()
     finally:

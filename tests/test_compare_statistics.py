@@ -3,26 +3,27 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
-from rliable import metrics
 
-from sb3_adaptive_kl.compare import intervals as intervals_module
-from sb3_adaptive_kl.compare import statistics
-from sb3_adaptive_kl.compare.intervals import intervals, probability_of_improvement
-from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.results import Result
+from sb3_adaptive_kl.compare import intervals, statistics
+from sb3_adaptive_kl.compare.intervals import AGGREGATES, interval, mean, probability_of_improvement, profile
+from sb3_adaptive_kl.compare.plan import Run
+from sb3_adaptive_kl.compare.store import Result
 
 
 @pytest.fixture(autouse=True)
 def _fewer_samples(monkeypatch):
-    monkeypatch.setattr(intervals_module, "SAMPLES", 1000)
+    monkeypatch.setattr(intervals, "SAMPLES", 1000)
 
 
 @pytest.fixture
 def make(tmp_path):
     """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target[, step scale])."""
 
-    def make(final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,)):
+    def make(
+        final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,), env="E", arm="a", seed=0
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "episodes.csv").write_text("timesteps,return,length\n" + "".join(f"{t},{r},1\n" for t, r in episodes))
@@ -33,17 +34,15 @@ def make(tmp_path):
         columns = "timesteps,kl,kl_max,kl_coef,target_kl" + (",step_scale" if updates and len(updates[0]) == 3 else "")
         (folder / "updates.csv").write_text(f"{columns}\n{rows}")
         summary = {
-            "algo": "ppo_kl",
-            "hyperparameters": {"n_timesteps": budget},
             "final_returns": list(final),
             "random_returns": list(random),
             "reward_threshold": threshold,
-            "kl_tolerance": 1.5,
             "timesteps": budget,
             "seconds": 1.0,
             "machine": "here",
         }
-        return Result(folder, summary)
+        (folder / "run.json").write_text(json.dumps(summary))
+        return Result.read(Run(env, arm, "ppo_kl", seed, {"n_timesteps": budget}, 1, (), ""), folder)
 
     return make
 
@@ -63,15 +62,15 @@ def test_learning_curve_is_the_moving_mean_of_finished_episodes(make):
     assert run.area == pytest.approx(np.mean(list(curve.values())))
     assert run.steps_to(4.0) == 70.0
     assert run.steps_to(2.0) == 30.0  # not before the end of the first episode
-    assert run.steps_to(11.0) is None
-    assert make(episodes=[(1001, 1.0)]).curve is None  # after the budget
+    assert np.isnan(run.steps_to(11.0))
+    assert np.isnan(make(episodes=[(1001, 1.0)]).curve).all()  # after the budget
 
 
 def test_intervals_neither_use_nor_change_the_global_random_state():
     scores = np.random.default_rng(0).normal(size=(6, 2))
 
     def estimate():
-        return intervals(lambda x: np.array([x.mean()]), scores)
+        return interval(mean, scores)
 
     np.random.seed(1)
     first, following = estimate(), np.random.random()
@@ -79,24 +78,28 @@ def test_intervals_neither_use_nor_change_the_global_random_state():
     assert estimate() == first
     np.random.seed(1)
     assert np.random.random() == following
-    ((mean, low, high),) = first
-    assert low < mean < high
-    assert mean == pytest.approx(scores.mean())
+    estimate, low, high = first
+    assert low < estimate < high
+    assert estimate == pytest.approx(scores.mean())
 
 
 def test_bootstrap_interval_of_a_mean_agrees_with_the_normal_approximation():
     """The half-width for many scores is 1.96 standard errors."""
     scores = np.random.default_rng(0).normal(size=(400, 1))
-    ((_, low, high),) = intervals(lambda x: np.array([x.mean()]), scores)
+    _, low, high = interval(mean, scores)
     assert (high - low) / 2 == pytest.approx(1.96 * scores.std() / 20, rel=0.05)
+
+
+def computed(results):
+    return statistics.compute(5, results)[0]
 
 
 def compute(make, arms, **kwargs):
     """Compute the statistics of arms given as lists of final returns, one per seed."""
-    seeds = max(len(finals) for finals in arms.values())
-    plan = Plan(["E"], list(arms), seeds, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in arms}})
-    results = {"E": {arm: {s: make(final=(f,), **kwargs) for s, f in enumerate(finals)} for arm, finals in arms.items()}}
-    return statistics.compute(plan, results)
+    results = [
+        make(final=(final,), arm=arm, seed=seed, **kwargs) for arm, finals in arms.items() for seed, final in enumerate(finals)
+    ]
+    return computed(results)
 
 
 def pair(make, a, b):
@@ -123,9 +126,9 @@ def test_winner_requires_both_intervals_to_exclude_zero(monkeypatch):
         ([1.0, -0.5, 1.5], [0.4, 1.6], None),
         ([1.0, 0.5, 1.5], [-0.4, 1.6], None),
     ):
-        monkeypatch.setattr(statistics, "intervals", lambda *_, bootstrap=bootstrap: [bootstrap])
+        monkeypatch.setattr(statistics, "interval", lambda *_, bootstrap=bootstrap: bootstrap)
         monkeypatch.setattr(statistics, "_student", lambda _, student=student: student)
-        assert statistics._difference("a", "b", [1.0, 1.0, 1.0])["winner"] == winner
+        assert statistics._difference("a", "b", pd.Series([1.0, 1.0, 1.0]))["winner"] == winner
 
 
 def test_student_interval_agrees_with_the_t_table():
@@ -144,16 +147,15 @@ def test_differences_are_paired_by_seed(make):
 
 
 def test_interval_of_the_area_resamples_runs_not_points(make):
-    runs = {seed: make(episodes=[(100, area)]) for seed, area in enumerate([1.0, 2.0, 3.0, 4.0])}
-    plan = Plan(["E"], ["a"], 4, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
-    area = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]["area"]
-    assert [area] == intervals(lambda x: np.array([x.mean()]), np.array([[1.0], [2.0], [3.0], [4.0]]))
+    runs = [make(episodes=[(100, area)], seed=seed) for seed, area in enumerate([1.0, 2.0, 3.0, 4.0])]
+    area = computed(runs)["environments"]["E"]["arms"]["a"]["area"]
+    assert area == interval(mean, np.array([[1.0], [2.0], [3.0], [4.0]]))
 
 
 def test_areas_are_compared_like_final_returns(make):
-    runs = {arm: {s: make(episodes=[(100, area + s)]) for s in range(5)} for arm, area in {"a": 3.0, "b": 1.0}.items()}
-    plan = Plan(["E"], ["a", "b"], 5, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in runs}})
-    (comparison,) = statistics.compute(plan, {"E": runs})["environments"]["E"]["pairs"]
+    areas = {"a": 3.0, "b": 1.0}
+    runs = [make(episodes=[(100, area + s)], arm=arm, seed=s) for arm, area in areas.items() for s in range(5)]
+    (comparison,) = computed(runs)["environments"]["E"]["pairs"]
     assert comparison["area"]["differences"] == pytest.approx([2.0] * 5)
     assert comparison["area"]["winner"] == "a"
     assert comparison["final"]["winner"] is None
@@ -161,9 +163,11 @@ def test_areas_are_compared_like_final_returns(make):
 
 def test_false_positive_rate_matches_the_confidence_level(monkeypatch):
     """Five seeds without a true difference: at most 5 % of 300 comparisons have a winner, within 3 standard errors."""
-    monkeypatch.setattr(intervals_module, "SAMPLES", 200)
+    monkeypatch.setattr(intervals, "SAMPLES", 200)
     generator = np.random.default_rng(0)
-    winners = sum(statistics._difference("a", "b", list(generator.normal(size=5)))["winner"] is not None for _ in range(300))
+    winners = sum(
+        statistics._difference("a", "b", pd.Series(generator.normal(size=5)))["winner"] is not None for _ in range(300)
+    )
     assert winners / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
@@ -234,24 +238,64 @@ def test_how_often_and_how_far_steps_were_shortened(make):
     assert (kl["shortened"], kl["shortened_to"]) == (0.0, None)
 
 
-@pytest.mark.parametrize(("runs", "others", "environments"), [(5, 5, 7), (3, 6, 2), (4, 1, 1)])
-def test_probability_of_improvement_is_rliables(runs, others, environments):
-    """With ties, which count half."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.integers(0, 6, (n, environments)).astype(float) for n in (runs, others))
-    assert probability_of_improvement(a, b) == pytest.approx(metrics.probability_of_improvement(a, b))
-    assert probability_of_improvement(a, a) == pytest.approx(0.5)
+# Scores of two arms, shape (runs, environments), with ties. Below is what rliable 1.2.0, since archived, computed of them
+A = np.array([[0.1, 0.7, 1.3], [0.4, 0.9, 0.2], [0.4, 1.1, 0.8], [0.9, 0.3, 1.6], [0.6, 0.8, 0.5]])
+B = np.array([[0.4, 0.2, 0.8], [0.3, 0.9, 0.1], [0.7, 0.5, 1.4], [0.2, 0.6, 0.3]])
+
+
+def test_aggregates_agree_with_rliable():
+    names = ("iqm", "median", "mean", "optimality_gap")
+    assert [AGGREGATES[name](A) for name in names] == pytest.approx([0.6666666666666666, 0.76, 0.7066666666666667, 0.36])
+    assert [AGGREGATES[name](B) for name in names] == pytest.approx([0.4666666666666666, 0.55, 0.5333333333333333, 0.5])
+    assert profile(A, np.array([0.25, 0.5, 1.0])) == pytest.approx([0.8666666666666667, 0.6, 0.2])
+    assert probability_of_improvement(A, B) == pytest.approx(0.65)
+
+
+def test_bootstrap_agrees_with_rliable(monkeypatch):
+    """Its limits are those of 100,000 samples. Another seed of ours moves a limit by up to 0.005, as 20,000 samples do."""
+    monkeypatch.setattr(intervals, "SAMPLES", 20_000)
+    limits = {
+        "iqm": [0.4666666666666667, 0.8777777777777778],
+        "median": [0.48, 0.94],
+        "mean": [0.5266666666666667, 0.8933333333333332],
+        "optimality_gap": [0.22666666666666657, 0.5],
+    }
+    for name, expected in limits.items():
+        assert interval(AGGREGATES[name], A)[1:] == pytest.approx(expected, abs=0.0101), name
+    assert interval(probability_of_improvement, A, B)[1:] == pytest.approx([0.425, 0.8583333333333333], abs=0.0101)
+
+
+def test_probability_of_improvement_of_an_arm_over_itself_is_a_half():
+    assert probability_of_improvement(A, A) == pytest.approx(0.5)
+    assert probability_of_improvement(A, B) + probability_of_improvement(B, A) == pytest.approx(1.0)
+
+
+def test_statistics_of_many_samples_are_those_of_each():
+    """The bootstrap evaluates all samples at once."""
+    samples = np.random.default_rng(0).normal(size=(6, *A.shape))
+    at = np.array([0.2, 0.9])
+    for statistic in (*AGGREGATES.values(), *intervals.FINALS.values(), lambda scores: profile(scores, at)):
+        np.testing.assert_allclose(statistic(samples), [statistic(sample) for sample in samples])
+    others = np.random.default_rng(1).normal(size=(6, *B.shape))
+    each = [probability_of_improvement(a, b) for a, b in zip(samples, others, strict=True)]
+    np.testing.assert_allclose(probability_of_improvement(samples, others), each)
 
 
 def test_probability_of_improvement_while_learning(make):
     """Arm a learns faster on every seed, and ends worse."""
-    plan = Plan(["E"], ["a", "b"], 2, 1, [], {"E": {arm: {"n_timesteps": 1000} for arm in "ab"}}, first_seed=7)
     final, learning = {"a": 1.0, "b": 2.0}, {"a": 5.0, "b": 4.0}
-    results = {"E": {arm: {seed: make([final[arm]], [(100, learning[arm])]) for seed in (7, 8)} for arm in "ab"}}
-    across = statistics.compute(plan, results)["across"]
+    runs = [make([final[arm]], [(100, learning[arm])], arm=arm, seed=seed) for arm in "ab" for seed in (7, 8)]
+    across = computed(runs)["across"]
     assert across["probability_of_improvement"][0]["probability"][0] == 0.0
     assert across["probability_of_improvement_while_learning"][0]["probability"][0] == 1.0
     assert across["arms"]["a"]["seeds"] == 2
+
+
+def test_only_seeds_that_finished_on_all_environments_count_across_them(make):
+    runs = [make([2.0], env=env, seed=seed) for env, seed in (("E", 0), ("E", 1), ("F", 1), ("F", 2))]
+    across = computed(runs)["across"]
+    assert across["environments"] == ["E", "F"]
+    assert across["arms"]["a"]["seeds"] == 1
 
 
 def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):
@@ -260,15 +304,12 @@ def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):
 
 
 def test_median_steps_to_threshold_includes_runs_that_never_reach_it(make):
-    runs = {0: make(episodes=[(100, 1.0)]), 1: make(episodes=[(500, 0.0), (600, 1.0)]), 2: make(episodes=[(100, 0.0)])}
-    plan = Plan(["E"], ["a"], 3, 1, [], {"E": {"a": {"n_timesteps": 1000}}})
-    for run in runs.values():
-        run.summary["reward_threshold"] = 0.9
-    arm = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]
+    episodes = [[(100, 1.0)], [(500, 0.0), (600, 1.0)], [(100, 0.0)]]
+    runs = [make(episodes=ended, seed=seed, threshold=0.9) for seed, ended in enumerate(episodes)]
+    arm = computed(runs)["environments"]["E"]["arms"]["a"]
     assert arm["reached"] == 2
     assert arm["steps_to_threshold"] == 600.0  # of 100, 600 and never
-    del runs[0]
-    arm = statistics.compute(plan, {"E": {"a": runs}})["environments"]["E"]["arms"]["a"]
+    arm = computed(runs[1:])["environments"]["E"]["arms"]["a"]
     assert arm["steps_to_threshold"] is None
 
 

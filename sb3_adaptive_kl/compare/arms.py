@@ -11,10 +11,11 @@ import difflib
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -30,26 +31,24 @@ Hyperparameters = dict[str, Any]
 TRUST_REGION = frozenset({"clip_range", "target_kl"})
 # PPO's, where its entry has none
 CLIP_RANGE = 0.2
-# Keys that the zoo's ExperimentManager removes from an entry before it builds the algorithm
-ZOO_KEYS = frozenset(
-    {
-        "n_timesteps",
-        "n_envs",
-        "normalize",
-        "env_wrapper",
-        "vec_env_wrapper",
-        "frame_stack",
-        "callback",
-        "env_kwargs",
-        "monitor_kwargs",
-    }
-)
+# Keys that the zoo's ExperimentManager removes from an entry before it builds the algorithm; env_kwargs is not among them,
+# because all arms share the environment
+ZOO_KEYS = frozenset({"n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack", "callback"})
 # Constructor arguments that are not hyperparameters
 OTHER_ARGUMENTS = frozenset({"env", "seed", "_init_setup_model", "device", "verbose", "tensorboard_log", "stats_window_size"})
 
 
 class PlanError(ValueError):
     """A user error, reported in one line."""
+
+
+@contextmanager
+def reported(problem: str) -> Iterator[None]:
+    """Report an exception of third-party code, which may be any, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise PlanError(f"{problem}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,11 @@ class Arm:
             ``target_kl=clip`` is the target that corresponds to the clip range of PPO's entry for each environment.
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
-        name, definition = split_name(text)
+        name, equals, definition = text.partition("=")
+        if not equals or ":" in name:
+            name = definition = text
+        elif not name.strip() or (name in ALGOS and definition != name):
+            raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
         algo, _, assignments = definition.partition(":")
         if algo not in ALGOS:
             raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")
@@ -89,11 +92,10 @@ class Arm:
                 raise PlanError(f"{text!r}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
             if key not in known:
                 raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
-            overrides[key] = _value(value)
+            with reported(f"{text!r}: {assignment!r}"):
+                overrides[key] = _value(value)
             if overrides[key] == "clip" and algo not in zoo.ALGORITHMS:
-                raise PlanError(
-                    f"{text!r}: only {' and '.join(zoo.ALGORITHMS)} have a target that can follow PPO's clip range"
-                )
+                raise PlanError(f"{text!r}: only {' and '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
         return cls(name, algo, overrides)
 
     def check_penalty(self) -> None:
@@ -102,17 +104,14 @@ class Arm:
 
         :raises PlanError: if a value is invalid
         """
-        if self.algo not in zoo.ALGORITHMS:
-            return
-        names = TRUST_REGION | {"clip_range_vf"} | arguments(self.algo) - arguments("ppo")
-        values = {name: value for name, value in self.overrides.items() if name in names and value != "clip"}
-        algorithm: Any = ALGOS[self.algo]
-        policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"
-        try:
-            values = zoo.parse_trust_region(values)
-            algorithm(policy, "CartPole-v1", n_steps=8, batch_size=8, device="cpu", **values)
-        except ValueError as error:
-            raise PlanError(f"{self.name!r}: {error}") from error
+        if self.algo in zoo.ALGORITHMS:
+            names = TRUST_REGION | {"clip_range_vf"} | arguments(self.algo) - arguments("ppo")
+            values = {name: value for name, value in self.overrides.items() if name in names and value != "clip"}
+            policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"
+            with reported(repr(self.name)):
+                values = zoo.parse_trust_region(values)
+                algorithm: Any = ALGOS[self.algo]
+                algorithm(policy, "CartPole-v1", n_steps=8, batch_size=8, device="cpu", **values)
 
     @property
     def folder(self) -> str:
@@ -124,10 +123,6 @@ class Arm:
     @property
     def recurrent(self) -> bool:
         return self.algo.endswith("_lstm")
-
-    @property
-    def on_policy(self) -> bool:
-        return issubclass(ALGOS[self.algo], OnPolicyAlgorithm)
 
 
 def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, own: bool) -> dict[str, Hyperparameters]:
@@ -145,7 +140,7 @@ def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, 
     budget = {"n_timesteps": n_timesteps or int(_entry(base, env)["n_timesteps"])}
     resolved = {}
     for arm in arms:
-        entry = _entry(arm.algo, env) if own or not arm.on_policy else _shared(arm, base, env)
+        entry = _entry(arm.algo, env) if own or not issubclass(ALGOS[arm.algo], OnPolicyAlgorithm) else _shared(arm, base, env)
         resolved[arm.name] = {**entry, **budget, **arm.overrides}
         if arm.overrides.get("target_kl") == "clip":
             resolved[arm.name]["target_kl"] = f"clip_{_entry(base, env).get('clip_range', CLIP_RANGE)}"
@@ -159,21 +154,30 @@ def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
     shared = {key: value for key, value in _entry(base, env).items() if key in common}
     rest = {key: value for key, value in _entry(arm.algo, env).items() if key not in common}
     # Keys in neither entry keep their defaults, which can differ between algorithms
-    base_defaults, arm_defaults = defaults(base), defaults(arm.algo)
-    for key in sorted(common & base_defaults.keys() - shared.keys()):
-        if arm_defaults[key] != base_defaults[key]:
-            shared[key] = base_defaults[key]
-    return {**shared, **rest}
+    own = defaults(arm.algo)
+    default = {key: value for key, value in sorted(defaults(base).items()) if key in common and own[key] != value}
+    return {**default, **shared, **rest}
+
+
+def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, Hyperparameters]:
+    """
+    Complete hyperparameters with defaults: those that some arm sets, and those that several of the algorithms have.
+
+    :param arms: the arms
+    :param given: arm → hyperparameters of its runs
+    :return: arm → completed hyperparameters
+    """
+    n_algorithms = Counter(key for algo in {arm.algo for arm in arms} for key in arguments(algo))
+    compared = TRUST_REGION.union(*given.values(), (key for key, n in n_algorithms.items() if n > 1))
+    added = {arm.name: {key: value for key, value in sorted(defaults(arm.algo).items()) if key in compared} for arm in arms}
+    return {name: {**values, **given[name]} for name, values in added.items()}
 
 
 def defaults(algo: str) -> Hyperparameters:
     """Default values of the hyperparameters that have one."""
-    signature = inspect.signature(ALGOS[algo]).parameters
-    return {
-        name: signature[name].default
-        for name in arguments(algo)
-        if signature[name].default is None or isinstance(signature[name].default, int | float | str)
-    }
+    parameters = inspect.signature(ALGOS[algo]).parameters
+    values = {name: parameters[name].default for name in arguments(algo)}
+    return {name: value for name, value in values.items() if value is None or isinstance(value, int | float | str)}
 
 
 def arguments(algo: str) -> frozenset[str]:
@@ -189,44 +193,22 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 def _entry(algo: str, env: str) -> Hyperparameters:
     """The zoo's tuned entry for an environment, or for its previous version: the zoo has no entries for MuJoCo's -v5."""
-    entries = _file(algo)
-    atari = "AtariEnv" in str(gym.registry[env].entry_point)
-    candidates = [env]
-    if env.endswith("-v5"):
-        candidates += [f"{env[:-1]}{version}" for version in (4, 2)]
-    if atari:
-        candidates.append("atari")
-    name = next((name for name in candidates if name in entries), "default")
-    if name not in entries:
+    file = zoo.hyperparameter_file(algo) if algo in zoo.ALGORITHMS else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
+    entries = yaml.safe_load(file.read_text())
+    base, _, version = env.rpartition("-v")
+    previous = [f"{base}-v{number}" for number in (4, 2) if version == "5"]
+    atari = ["atari"] if "AtariEnv" in str(gym.registry[env].entry_point) else []
+    candidates = [name for name in (env, *previous, *atari, "default") if name in entries]
+    if not candidates:
         raise PlanError(f"the zoo has neither hyperparameters of {algo} for {env} nor a default entry")
-    return dict(entries[name])
-
-
-def _file(algo: str) -> dict[str, Hyperparameters]:
-    """Environment → tuned entry of an algorithm, from our file or the zoo's."""
-    ours = zoo.hyperparameter_file(algo)
-    path = ours if algo in zoo.ALGORITHMS else Path(str(files("rl_zoo3") / "hyperparams" / f"{algo}.yml"))
-    return yaml.safe_load(path.read_text())  # type: ignore[no-any-return]
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """Split ``name=algo:…`` into name and definition. Without a name, the definition is the name."""
-    name, equals, definition = text.partition("=")
-    if not equals or ":" in name:
-        return text, text
-    if not name.strip() or (name in ALGOS and definition != name):
-        raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
-    return name, definition
+    return dict(entries[candidates[0]])
 
 
 def _value(text: str) -> Any:
     """Parse yml, but read 3e-4 as a number and None as null: in yml 1.1 they are strings."""
-    if text == "None":
-        return None
-    try:
-        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+        return float(text)
+    return None if text == "None" else yaml.safe_load(text)
 
 
 def _split_outside_brackets(text: str) -> list[str]:

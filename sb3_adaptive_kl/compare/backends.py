@@ -1,62 +1,33 @@
 """
-Backends that execute runs: on this machine with joblib's loky, or on a cluster as Ray tasks.
+Backends that execute runs: on this machine, each in a process of its own (loky), or on a cluster, as Ray tasks.
 
-Both are generators of events. The files of a run are sent to the driver, so a shared disk is not needed. A run that fails
-yields a `Failure` and does not stop the others. Closing the generator ends the runs that are still going.
+Both are generators of pairs: a run, and its current time step or its outcome. The files of a run are sent to the driver, so a
+shared disk is not needed. A run that fails does not stop the others. Closing the generator ends the runs that are still going.
 """
 
 import logging
 import os
-import queue
 import signal
 import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-from sb3_adaptive_kl.compare.arms import PlanError
-from sb3_adaptive_kl.compare.plan import Files, Run
+from sb3_adaptive_kl.compare.arms import reported
+from sb3_adaptive_kl.compare.plan import Run
 
 POLL_SECONDS = 0.3
 # One thread per run; the limits must be set before numpy and torch are imported
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-# How often Ray restarts a task on another node after losing one; a run that fails by itself is not retried
-MAX_LOST_NODES = 5
+# Content of a finished run's folder, by relative path; or why the run failed: the error in one line, and its traceback below
+Outcome = dict[str, bytes] | str
+Events = Generator[tuple[Run, int | Outcome], None, None]
+Backend = Callable[[Sequence[Run]], Events]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a run failed: the last line of its traceback, and the whole traceback."""
-
-    line: str
-    traceback: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> "Failure":
-        line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        return cls(line, "".join(traceback.format_exception(error)))
-
-
-@dataclass(frozen=True)
-class Progress:
-    run: Run
-    timesteps: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    run: Run
-    outcome: Files | Failure
-
-
-Backend = Callable[[Sequence[Run]], Iterator[Progress | Finished]]
-
-
-def attempt(run: Run, report: Callable[[int], None]) -> Files | Failure:
+def attempt(run: Run, report: Callable[[int], None]) -> Outcome:
     """Execute a run in the current process, which every backend starts for this run alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and ends this process
     try:
@@ -64,7 +35,26 @@ def attempt(run: Run, report: Callable[[int], None]) -> Files | Failure:
 
         return execute(run, report)
     except BaseException as error:  # an environment may even call sys.exit()
-        return Failure.of(error)
+        return _described(error)
+
+
+def _described(error: BaseException) -> str:
+    line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    return "\n".join([line, "", *traceback.format_exception(error)])
+
+
+def _poll(active: dict["Future[Outcome]", Run], timesteps: dict[str, int]) -> Events:
+    """
+    Wait for a moment, and yield what happened.
+
+    :param active: the runs that are going; those that end are removed
+    :param timesteps: folder of a run → its current time step
+    """
+    done, going = wait(active, POLL_SECONDS, FIRST_COMPLETED)
+    yield from ((active[future], timesteps.get(active[future].folder, 0)) for future in going)
+    for future in done:
+        error = future.exception()  # not the run's: its process died, out of memory for example
+        yield active.pop(future), future.result() if error is None else _described(error)
 
 
 # ---------------------------------------------------------------- loky
@@ -78,56 +68,40 @@ def loky(jobs: int) -> Backend:
     """
     from loky import ProcessPoolExecutor
 
-    def execute_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
-        events: queue.Queue[Progress | Finished] = queue.Queue()
-        stop = threading.Event()
-        with ThreadPoolExecutor(jobs) as threads:
+    def execute_all(runs: Sequence[Run]) -> Events:
+        waiting = list(runs)
+        active: dict[Future[Outcome], Run] = {}
+        executors: dict[str, ProcessPoolExecutor] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            reported = {run.folder: Path(folder, str(i)) for i, run in enumerate(runs)}
             try:
-                for run in runs:
-                    threads.submit(_in_own_process, ProcessPoolExecutor, run, events, stop)
-                for _ in range(len(runs)):
-                    event = events.get()
-                    while isinstance(event, Progress):
-                        yield event
-                        event = events.get()
-                    yield event
+                while waiting or active:
+                    while waiting and len(active) < jobs:
+                        run = waiting.pop(0)
+                        # An executor for each run, so that a killed process does not break other runs
+                        executors[run.folder] = ProcessPoolExecutor(max_workers=1, env=ONE_THREAD)
+                        future = executors[run.folder].submit(_report_to_file, run, reported[run.folder], os.getpid())
+                        active[future] = run
+                    timesteps = {key: int(path.read_text()) for key, path in reported.items() if path.exists()}
+                    for run, event in _poll(active, timesteps):
+                        if not isinstance(event, int):
+                            executors.pop(run.folder).shutdown(kill_workers=True)
+                        yield run, event
             finally:
-                stop.set()
+                for executor in executors.values():
+                    executor.shutdown(kill_workers=True)
 
     return execute_all
 
 
-def _in_own_process(
-    make_executor: Callable[..., Any], run: Run, events: "queue.Queue[Progress | Finished]", stop: threading.Event
-) -> None:
-    """Give each run its own executor, so that a killed process (out of memory, for example) does not break other runs."""
-    if stop.is_set():
-        return
-    executor = None
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            timesteps = Path(folder, "timesteps")
-            executor = make_executor(max_workers=1, env=ONE_THREAD)
-            future = executor.submit(_report_to_file, run, str(timesteps), os.getpid())
-            while not future.done() and not stop.wait(POLL_SECONDS):
-                if timesteps.exists():
-                    events.put(Progress(run, int(timesteps.read_text())))
-            if not stop.is_set():
-                events.put(Finished(run, future.result()))
-    except BaseException as error:  # the process died, e.g. out of memory; the driver still waits for an event
-        events.put(Finished(run, Failure.of(error)))
-    finally:
-        if executor is not None:
-            executor.shutdown(wait=True, kill_workers=True)
-
-
-def _report_to_file(run: Run, path: str, driver: int) -> Files | Failure:
+def _report_to_file(run: Run, path: Path, driver: int) -> Outcome:
     def report(timesteps: int) -> None:
         if os.getppid() != driver:  # the driver was killed: there is nothing to return the result to
             os._exit(1)
         # Replace the file in one step, so that a reader sees the old number or the new one
-        Path(path + ".new").write_text(str(timesteps))
-        os.replace(path + ".new", path)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(str(timesteps))
+        os.replace(unfinished, path)
 
     return attempt(run, report)
 
@@ -143,68 +117,32 @@ def ray(jobs: int, address: str | None = None) -> Backend:
     :param address: address of an existing cluster to use instead; its CPUs limit the number of runs at a time
     :raises PlanError: if Ray is not installed or the cluster cannot be reached
     """
-    try:
+    with reported("the ray backend needs pip install 'sb3-adaptive-kl[ray]'"):
         import ray as library
-    except ModuleNotFoundError:
-        raise PlanError("the ray backend needs Ray: pip install 'sb3-adaptive-kl[ray]'") from None
-    cluster: dict[str, Any] = {"address": "local", "num_cpus": jobs, "include_dashboard": False}
-    try:
-        library.init(**({"address": address} if address else cluster), log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        problem = f"cannot reach the Ray cluster at {address}" if address else "cannot start a Ray cluster"
-        raise PlanError(f"{problem}: {str(error).splitlines()[0]}") from None
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    cluster = {"address": address} if address else {"address": "local", "num_cpus": jobs, "include_dashboard": False}
+    with reported(f"no Ray cluster at {address}" if address else "cannot start a Ray cluster"):
+        library.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
 
-    def execute_all(runs: Sequence[Run]) -> Iterator[Progress | Finished]:
+    def execute_all(runs: Sequence[Run]) -> Events:
+        # Progress is kept on the driver's node, which lasts as long as the driver
+        driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
+        progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
+        one_process: dict[str, Any] = {"num_cpus": 1, "max_calls": 1, "runtime_env": {"env_vars": ONE_THREAD}}
+        # Retried on another node after losing one; a run that fails by itself is not
+        task = library.remote(max_retries=5, **one_process)(_report_to_queue)
+        active = {task.remote(run, progress).future(): run for run in runs}
+        timesteps: dict[str, int] = {}
         try:
-            yield from _as_tasks(library, runs)
+            while active:
+                timesteps.update(progress.get_nowait_batch(progress.qsize()))
+                yield from _poll(active, timesteps)
         finally:
             library.shutdown()
 
     return execute_all
 
 
-def _as_tasks(library: Any, runs: Sequence[Run]) -> Iterator[Progress | Finished]:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # The progress actor lives on the driver's node, which lasts as long as the driver
-    driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
-    progress = library.remote(_ProgressActor).options(num_cpus=0, scheduling_strategy=driver_node).remote()
-    task = library.remote(
-        num_cpus=1,
-        max_calls=1,  # one process per run
-        max_retries=MAX_LOST_NODES,
-        runtime_env={"env_vars": ONE_THREAD},
-    )(_report_to_actor)
-    pending = {task.remote(run, progress): run for run in runs}
-    reported: dict[str, int] = {}
-    while pending:
-        done, _ = library.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
-        for reference in done:
-            run = pending.pop(reference)
-            try:
-                outcome = library.get(reference)
-            except library.exceptions.RayError as error:
-                outcome = Failure.of(error)
-            yield Finished(run, outcome)
-        latest = library.get(progress.read.remote())
-        for run in pending.values():
-            if latest.get(run.folder) != reported.get(run.folder):
-                yield Progress(run, latest[run.folder])
-        reported = latest
-
-
-class _ProgressActor:
-    """Ray actor that holds the current time step of every run."""
-
-    def __init__(self) -> None:
-        self._timesteps: dict[str, int] = {}
-
-    def write(self, folder: str, timesteps: int) -> None:
-        self._timesteps[folder] = timesteps
-
-    def read(self) -> dict[str, int]:
-        return self._timesteps
-
-
-def _report_to_actor(run: Run, progress: Any) -> Files | Failure:
-    return attempt(run, lambda timesteps: progress.write.remote(run.folder, timesteps))
+def _report_to_queue(run: Run, progress: Any) -> Outcome:
+    return attempt(run, lambda timesteps: progress.put((run.folder, timesteps)))

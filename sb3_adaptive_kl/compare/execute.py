@@ -12,42 +12,42 @@ Besides the zoo's files, the folder holds
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
+import pandas as pd
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import sync_envs_normalization
 
-from sb3_adaptive_kl.compare.arms import defaults
-from sb3_adaptive_kl.compare.plan import Files, Run
-from sb3_adaptive_kl.compare.ruler import Ruler, measurable
+from sb3_adaptive_kl.compare.plan import Run
+from sb3_adaptive_kl.compare.ruler import Ruler
 
 N_EVALUATIONS = 10  # the zoo's evaluations during training, for its plots
+MIN_EVAL_FREQ = 500  # time steps; an algorithm completes its first rollout, even if that is far more than the budget
 EVAL_SEED = 1_000_000  # added to the run's seed: evaluate on other seeds than those used for training
 
 
 class Recorder(BaseCallback):
     """Record every training episode, and report the current time step."""
 
-    COLUMNS = ("timesteps", "return", "length")
-
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
-        self.episodes: list[tuple[int, float, int]] = []
+        self.episodes: list[tuple[int, float, int]] = []  # time step of the end, return, length
         self._report = report
         self._reported = -float("inf")
 
@@ -61,7 +61,7 @@ class Recorder(BaseCallback):
         return True
 
 
-def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) -> Files:
+def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) -> dict[str, bytes]:
     """
     Train and evaluate, in this process.
 
@@ -70,7 +70,6 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
     :return: content of the run's folder
     :raises Exception: if anything in the training or evaluation does
     """
-    th.set_num_threads(1)  # every run has its own process
     for package in ("rl_zoo3.import_envs", *run.gym_packages):
         import_module(package)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output.txt"), "w") as output:
@@ -86,92 +85,61 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
 def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[ExperimentManager, dict[str, Any]]:
     config = folder / "hyperparameters.yml"
     config.write_text(yaml.safe_dump({run.env: run.hyperparameters}))
-    n_timesteps = int(run.hyperparameters["n_timesteps"])
     # The zoo's other scripts read these from the args.yml of an agent
-    args = argparse.Namespace(
-        algo=run.algo, env=run.env, seed=run.seed, n_timesteps=n_timesteps, env_kwargs=None, device="cpu"
-    )
+    args = argparse.Namespace(**asdict(run), n_timesteps=run.budget, env_kwargs=None, device="cpu")
     manager = ExperimentManager(
         args,
         run.algo,
         run.env,
         str(folder),
         seed=run.seed,
-        eval_freq=max(n_timesteps // N_EVALUATIONS, _n_steps_of_a_rollout(run) // N_EVALUATIONS, 1),
+        eval_freq=max(run.budget // N_EVALUATIONS, MIN_EVAL_FREQ),
         verbose=0,
         log_interval=-2,  # disables the zoo's logging
         device="cpu",
         config=str(config),
     )
-    experiment = manager.setup_experiment()
-    assert experiment is not None  # it is None only when the zoo optimizes hyperparameters
-    model, _ = experiment
+    model: Any = manager.setup_experiment()[0]  # type: ignore[index]  # None only when the zoo optimizes hyperparameters
     recorder, ruler = Recorder(report), Ruler()
-    manager.callbacks.extend([recorder, ruler] if measurable(model) else [recorder])
+    measurable = isinstance(model, OnPolicyAlgorithm)
+    manager.callbacks.extend([recorder, ruler] if measurable else [recorder])
     start = time.perf_counter()
     manager.learn(model)
     seconds = time.perf_counter() - start - ruler.seconds
-    if model.num_timesteps < n_timesteps:  # on an interrupt the zoo stops the training and saves
-        raise RuntimeError(f"training ended after {model.num_timesteps} of {n_timesteps} time steps")
+    if model.num_timesteps < run.budget:  # on an interrupt the zoo stops the training and saves
+        raise RuntimeError(f"training ended after {model.num_timesteps} of {run.budget} time steps")
     manager.save_trained_model(model)
 
-    _write_csv(Path(manager.save_path, "episodes.csv"), recorder.COLUMNS, recorder.episodes)
-    if measurable(model):
-        _write_csv(Path(manager.save_path, "updates.csv"), ruler.COLUMNS, ruler.updates)
+    folder = Path(manager.save_path)
+    pd.DataFrame(recorder.episodes, columns=["timesteps", "return", "length"]).to_csv(folder / "episodes.csv", index=False)
+    if measurable:
+        pd.DataFrame(ruler.updates, columns=ruler.COLUMNS).to_csv(folder / "updates.csv", index=False)
     return manager, {
-        "env": run.env,
-        "arm": run.arm,
-        "algo": run.algo,
-        "seed": run.seed,
-        "hyperparameters": run.hyperparameters,
+        **asdict(run),
         "timesteps": model.num_timesteps,
-        "final_returns": _final_returns(run, manager, model),
-        "random_returns": _random_returns(run, manager),
+        "final_returns": _returns(run, manager, model),
+        "random_returns": _returns(run, manager, None),
         "reward_threshold": gym.spec(run.env).reward_threshold,
-        "kl_tolerance": getattr(model, "kl_tolerance", None),
         "seconds": seconds,
         "machine": platform.node(),
     }
 
 
-def _n_steps_of_a_rollout(run: Run) -> int:
-    """Number of time steps that an on-policy algorithm takes at least, even if the budget is smaller."""
-    hyperparameters = {"n_envs": 1, **defaults(run.algo), **run.hyperparameters}
-    return int(hyperparameters.get("n_steps", 0)) * int(hyperparameters["n_envs"])
+def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
+    """
+    Score a policy on ``n_eval_episodes`` episodes, which are the same for all arms.
 
-
-def _final_returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
-    """Score the trained policy: returns of ``n_eval_episodes`` episodes."""
-    env = _evaluation_env(run, manager)
-    sync_envs_normalization(model.get_env(), env)
+    :param model: the model with the policy; None for uniformly random actions, the zero of the normalized score
+    """
+    env = manager.create_envs(1, eval_env=True, no_log=True)
+    env.seed(EVAL_SEED + run.seed)
+    if model is None:
+        env.action_space.seed(EVAL_SEED + run.seed)
+        model = SimpleNamespace(predict=lambda *_, **__: (np.array([env.action_space.sample()]), None))
+    else:
+        sync_envs_normalization(model.get_env(), env)
     returns, _ = evaluate_policy(
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )
     env.close()
     return [float(value) for value in returns]  # type: ignore[union-attr]
-
-
-def _random_returns(run: Run, manager: ExperimentManager) -> list[float]:
-    """Score uniformly random actions, the zero of the normalized score. All arms get the same episodes."""
-    env = _evaluation_env(run, manager)
-    env.action_space.seed(EVAL_SEED + run.seed)
-    env.reset()
-    returns: list[float] = []
-    while len(returns) < run.n_eval_episodes:
-        _, _, _, infos = env.step(np.array([env.action_space.sample()]))
-        returns.extend(float(info["episode"]["r"]) for info in infos if "episode" in info)
-    env.close()
-    return returns
-
-
-def _evaluation_env(run: Run, manager: ExperimentManager) -> VecEnv:
-    env = manager.create_envs(1, eval_env=True, no_log=True)
-    env.seed(EVAL_SEED + run.seed)
-    return env
-
-
-def _write_csv(path: Path, columns: tuple[str, ...], rows: list[Any]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)

@@ -1,66 +1,79 @@
 """
-Bootstrap intervals: 95 % percentile intervals of rliable's bootstrap, which resamples seeds within each environment (Agarwal
-et al. 2021, https://arxiv.org/abs/2108.13264).
+Aggregate scores and their 95 % bootstrap intervals, as in rliable (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264),
+whose repository was archived in 2025.
+
+Scores have the shape (..., runs, environments). Statistics reduce the last two axes, so one call evaluates all bootstrap
+samples.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from rliable import library as rly
+import scipy.stats
 
 SEED = 0
 SAMPLES = 5000
 CONFIDENCE = 0.95
 
-Interval = list[float | None]  # estimate, lower and upper limit; the limits of a single run are None
 
-
-def intervals(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> list[Interval]:
+def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
     """
-    Bootstrap intervals, the same at every call.
+    Estimate a statistic with its percentile interval. Runs are resampled within each environment, the same at every call.
 
-    :param statistic: function of as many matrices as there are ``scores``, returns an array of shape (K,)
-    :param scores: matrices of shape (runs, environments), or (runs, points) for a curve
-    :return: K estimates with their limits
+    :param statistic: function of as many arrays as there are ``scores``
+    :param scores: matrices of shape (runs, environments), or (runs, points) for curves
+    :return: estimate, lower and upper limit: numbers, or lists for a statistic of several values. The limits of a single run
+        are None.
     """
+    estimate = statistic(*scores).tolist()
     if any(len(matrix) < 2 for matrix in scores):
-        return [[float(estimate), None, None] for estimate in statistic(*scores)]
-    with _seeded(SEED):
-        estimates, limits = rly.get_interval_estimates(
-            {"": scores[0] if len(scores) == 1 else list(scores)},
-            statistic,
-            reps=SAMPLES,
-            confidence_interval_size=CONFIDENCE,
-        )
-    low, high = limits[""]
-    return [[float(value) for value in triple] for triple in zip(estimates[""], low, high, strict=True)]
+        return [estimate, None, None]
+    generator = np.random.default_rng(SEED)
+    drawn = [generator.integers(len(matrix), size=(SAMPLES, *matrix.shape)) for matrix in scores]
+    samples = statistic(*(matrix[rows, np.arange(matrix.shape[1])] for matrix, rows in zip(scores, drawn, strict=True)))
+    return [estimate, *np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0).tolist()]
 
 
-def transposed(triples: list[Interval]) -> list[list[float | None]]:
-    """Split intervals into all estimates, all lower limits and all upper limits."""
-    return [list(values) for values in zip(*triples, strict=True)]
+def mean(scores: np.ndarray) -> Any:
+    return scores.mean(axis=(-2, -1))
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which rliable 1.2 draws from even if it is given a ``random_state``."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+def median_of_runs(scores: np.ndarray) -> Any:
+    return np.median(scores, axis=(-2, -1))
 
 
-def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def median_of_environments(scores: np.ndarray) -> Any:
+    """Take the median of the environments' means."""
+    return np.median(scores.mean(axis=-2), axis=-1)
+
+
+def iqm(scores: np.ndarray) -> Any:
+    """Compute the interquartile mean: the mean of the middle half of all scores."""
+    return scipy.stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
+
+
+def optimality_gap(scores: np.ndarray) -> Any:
+    """Compute by how much scores fall short of 1 on average, where more than 1 counts as 1."""
+    return 1 - np.minimum(scores, 1).mean(axis=(-2, -1))
+
+
+def profile(scores: np.ndarray, at: np.ndarray) -> Any:
+    """Compute the share of runs above each value of ``at``."""
+    return (scores[..., None] > at).mean(axis=(-3, -2))
+
+
+def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> Any:
     """
-    Compute rliable's probability of improvement, P(a > b) + ½ P(a = b) averaged over environments. rliable's own function runs
-    a test of scipy for each bootstrap sample, which takes hundreds of times as long.
+    Compute P(a > b) + ½ P(a = b), averaged over environments.
 
-    :param a: scores of one arm, shape (runs, environments)
-    :param b: scores of another, with as many environments
-    :return: shape (1,)
+    :param a: scores of one arm, shape (..., runs, environments)
+    :param b: scores of another; its number of runs may differ
     """
-    wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
-    return np.array([wins.mean()])
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    return ((a > b).mean(axis=(-3, -2, -1)) + (a >= b).mean(axis=(-3, -2, -1))) / 2
+
+
+# Of an environment, and across environments
+FINALS = {"mean": mean, "median": median_of_runs, "iqm": iqm}
+AGGREGATES = {"iqm": iqm, "median": median_of_environments, "mean": mean, "optimality_gap": optimality_gap}

@@ -4,33 +4,25 @@ Plan of a comparison: environments, arms and seeds, with every hyperparameter re
 The resolved plan is written into the results folder. A run depends on nothing else.
 """
 
-import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import pandas as pd
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from sb3_adaptive_kl.compare.arms import (
-    TRUST_REGION,
-    Arm,
-    Hyperparameters,
-    PlanError,
-    arguments,
-    defaults,
-    resolve_hyperparameters,
-    split_name,
-    suggestion,
-)
+from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, PlanError, reported, resolve_hyperparameters, suggestion
 
-PLAN_FILE = "plan.yml"
 FEW_SEEDS = 5  # with fewer seeds the intervals say little
-
-Files = dict[str, bytes]  # content of a finished run's folder, by relative path
+ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
 
 
 @dataclass(frozen=True)
@@ -46,96 +38,88 @@ class Run:
     gym_packages: tuple[str, ...]
     folder: str  # relative to the results; the zoo's layout: <log folder>/<algo>/<env>_<id>
 
+    @property
+    def budget(self) -> int:
+        return int(self.hyperparameters["n_timesteps"])
+
     def __str__(self) -> str:
         return f"{self.arm} {self.env} seed {self.seed}"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(BaseModel):
     """
-    A comparison with all hyperparameters resolved.
+    A comparison: environments, arms and seeds. The descriptions of the fields are also the help of the command line.
 
-    :param environments: gymnasium ids
-    :param arms: arms as the user wrote them; results are listed under their ``names``
-    :param seeds: number of seeds
-    :param n_eval_episodes: number of episodes that score a final policy
-    :param gym_packages: packages to import because they register environments
-    :param hyperparameters: environment → arm → hyperparameters of its runs
-    :param first_seed: where seeds are counted from: choose arms on some seeds, and judge them on others
+    Where ``hyperparameters`` are not given, validation resolves them.
     """
 
-    environments: list[str]
-    arms: list[str]
-    seeds: int
-    n_eval_episodes: int
-    gym_packages: list[str]
-    hyperparameters: dict[str, dict[str, Hyperparameters]]
-    first_seed: int = 0
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
+    arms: list[str] = Field(description=ARMS)
+    seeds: PositiveInt = Field(description=f"number of seeds (default: {FEW_SEEDS})")
+    n_eval_episodes: PositiveInt = Field(20, description="episodes that score a final policy (default: 20)")
+    gym_packages: list[str] = Field([], description="packages to import for their environments")
+    # Environment → arm → hyperparameters of its runs
+    hyperparameters: dict[str, dict[str, Hyperparameters]] = {}
+    # Choose arms on some seeds, and judge them on others
+    first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
+    # These two resolve the hyperparameters. In yml, 1.0e6 is a float
+    n_timesteps: PositiveInt | None = Field(
+        None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
+    )
+    own_hyperparameters: bool = Field(False, exclude=True, description="give each algorithm the entry tuned for it, not PPO's")
 
     @classmethod
-    def create(
-        cls,
-        environments: list[str],
-        arms: list[str],
-        seeds: int,
-        n_timesteps: int | None = None,
-        n_eval_episodes: int = 20,
-        own_hyperparameters: bool = False,
-        gym_packages: list[str] | None = None,
-        first_seed: int = 0,
-    ) -> "Plan":
+    def create(cls, content: Any, source: str = "") -> "Plan":
         """
-        Check the arguments and resolve the hyperparameters.
+        Validate, and report what is wrong in one line.
 
-        :param environments: gymnasium ids
-        :param arms: ``algo`` or ``algo:name=value,name=value``, with or without ``name=`` in front
-        :param seeds: number of seeds
-        :param n_timesteps: budget of each run; None for the budget of the zoo's entry for PPO
-        :param n_eval_episodes: number of episodes that score a final policy
-        :param own_hyperparameters: give each algorithm the zoo's entry tuned for it, instead of sharing PPO's
-        :param gym_packages: packages to import because they register environments
-        :param first_seed: where seeds are counted from
-        :raises PlanError: if an argument is invalid
+        :param content: the fields
+        :param source: where they come from, for the error
+        :raises PlanError: if one is invalid
         """
-        gym_packages = gym_packages or []
-        parsed = _check(
-            environments, arms, gym_packages, seeds=seeds, n_eval_episodes=n_eval_episodes, n_timesteps=n_timesteps
-        )
-        hyperparameters = {env: resolve_hyperparameters(parsed, env, n_timesteps, own_hyperparameters) for env in environments}
-        _check_first_seed(first_seed)
-        return cls(environments, arms, seeds, n_eval_episodes, gym_packages, hyperparameters, first_seed)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as invalid:
+            raise PlanError(source + "; ".join(map(_in_words, invalid.errors()))) from None
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """
         Read a plan from a file.
 
-        :param path: a yml file with the arguments of ``create``, or with a resolved plan
-        :raises PlanError: if it is neither
+        :param path: a yml file with the fields
+        :raises PlanError: if it does not hold a valid plan
         """
-        try:
+        with reported(f"{path} cannot be read as a plan"):
             content = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PlanError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise PlanError(f"{path} is not a plan: it must be a mapping with environments, arms and seeds")
-        make = cls if "hyperparameters" in content else cls.create
-        known = inspect.signature(make).parameters
-        missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in content]
-        for name in [*missing, *(name for name in content if name not in known)]:
-            raise PlanError(f"{path}: {name!r} is {'missing' if name in missing else 'unknown' + suggestion(name, known)}")
-        plan = make(**content)
-        _check_first_seed(plan.first_seed)
-        counts = {"seeds": plan.seeds, "n_eval_episodes": plan.n_eval_episodes}
-        for arm in _check(plan.environments, plan.arms, plan.gym_packages, **counts):
-            for env in plan.environments:
-                entry = plan.hyperparameters
-                for key in (env, arm.name):
-                    entry = entry.get(key, {}) if isinstance(entry, dict) else {}
-                if not isinstance(entry, dict) or not entry:
-                    raise PlanError(f"{path}: missing hyperparameters of {arm.name} for {env}")
-                _check_counts(n_timesteps=entry.get("n_timesteps", 0))
-        return plan
+        return cls.create(content, f"{path}: ")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Plan":
+        if not self.environments or not self.arms:
+            raise PlanError(f"no {'arms' if self.environments else 'environments'} to compare")
+        for package in ("rl_zoo3.import_envs", *self.gym_packages):  # the zoo's: ale-py, minigrid, … if installed
+            with reported("gym_packages must be installed or on PYTHONPATH"):
+                import_module(package)
+        for env in self.environments:
+            with reported(f"unknown environment {env!r} (--gym-packages names a package that registers your own)"):
+                gym.spec(env)
+        given = self.n_timesteps, self.own_hyperparameters
+        if "hyperparameters" not in self.model_fields_set:
+            resolved = {env: resolve_hyperparameters(self.parsed_arms, env, *given) for env in self.environments}
+            self.hyperparameters, self.n_timesteps, self.own_hyperparameters = resolved, None, False
+        elif any(given):
+            raise PlanError("n_timesteps and own_hyperparameters resolve hyperparameters: remove them, or the hyperparameters")
+        for env, arm in product(self.environments, self.names):
+            budget = self.hyperparameters.get(env, {}).get(arm, {}).get("n_timesteps", 0)
+            if not isinstance(budget, int | float) or budget < 1:
+                raise PlanError(f"hyperparameters.{env}.{arm}: n_timesteps must be a number of at least 1, not {budget!r}")
+        ((folder, n),) = Counter(run.folder.casefold() for run in self.runs()).most_common(1)
+        if n > 1:  # also on file systems that ignore case
+            raise PlanError(f"an environment or an arm is given twice: {n} runs would be written to {folder}")
+        return self
 
     def check(self) -> None:
         """
@@ -145,130 +129,44 @@ class Plan:
         :raises PlanError: if one cannot be made
         """
         for env in self.environments:
-            _make(env)
-        for arm in map(Arm.parse, self.arms):
+            with warnings.catch_warnings(), reported(f"{env} cannot be made"):
+                warnings.simplefilter("ignore")
+                gym.make(env).close()
+        for arm in self.parsed_arms:
             arm.check_penalty()
 
     def dump(self) -> str:
         """Serialize to yml; ``load`` restores an equal plan."""
-        return str(yaml.safe_dump(asdict(self), sort_keys=False))
+        return str(yaml.safe_dump(self.model_dump(), sort_keys=False))
+
+    @property
+    def parsed_arms(self) -> list[Arm]:
+        return [Arm.parse(arm) for arm in self.arms]
 
     @property
     def names(self) -> list[str]:
-        return [split_name(arm)[0] for arm in self.arms]
-
-    @property
-    def seed_numbers(self) -> range:
-        return range(self.first_seed, self.first_seed + self.seeds)
+        return [arm.name for arm in self.parsed_arms]
 
     def runs(self) -> Iterator[Run]:
         """Yield all runs, seed by seed, so that an early stop leaves a balanced comparison."""
-        for seed in self.seed_numbers:
-            for env in self.environments:
-                for arm in map(Arm.parse, self.arms):
-                    yield Run(
-                        env,
-                        arm.name,
-                        arm.algo,
-                        seed,
-                        self.hyperparameters[env][arm.name],
-                        self.n_eval_episodes,
-                        tuple(self.gym_packages),
-                        f"runs/{arm.folder}/{arm.algo}/{env.replace('/', '-')}_{seed + 1}",
-                    )
-
-    def effective(self, env: str) -> dict[str, Hyperparameters]:
-        """
-        Arm → hyperparameters, completed with defaults.
-
-        A default is included if some arm sets the hyperparameter, or if several of the algorithms have it.
-        """
-        algos = {arm.name: arm.algo for arm in map(Arm.parse, self.arms)}
-        known = [arguments(algo) for algo in set(algos.values())]
-        compared = TRUST_REGION.union(*self.hyperparameters[env].values())
-        compared |= {key for keys in known for key in keys if sum(key in others for others in known) > 1}
-        return {
-            name: {**{key: value for key, value in sorted(defaults(algo).items()) if key in compared}, **given}
-            for (name, algo), given in zip(algos.items(), map(self.hyperparameters[env].get, algos), strict=True)
-            if given is not None
-        }
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        for seed, env, arm in product(seeds, self.environments, self.parsed_arms):
+            folder = f"runs/{arm.folder}/{arm.algo}/{env.replace('/', '-')}_{seed + 1}"
+            hyperparameters, packages = self.hyperparameters[env][arm.name], tuple(self.gym_packages)
+            yield Run(env, arm.name, arm.algo, seed, hyperparameters, self.n_eval_episodes, packages, folder)
 
     def difference(self, other: "Plan") -> list[str]:
         """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
-        ours, theirs = _flat(asdict(self)), _flat(asdict(other))
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        ours, theirs = (pd.json_normalize(plan.model_dump()).iloc[0].to_dict() for plan in (self, other))
+        keys = [str(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
         return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]
 
 
-def _check(environments: Any, arms: Any, gym_packages: Any, **counts: Any) -> list[Arm]:
-    """
-    Check the arguments of a plan and import the packages that register environments.
-
-    :return: the parsed arms
-    :raises PlanError: if an argument is invalid
-    """
-    _check_counts(**counts)
-    for kind, names in (("environments", environments), ("arms", arms), ("gym_packages", gym_packages)):
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise PlanError(f"{kind} must be a list of names, not {names!r}")
-    if not environments or not arms:
-        raise PlanError(f"no {'environments' if not environments else 'arms'} to compare")
-    import_module("rl_zoo3.import_envs")  # registers ale-py, minigrid, pybullet, … if installed
-    for package in gym_packages:
-        _import(package)
-    for env in environments:
-        if env not in gym.registry:
-            own = "" if gym_packages else " (--gym-packages names a package that registers your own)"
-            raise PlanError(f"unknown environment {env!r}{suggestion(env, gym.registry)}{own}")
-    parsed = [Arm.parse(arm) for arm in arms]
-    _check_distinct_folders("environments", [env.replace("/", "-") for env in environments])
-    _check_distinct_folders("arms", [arm.folder for arm in parsed])
-    return parsed
-
-
-def _import(package: str) -> None:
-    try:
-        import_module(package)
-    except Exception as error:  # third-party code may raise anything
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        hint = ": install it, or add the folder that contains it to PYTHONPATH" if is_missing else ""
-        raise PlanError(f"gym_packages: {type(error).__name__}: {error}{hint}") from None
-
-
-def _make(env: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gym.make(env).close()
-    except Exception as error:
-        raise PlanError(f"{env} cannot be made: {type(error).__name__}: {' '.join(str(error).split())}") from None
-
-
-def _check_distinct_folders(kind: str, folders: list[str]) -> None:
-    """Reject names with the same folder, also on file systems that ignore case."""
-    folded = [folder.casefold() for folder in folders]
-    duplicates = sorted({folder for folder in folders if folded.count(folder.casefold()) > 1})
-    if duplicates:
-        raise PlanError(f"{kind}: {', '.join(duplicates)} given twice")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        is_integer = isinstance(count, int) and not isinstance(count, bool)
-        if name == "n_timesteps" and isinstance(count, float):  # the zoo's files contain 1e5
-            is_integer = count.is_integer()
-        if count is not None and not (is_integer and count >= 1):
-            raise PlanError(f"{name} must be an integer of at least 1, not {count!r}")
-
-
-def _check_first_seed(first_seed: Any) -> None:
-    if not isinstance(first_seed, int) or isinstance(first_seed, bool) or first_seed < 0:
-        raise PlanError(f"first_seed must be an integer of at least 0, not {first_seed!r}")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings into one with dotted keys."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    return {key: value for name, below in tree.items() for key, value in _flat(below, f"{prefix}.{name}".lstrip(".")).items()}
+def _in_words(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":  # a PlanError
+        return str(error["ctx"]["error"])
+    name = ".".join(map(str, error["loc"])) or "plan"
+    value = "" if error["type"] == "missing" else f"={error['input']!r}"
+    hint = suggestion(name, Plan.model_fields) if error["type"] == "extra_forbidden" else ""
+    return f"{name}{value}: {error['msg']}{hint}"

@@ -1,17 +1,17 @@
 """
-The fourth stage: plot statistics and runs as png and svg, for light and dark pages.
-
-    python -m sb3_adaptive_kl.compare.plots FOLDER
+Draw the statistics and runs as png and svg, for light and dark pages.
 
 Every environment gets one figure with learning curves, KL and β on the same time axis. Further figures show the final return
 of every seed and, across environments, the aggregates, the probability of improvement and the performance profile.
+
+An arm has the color of its number in the plan: ``C0`` is the first color of the style.
 """
 
 import io
 import textwrap
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 import matplotlib as mpl
@@ -21,86 +21,62 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sb3_adaptive_kl.compare.plan import Plan
-from sb3_adaptive_kl.compare.results import Results, read, updates_of
-from sb3_adaptive_kl.compare.statistics import STATISTICS_FILE
-from sb3_adaptive_kl.compare.store import Store, on_folder
+from sb3_adaptive_kl.compare.store import Result, Store, updates_of
 
 FOLDER = "plots"
+STYLES = {"": "light", "-dark": "dark"}  # suffix of the file names → style
 WIDTH = 6.4  # inches: one column of a page, legible on a phone
 N_BINS = 80  # bins of the time axis in plots of updates
-LINE_STYLES = ("-", "--", ":", "-.")
-LEGEND_WIDTH = 80  # characters of a line of the legend
-ROW_WIDTH = 28  # characters of a line beside a row
+LEGEND_WIDTH, ROW_WIDTH = 80, 28  # characters of a line of the legend, and beside a row
 LINE_HEIGHT = 0.17  # inches
+AGGREGATES = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap (less is better)"}
+IMPROVEMENTS = {"probability_of_improvement_while_learning": "while learning", "probability_of_improvement": "final policy"}
+
+Row = tuple[str, int, list[Any], list[float]]  # label, number of the arm, interval, single values
 
 
-@dataclass(frozen=True)
-class Theme:
+def write(store: Store, statistics: dict[str, Any], results: Sequence[Result]) -> list[str]:
     """
-    Colors of a page.
+    Draw every figure that the statistics allow, in both styles.
 
-    :param suffix: suffix of the file names
-    :param foreground: color of text and axes
-    :param background: color of the page
-    :param arms: colors of the arms, distinguishable for color-blind readers (Okabe and Ito 2008), lighter on a dark page
+    :return: file names without suffix and extension
     """
-
-    suffix: str
-    foreground: str
-    background: str
-    arms: tuple[str, ...]
-
-
-LIGHT = Theme("", "#222222", "#ffffff", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"))
-DARK = Theme("-dark", "#dddddd", "#16181d", ("#56B4E9", "#F08A4B", "#35C79C", "#E3A6C6", "#F0C04A", "#8FB8FF", "#ffffff"))
-
-
-def write(plan: Plan, store: Store) -> None:
-    """Draw every figure that the statistics allow, in both themes."""
-    statistics, results = store.read_json(STATISTICS_FILE), read(plan, store)
-    for theme in (LIGHT, DARK):
-        colors = {arm: theme.arms[i % len(theme.arms)] for i, arm in enumerate(plan.names)}
-        line_styles = {arm: LINE_STYLES[i // len(theme.arms) % len(LINE_STYLES)] for i, arm in enumerate(plan.names)}
-        style = Style(theme, colors, line_styles)
-        for name, draw in pictures(statistics, results).items():
-            with mpl.rc_context(_settings(theme)):
-                figure = draw(style)
+    figures = pictures(store.plan.names, statistics, results)
+    for suffix, style in STYLES.items():
+        with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
+            for name, draw in figures.items():
+                figure = draw()
                 for format in ("svg", "png"):
-                    store.write(f"{FOLDER}/{name}{theme.suffix}.{format}", _render(figure, format))
+                    store.write(f"{FOLDER}/{name}{suffix}.{format}", _render(figure, format))
+    return list(figures)
 
 
-@dataclass(frozen=True)
-class Style:
-    """Theme of a figure, and color and line style of every arm."""
-
-    theme: Theme
-    colors: dict[str, str]
-    line_styles: dict[str, str]
-
-    def line(self, arm: str) -> dict[str, Any]:
-        return {"color": self.colors[arm], "linestyle": self.line_styles[arm]}
-
-
-def picture_names(statistics: dict[str, Any]) -> list[str]:
-    """File names of all figures without suffix and extension, in the order of the report."""
-    return list(pictures(statistics, {env: {} for env in statistics["environments"]}))
-
-
-def pictures(statistics: dict[str, Any], results: Results) -> dict[str, Callable[[Style], Figure]]:
+def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Result]) -> dict[str, Callable[[], Figure]]:
     """File name → function that draws the figure."""
-    environments = statistics["environments"]
-    figures: dict[str, Callable[[Style], Figure]] = {}
-    for env, environment in environments.items():
-        figures[curves_name(env)] = partial(_curves, env=env, environment=environment, results=results[env])
-    if environments:
-        figures["final_returns"] = lambda style: _final_returns(style, environments, results)
-    across = statistics["across"]
-    if across is not None:
-        figures["aggregates"] = lambda style: _aggregates(style, across)
-        if across["probability_of_improvement"]:
-            figures["probability_of_improvement"] = lambda style: _improvement(style, across)
-        figures["performance_profile"] = lambda style: _profile(style, across)
+    number = {arm: i for i, arm in enumerate(arms)}
+    figures: dict[str, Callable[[], Figure]] = {}
+    finals: dict[str, list[Row]] = {}
+    for env, environment in statistics["environments"].items():
+        of_arm = {arm: [r for r in results if (r.run.env, r.run.arm) == (env, arm)] for arm in environment["arms"]}
+        figures[curves_name(env)] = partial(_curves, env, environment, number, of_arm)
+        means = {arm: entry["final"]["mean"] for arm, entry in environment["arms"].items()}
+        finals[env] = [(arm, number[arm], mean, [r.final for r in of_arm[arm]]) for arm, mean in means.items()]
+    if finals:
+        figures["final_returns"] = partial(_rows, finals, "return of the final policy")
+    if across := statistics["across"]:
+        scores: dict[str, list[Row]] = {
+            title: [(arm, number[arm], entry[key], []) for arm, entry in across["arms"].items()]
+            for key, title in AGGREGATES.items()
+        }
+        figures["aggregates"] = partial(_rows, scores, "normalized score: 0 a random policy, 1 the best arm")
+        improvements: dict[str, list[Row]] = {
+            title: [(" > ".join(pair["arms"]), number[pair["arms"][0]], pair["probability"], []) for pair in across[key]]
+            for key, title in IMPROVEMENTS.items()
+            if across[key]
+        }
+        if improvements:
+            figures["probability_of_improvement"] = partial(_rows, improvements, "probability to be better", middle=0.5)
+        figures["performance_profile"] = partial(_profile, across["profile"], number)
     return figures
 
 
@@ -109,92 +85,109 @@ def curves_name(env: str) -> str:
     return f"curves-{env.replace('/', '-')}"
 
 
-# ---------------------------------------------------------------- one environment
+# ---------------------------------------------------------------- figures
 
 
-def _curves(style: Style, env: str, environment: dict[str, Any], results: Any) -> Figure:
+def _curves(env: str, environment: dict[str, Any], number: dict[str, int], results: dict[str, list[Result]]) -> Figure:
     """Plot learning curves, KL and β of all arms on one time axis."""
-    updates = {arm: frame for arm, runs in results.items() if (frame := updates_of(runs.values())) is not None}
-    penalized = {arm: frame for arm, frame in updates.items() if frame["kl_coef"].notna().all()}
+    updates = {number[arm]: frame for arm, of_arm in results.items() if (frame := updates_of(of_arm)) is not None}
+    penalized = {i: frame for i, frame in updates.items() if frame["kl_coef"].notna().all()}
     n_panels = 1 + bool(updates) + bool(penalized)
-    figure = Figure(figsize=(WIDTH, 0.7 + _legend_height(environment["arms"]) + 2.2 * n_panels), layout="constrained")
-    panels = list(figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0])
-
-    returns = panels[0]
-    returns.set(title=env, ylabel="mean return")
-    for arm, statistics in environment["arms"].items():
-        if statistics["curve"] is not None:
-            _band(style, returns, arm, statistics["curve"]["timesteps"], *statistics["curve"]["mean"])
-    if not returns.lines:
-        _note(returns, "no learning curve: not every run finished a training episode")
+    figure = _figure_with_legend(2.2 * n_panels + 0.7, {arm: number[arm] for arm in results})
+    panels = figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
+    panels[0].set(title=env, ylabel="mean return")
+    panels[-1].set_xlabel("time steps")
+    for arm, entry in environment["arms"].items():
+        if entry["curve"] is not None:
+            _band(panels[0], number[arm], entry["curve"]["timesteps"], *entry["curve"]["mean"])
+    if not panels[0].lines:
+        _note(panels[0], "no learning curve: not every run finished a training episode")
     if environment["threshold"] is not None:
-        returns.axhline(environment["threshold"], color=style.theme.foreground, lw=0.8, ls=":")
-    _legend(style, figure, list(environment["arms"]))
-
+        panels[0].axhline(environment["threshold"], color=mpl.rcParams["text.color"], lw=0.8, ls=":")
     if updates:
         panels[1].set(ylabel="KL per update [nats]", yscale="log")
-        if _traces(style, panels[1], updates, "kl"):
-            _targets(style, panels[1], penalized)
-        else:  # without targets: matplotlib cannot scale a logarithmic axis to a horizontal line alone
-            _note(panels[1], "no update changed the policy")
+        _traces(panels[1], updates, "kl", "no update changed the policy")
+        for i, frame in penalized.items():
+            target = frame.groupby("timesteps")["target_kl"].first()
+            target = target[target > target.max() / 100]  # without a schedule's end at zero, which stretches the axis
+            panels[1].plot([0, *target.index], [target.iloc[0], *target], color=f"C{i}", lw=0.8, ls="--")
     if penalized:
         panels[2].set_ylabel("coefficient β")
         panels[2].set_yscale("log", base=2)
-        if not _traces(style, panels[2], penalized, "kl_coef"):
-            _note(panels[2], "β is 0")
-    panels[-1].set_xlabel("time steps")
+        _traces(panels[2], penalized, "kl_coef", "β is 0")
     return figure
 
 
-def _traces(style: Style, axes: Axes, updates: dict[str, pd.DataFrame], column: str) -> bool:
-    """
-    Plot the median and the middle 80 % of all seeds' updates, in bins of the time axis.
-
-    :return: whether there was anything to plot; a logarithmic axis shows neither zero nor infinity
-    """
-    drawable = {arm: frame[(frame[column] > 0) & np.isfinite(frame[column])] for arm, frame in updates.items()}
-    shown = {arm: frame for arm, frame in drawable.items() if len(frame)}
-    for arm, frame in shown.items():
-        n_bins = min(N_BINS, frame["timesteps"].nunique())
-        bins = frame.groupby(pd.cut(frame["timesteps"], n_bins), observed=True)
-        middle, low, high = (bins[column].quantile(q).to_numpy() for q in (0.5, 0.1, 0.9))
-        _band(style, axes, arm, bins["timesteps"].mean().to_numpy(), middle, low, high)
-    return bool(shown)
+def _traces(axes: Axes, updates: dict[int, pd.DataFrame], column: str, nothing: str) -> None:
+    """Plot the median and the middle 80 % of all seeds' updates, in bins of the time axis; or say why there is nothing."""
+    for i, frame in updates.items():
+        shown = frame[(frame[column] > 0) & np.isfinite(frame[column])]  # what a logarithmic axis shows
+        if len(shown):
+            bins = shown.groupby(pd.cut(shown["timesteps"], min(N_BINS, shown["timesteps"].nunique())), observed=True)
+            low, middle, high = bins[column].quantile([0.1, 0.5, 0.9]).unstack().to_numpy().T
+            _band(axes, i, bins["timesteps"].mean().to_numpy(), middle, low, high)
+    if not axes.lines:
+        _note(axes, nothing)
 
 
-def _targets(style: Style, axes: Axes, updates: dict[str, pd.DataFrame]) -> None:
-    """Plot the target over time, without stretching the axis to a schedule's end at zero."""
-    low, high = axes.get_ylim()
-    for arm, frame in updates.items():
-        target = frame.groupby("timesteps")["target_kl"].first()
-        if target.nunique() == 1:
-            axes.axhline(target.iloc[0], color=style.colors[arm], lw=0.8, ls="--")
-        else:
-            axes.plot(target.index, target, color=style.colors[arm], lw=0.8, ls="--")
-        low, high = min(low, target.median() / 2), max(high, target.max() * 2)
-    axes.set_ylim(low, high)
+def _profile(profile: dict[str, Any], number: dict[str, int]) -> Figure:
+    figure = _figure_with_legend(2.8, {arm: number[arm] for arm in profile["arms"]})
+    axes = figure.subplots()
+    for arm, shares in profile["arms"].items():
+        _band(axes, number[arm], profile["at"], *shares)
+    axes.set(xlabel="normalized score τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
+    return figure
 
 
-def _band(style: Style, axes: Axes, arm: str, x: Any, middle: Any, low: Any, high: Any) -> None:
-    axes.plot(x, middle, marker="." if len(x) == 1 else "", **style.line(arm))
-    if low[0] is not None and len(x) > 1:  # no interval from a single run, no area around a single point
-        axes.fill_between(x, low, high, color=style.colors[arm], alpha=0.2, lw=0)
+def _rows(panels: dict[str, list[Row]], xlabel: str, middle: float | None = None) -> Figure:
+    """Plot a row for each interval: its estimate as a diamond, its limits as a line, single values as dots."""
+    labels = [row[0] for rows in panels.values() for row in rows]
+    row_height = 0.3 + LINE_HEIGHT * max(_n_lines(label, ROW_WIDTH) for label in labels)
+    height = 0.4 + 0.8 * len(panels) + row_height * len(labels)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=[len(rows) + 0.5 for rows in panels.values()])
+    for axes, (title, rows) in zip(grid.flat, panels.items(), strict=True):
+        axes.set_title(title, fontsize="medium")
+        for y, (_, i, (estimate, low, high), values) in enumerate(rows):
+            axes.plot(values, [y + 0.22] * len(values), "o", ms=4, alpha=0.6, mew=0, color=f"C{i}")
+            if low is not None:
+                axes.plot([low, high], [y, y], lw=3, color=f"C{i}", solid_capstyle="round")
+            axes.plot(estimate, y, "D", color=mpl.rcParams["text.color"], ms=5)
+        if middle is not None:
+            axes.axvline(middle, color=mpl.rcParams["text.color"], lw=0.8, ls=":")
+            axes.set_xlim(middle - 0.52, middle + 0.52)
+        axes.set_yticks(np.arange(len(rows)), [_wrapped(row[0], ROW_WIDTH) for row in rows], fontsize="small")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.supxlabel(xlabel, fontsize="medium")
+    return figure
 
 
-def _legend(style: Style, figure: Figure, arms: list[str]) -> None:
+# ---------------------------------------------------------------- parts of figures
+
+
+def _band(axes: Axes, arm: int, x: Any, middle: Any, low: Any, high: Any) -> None:
+    axes.plot(x, middle, marker="." if len(x) == 1 else "", **_line(arm))
+    if low is not None and len(x) > 1:  # no interval from a single run, no area around a single point
+        axes.fill_between(x, low, high, color=f"C{arm}", alpha=0.2, lw=0)
+
+
+def _line(arm: int) -> dict[str, Any]:
+    """Color and line style: the next line style where the colors are used up."""
+    cycle = list(mpl.rcParams["axes.prop_cycle"])
+    return cycle[arm % len(cycle)]  # type: ignore[no-any-return]
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.6, text, transform=axes.transAxes, ha="center", va="center")
+
+
+def _figure_with_legend(height: float, arms: dict[str, int]) -> Figure:
     """Name every arm above the panels, including arms that are missing from some of them."""
-    handles = [Line2D([], [], label=_wrapped(arm, LEGEND_WIDTH), **style.line(arm)) for arm in arms]
-    ncols = _legend_columns(arms)
-    figure.legend(handles=handles, loc="outside upper center", ncols=ncols, fontsize="small", frameon=False)
-
-
-def _legend_columns(arms: Iterable[str]) -> int:
-    return 2 if all(len(arm) <= LEGEND_WIDTH // 2 - 5 for arm in arms) else 1
-
-
-def _legend_height(arms: Collection[str]) -> float:
-    """Height of the legend in inches."""
-    return LINE_HEIGHT * sum(_n_lines(arm, LEGEND_WIDTH) for arm in arms) / _legend_columns(arms)
+    height += LINE_HEIGHT * sum(_n_lines(arm, LEGEND_WIDTH) for arm in arms)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    handles = [Line2D([], [], label=_wrapped(arm, LEGEND_WIDTH), **_line(i)) for arm, i in arms.items()]
+    figure.legend(handles=handles, loc="outside upper center", fontsize="small", frameon=False)
+    return figure
 
 
 def _wrapped(label: str, width: int) -> str:
@@ -206,122 +199,7 @@ def _n_lines(label: str, width: int) -> int:
     return _wrapped(label, width).count("\n") + 1
 
 
-def _row_height(labels: Iterable[str]) -> float:
-    """Height in inches of each row beside which a label stands."""
-    return 0.3 + LINE_HEIGHT * max(_n_lines(label, ROW_WIDTH) for label in labels)
-
-
-def _note(axes: Axes, text: str) -> None:
-    """Say why a panel is empty."""
-    axes.text(0.5, 0.6, text, transform=axes.transAxes, ha="center", va="center")
-
-
-def _final_returns(style: Style, environments: dict[str, Any], results: Results) -> Figure:
-    """Plot every seed as a dot and the mean with its interval as a line."""
-    rows = [arm for environment in environments.values() for arm in environment["arms"]]
-    height = 0.8 * len(environments) + _row_height(rows) * len(rows) + 0.3
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    ratios = [len(environment["arms"]) + 0.5 for environment in environments.values()]
-    panels = figure.subplots(len(environments), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for axes, (env, environment) in zip(panels, environments.items(), strict=True):
-        for row, (arm, statistics) in enumerate(environment["arms"].items()):
-            mean, low, high = statistics["final"]["mean"]
-            finals = [run.final for run in results[env][arm].values()]
-            axes.plot(finals, [row + 0.22] * len(finals), "o", ms=4, alpha=0.6, mew=0, color=style.colors[arm])
-            if low is not None:
-                axes.plot([low, high], [row, row], lw=3, color=style.colors[arm], solid_capstyle="round")
-            axes.plot(mean, row, "D", color=style.theme.foreground, ms=5)
-        axes.set_title(env, fontsize="medium")
-        _rows(axes, list(environment["arms"]))
-    panels[-1].set_xlabel("return of the final policy")
-    return figure
-
-
-# ---------------------------------------------------------------- across environments
-
-
-def _aggregates(style: Style, across: dict[str, Any]) -> Figure:
-    names = {"iqm": "IQM", "median": "median", "mean": "mean", "optimality_gap": "optimality gap (less is better)"}
-    height = 2 * (0.9 + (_row_height(across["arms"]) - 0.1) * len(across["arms"]))
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True).flat
-    for axes, (name, title) in zip(panels, names.items(), strict=True):
-        for row, (arm, aggregates) in enumerate(across["arms"].items()):
-            _interval(axes, row, aggregates[name], style.colors[arm], style.theme.foreground)
-        axes.set_title(title, fontsize="medium")
-        _rows(axes, list(across["arms"]))
-    figure.supxlabel("normalized score: 0 a random policy, 1 the best arm", fontsize="medium")
-    return figure
-
-
-def _improvement(style: Style, across: dict[str, Any]) -> Figure:
-    measures = {"probability_of_improvement_while_learning": "while learning", "probability_of_improvement": "final policy"}
-    drawn = {title: across[name] for name, title in measures.items() if across[name]}
-    rows = [_pair(pair) for pairs in drawn.values() for pair in pairs]
-    height = 0.6 + 0.5 * len(drawn) + _row_height(rows) * len(rows)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True, height_ratios=[len(pairs) for pairs in drawn.values()])
-    for axes, (title, pairs) in zip(panels[:, 0], drawn.items(), strict=True):
-        axes.axvline(0.5, color=style.theme.foreground, lw=0.8, ls=":")
-        for row, pair in enumerate(pairs):
-            _interval(axes, row, pair["probability"], style.colors[pair["arms"][0]], style.theme.foreground)
-        axes.set_title(title, fontsize="medium")
-        _rows(axes, [_pair(pair) for pair in pairs])
-    panels[-1, 0].set(xlim=(-0.02, 1.02), xlabel="probability that a run of the first is better")
-    return figure
-
-
-def _pair(pair: dict[str, Any]) -> str:
-    return " > ".join(pair["arms"])
-
-
-def _profile(style: Style, across: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(WIDTH, 2.8 + _legend_height(across["profile"]["arms"])), layout="constrained")
-    axes = figure.subplots()
-    at = across["profile"]["at"]
-    for arm, (share, low, high) in across["profile"]["arms"].items():
-        _band(style, axes, arm, at, share, low, high)
-    axes.set(xlabel="normalized score τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
-    _legend(style, figure, list(across["profile"]["arms"]))
-    return figure
-
-
-def _interval(axes: Axes, row: int, interval: Any, color: str, foreground: str) -> None:
-    estimate, low, high = interval
-    if low is not None:
-        axes.plot([low, high], [row, row], lw=5, color=color, alpha=0.7, solid_capstyle="butt")
-    axes.plot(estimate, row, "|", color=foreground, ms=12, mew=2)
-
-
-def _rows(axes: Axes, labels: list[str]) -> None:
-    axes.set_yticks(np.arange(len(labels)), [_wrapped(label, ROW_WIDTH) for label in labels], fontsize="small")
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-
-
-# ---------------------------------------------------------------- files
-
-
-def _settings(theme: Theme) -> Any:
-    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
-        **dict.fromkeys(colored, theme.foreground),
-        "axes.facecolor": theme.background,
-        "figure.facecolor": theme.background,
-        "savefig.facecolor": theme.background,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "sb3_adaptive_kl",  # makes the files reproducible
-    }
-
-
 def _render(figure: Figure, format: str) -> bytes:
     output = io.BytesIO()
-    metadata = {"Date": None} if format == "svg" else None
-    figure.savefig(output, format=format, dpi=150, metadata=metadata)
+    figure.savefig(output, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
     return output.getvalue()
-
-
-if __name__ == "__main__":
-    on_folder(write)

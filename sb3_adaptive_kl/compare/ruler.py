@@ -24,31 +24,6 @@ ADAPTERS: tuple[tuple[type, PolicyAdapter], ...] = (
 )
 
 
-def measurable(model: Any) -> bool:
-    """
-    Tell whether the ruler fits.
-
-    :param model: any algorithm of the zoo
-    :return: whether it is on-policy
-    """
-    return isinstance(model, OnPolicyAlgorithm)
-
-
-def remember(model: OnPolicyAlgorithm) -> OldPolicy:
-    """
-    Remember the policy of a model that has just collected a rollout.
-
-    :param model: any on-policy algorithm
-    :return: its policy now, to compare with what it becomes. The rollout is a shallow copy: reading a buffer replaces its
-        arrays by flattened ones, and the next rollout replaces them by empty ones.
-    """
-    buffer: Any = copy.copy(model.rollout_buffer)
-    if isinstance(buffer.observations, dict):
-        buffer.observations = dict(buffer.observations)
-    adapter = next(adapter for algorithm, adapter in ADAPTERS if isinstance(model, algorithm))
-    return OldPolicy(model.policy, buffer, adapter)
-
-
 class Ruler(BaseCallback):
     """Measures every update. ``updates`` holds a row for each, and ``seconds`` the time spent measuring."""
 
@@ -56,7 +31,7 @@ class Ruler(BaseCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.updates: list[tuple[int, float, float, float | None, float | None, float | None]] = []
+        self.updates: list[tuple[float | None, ...]] = []
         self.seconds = 0.0
         self._before: tuple[OldPolicy, float | None] | None = None
 
@@ -65,28 +40,29 @@ class Ruler(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         start = time.perf_counter()
-        self._before = remember(self.model), getattr(self.model, "kl_coef", None)  # type: ignore[arg-type]
+        model: Any = self.model
+        # A shallow copy: reading a buffer replaces its arrays by flattened ones, and the next rollout by empty ones
+        buffer = copy.copy(model.rollout_buffer)
+        if isinstance(buffer.observations, dict):
+            buffer.observations = dict(buffer.observations)
+        adapter = next(adapter for algorithm, adapter in ADAPTERS if isinstance(model, algorithm))
+        self._before = OldPolicy(model.policy, buffer, adapter), getattr(model, "kl_coef", None)
         self.seconds += time.perf_counter() - start
-
-    def _on_rollout_start(self) -> None:
-        self._measure()
-
-    def _on_training_end(self) -> None:
-        self._measure()
 
     def _measure(self) -> None:
         if self._before is None:  # before the first update; and the zoo ends the training of its first callback twice
             return
         start = time.perf_counter()
-        old_policy, kl_coef = self._before
-        self._before = None
+        (old_policy, kl_coef), self._before = self._before, None
         kl = old_policy.divergence_on_rollout()
+        model: Any = self.model
+        # In PPO and TRPO, target_kl is a limit, and not a target
+        target_kl = None
+        if hasattr(model, "kl_coef"):
+            target_kl = settings_at(model, model._current_progress_remaining).target_kl
         # Only an arm with a ceiling can shorten its steps
-        step_scale = self.model.step_scale if getattr(self.model, "kl_ceiling", None) is not None else None  # type: ignore[attr-defined]
-        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, self._target_kl(), step_scale))
+        step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
+        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, target_kl, step_scale))
         self.seconds += time.perf_counter() - start
 
-    def _target_kl(self) -> float | None:
-        """Read the penalty's target. In PPO and TRPO ``target_kl`` is a limit, and not a target."""
-        model: Any = self.model
-        return settings_at(model, model._current_progress_remaining).target_kl if hasattr(model, "kl_coef") else None
+    _on_rollout_start = _on_training_end = _measure

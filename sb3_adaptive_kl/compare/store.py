@@ -5,71 +5,112 @@ The results on disk: a folder that is consistent at all times.
     command.json       the command, versions, machine
     runs/…             a zoo log folder for each arm: runs/<arm>/<algo>/<env>_<seed + 1>
     failures/…         tracebacks of failed runs, which are retried the next time
-    statistics.json, timings.json, runs.csv, plots/…, report.md, report.html
+    statistics.json, runs.csv, plots/…, report.md, report.html
 
-A run is written under a temporary name and renamed when it is complete, so a run's folder always holds a finished run.
+Files and run folders are written under a temporary name and renamed when complete, so a run's folder always holds a finished
+run.
 """
 
 import json
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from sb3_adaptive_kl.compare.arms import PlanError
-from sb3_adaptive_kl.compare.backends import Failure
-from sb3_adaptive_kl.compare.plan import PLAN_FILE, Files, Plan, Run
+import numpy as np
+import pandas as pd
 
+from sb3_adaptive_kl.compare.arms import PlanError, reported
+from sb3_adaptive_kl.compare.backends import Outcome
+from sb3_adaptive_kl.compare.plan import Plan, Run
+
+PLAN_FILE, COMMAND_FILE = "plan.yml", "command.json"
 UNFINISHED = ".unfinished-"
-COMMAND_FILE = "command.json"
+# Points of a learning curve; each is the mean of the episodes that ended in the 5 % of the budget before it
+N_POINTS, WINDOW = 100, 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run, read from its folder."""
+
+    run: Run
+    summary: dict[str, Any]
+    episodes: pd.DataFrame  # rows of `Recorder`, of training episodes that ended within the budget
+    updates: pd.DataFrame | None  # rows of `Ruler`; None for an algorithm it cannot measure
+
+    @classmethod
+    def read(cls, run: Run, folder: Path) -> "Result":
+        summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
+        updates = folder / "updates.csv"
+        in_budget = episodes["timesteps"] <= run.budget
+        return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)
+
+    @property
+    def final(self) -> float:
+        """Mean return of the final policy."""
+        return fmean(self.summary["final_returns"])
+
+    @property
+    def points(self) -> np.ndarray:
+        """Time steps of the learning curve; the last is the end of the budget."""
+        return np.arange(1, N_POINTS + 1) * self.run.budget / N_POINTS
+
+    @cached_property
+    def curve(self) -> np.ndarray:
+        """Mean return of training episodes at ``points``; NaN if no episode ended within the budget."""
+        ended = self.episodes["timesteps"].to_numpy()
+        last = np.searchsorted(ended, self.points, side="right")
+        first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
+        sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"].to_numpy(dtype=float))])
+        with np.errstate(invalid="ignore"):
+            means = (sums[last] - sums[first]) / (last - first)
+        # Where no episode ended, repeat the last mean; before the first episode, the first mean
+        return np.asarray(pd.Series(means).ffill().bfill())
+
+    @property
+    def area(self) -> float:
+        """Area under the learning curve divided by the budget: the mean return while learning. NaN without a curve."""
+        return float(self.curve.mean())
+
+    def steps_to(self, threshold: float) -> float:
+        """Time steps until the learning curve reaches the threshold; NaN if it never does, or the threshold is NaN."""
+        started = self.points >= self.episodes["timesteps"].min()
+        return float(min(self.points[(self.curve >= threshold) & started], default=np.nan))
+
+
+def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:
+    """Concatenate the measured updates of several runs; None if there are none."""
+    frames = [result.updates for result in results if result.updates is not None and len(result.updates)]
+    return pd.concat(frames) if frames else None
 
 
 class Store:
     """
     Reads and writes a results folder.
 
-    :param folder: the results folder
+    :param folder: the folder
+    :param plan: its plan
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
 
     @classmethod
-    def open(cls, folder: Path) -> tuple["Store", Plan]:
+    def open(cls, folder: Path) -> "Store":
         """
         Open existing results.
 
         :param folder: the results folder
-        :return: the results and their plan
         :raises PlanError: if the folder does not hold results
         """
         if not (folder / PLAN_FILE).is_file():
             raise PlanError(f"{folder} is not a results folder: it does not contain {PLAN_FILE}")
-        return cls(folder), Plan.load(folder / PLAN_FILE)
-
-    @staticmethod
-    def check(folder: Path, plan: Plan) -> None:
-        """
-        Check that the results of a plan can be written to a folder.
-
-        :param folder: the results folder, which need not exist
-        :param plan: the plan
-        :raises PlanError: if the folder cannot be written to, holds other files, or has another plan
-        """
-        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-        if not existing.is_dir():
-            raise PlanError(f"{existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK):
-            raise PlanError(f"{existing} is not writable")
-        if (folder / PLAN_FILE).is_file():
-            difference = Plan.load(folder / PLAN_FILE).difference(plan)
-            if difference:
-                raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
-        elif folder.exists() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
-            raise PlanError(f"{folder} is neither empty nor a results folder, choose another folder")
+        return cls(folder, Plan.load(folder / PLAN_FILE))
 
     @classmethod
     def create(cls, folder: Path, plan: Plan, command: dict[str, Any]) -> "Store":
@@ -79,85 +120,58 @@ class Store:
         :param folder: the results folder
         :param plan: the plan
         :param command: content of command.json
-        :raises PlanError: as ``check``
+        :raises PlanError: if the folder cannot be written to, holds other files, or has another plan
         """
-        cls.check(folder, plan)
-        store = cls(folder)
-        try:
+        store = cls(folder, plan)
+        if (folder / PLAN_FILE).is_file():
+            if difference := cls.open(folder).plan.difference(plan):
+                raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
+        elif folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+            raise PlanError(f"{folder} is neither empty nor a results folder, choose another folder")
+        with reported(f"cannot write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlanError(f"cannot create {folder}: {error.strerror}") from None
-        for path in folder.glob(f"{UNFINISHED}*"):  # left behind by a killed driver
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        store.write(PLAN_FILE, plan.dump())
-        store.write(COMMAND_FILE, json.dumps(command, indent=1))
+            for path in folder.glob(f"{UNFINISHED}*/"):  # left behind by a killed driver
+                shutil.rmtree(path)
+            store.write(PLAN_FILE, plan.dump())
+            store.write(COMMAND_FILE, json.dumps(command, indent=1))
         return store
 
     def finished(self, run: Run) -> bool:
         return (self.folder / run.folder / "run.json").is_file()
 
-    def keep(self, run: Run, outcome: Files | Failure) -> None:
+    def results(self) -> list[Result]:
+        """Read the finished runs, sorted by environment, arm and seed."""
+        environments, arms = self.plan.environments, self.plan.names
+        runs = [run for run in self.plan.runs() if self.finished(run)]
+        runs.sort(key=lambda run: (environments.index(run.env), arms.index(run.arm)))
+        return [Result.read(run, self.folder / run.folder) for run in runs]
+
+    def keep(self, run: Run, outcome: Outcome) -> None:
         """Write the files of a finished run or the traceback of a failed one."""
         failure = self._failure_file(run)
-        if isinstance(outcome, Failure):
-            failure.parent.mkdir(parents=True, exist_ok=True)
-            failure.write_text(f"{outcome.line}\n\n{outcome.traceback}")
+        if isinstance(outcome, str):
+            self.write(str(failure), outcome)
             return
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
+        unfinished, destination = self.folder / f"{UNFINISHED}{failure.stem}", self.folder / run.folder
         for name, content in outcome.items():
-            path = unfinished / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        unfinished.chmod(0o755)
-        destination = self.folder / run.folder
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).write_bytes(content)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if destination.exists():  # without run.json: damaged, or not written by us
-            shutil.rmtree(destination)
+        shutil.rmtree(destination, ignore_errors=True)  # without run.json: damaged, or not written by us
         os.replace(unfinished, destination)
-        failure.unlink(missing_ok=True)
+        (self.folder / failure).unlink(missing_ok=True)
 
-    def failures(self, plan: Plan) -> dict[str, str]:
-        """Failed run → last line of its traceback."""
-        runs = (run for run in plan.runs() if not self.finished(run) and self._failure_file(run).is_file())
-        return {str(run): self._failure_file(run).read_text().splitlines()[0] for run in runs}
+    def failures(self) -> dict[str, str]:
+        """Failed run → its error in one line."""
+        runs = [(run, self.folder / self._failure_file(run)) for run in self.plan.runs() if not self.finished(run)]
+        return {str(run): file.read_text().splitlines()[0] for run, file in runs if file.is_file()}
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step."""
-        path = self.folder / name
+        path, unfinished = self.folder / name, self.folder / f"{UNFINISHED}{name.replace('/', '_')}"
         path.parent.mkdir(exist_ok=True)
-        unfinished = self.folder / f"{UNFINISHED}{path.name}"
         unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(unfinished, path)
 
-    def read_json(self, name: str) -> Any:
-        """
-        Read a file that an earlier stage has written.
-
-        :param name: name of the file
-        :raises PlanError: if it does not exist
-        """
-        path = self.folder / name
-        if not path.is_file():
-            raise PlanError(f"{path} does not exist: run the previous stage first")
-        return json.loads(path.read_text())
-
-    def results(self, plan: Plan) -> Iterator[tuple[Run, Path]]:
-        """Yield the finished runs and their folders."""
-        for run in plan.runs():
-            if self.finished(run):
-                yield run, self.folder / run.folder
-
     def _failure_file(self, run: Run) -> Path:
-        return self.folder / "failures" / f"{run.folder.removeprefix('runs/').replace('/', '_')}.txt"
-
-
-def on_folder(stage: Callable[[Plan, Store], object]) -> None:
-    """Run a single stage on the results folder given on the command line."""
-    try:
-        if len(sys.argv) != 2:
-            raise PlanError("expected exactly one argument, the results folder")
-        store, plan = Store.open(Path(sys.argv[1]))
-        stage(plan, store)
-    except PlanError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)
+        return Path("failures", f"{run.folder.removeprefix('runs/').replace('/', '_')}.txt")
