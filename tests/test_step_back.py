@@ -20,6 +20,7 @@ from sb3_adaptive_kl.step_back import (
     MIN_FRACTION,
     TARGET_FRACTION,
     ShortenedStep,
+    critic_parameters,
     longest_allowed,
     shorten_step,
 )
@@ -151,7 +152,7 @@ def test_an_update_whose_shortened_step_cannot_be_measured_is_undone(monkeypatch
 def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try():
     """With a jump in d, no try comes close to the limit, and the last one may be too far."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
-    old_policy, snapshot = remember(model), Snapshot(model.policy)
+    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy)
     weight = model.policy.action_net.weight
     before = weight.detach().clone()
     with th.no_grad():
@@ -163,7 +164,7 @@ def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try(
         d = 0.1 if tries[-1] < 0.35 else 2.0
         return RolloutKL(d, d)
 
-    scale, kl = shorten_step(old_policy, snapshot, jumps, 3.0, 1.0)
+    scale, kl = shorten_step(snapshot, critics, jumps, 3.0, 1.0)
     assert tries[-1] > 0.35
     assert (weight - before).mean().item() == pytest.approx(scale) == pytest.approx(0.35, abs=0.01)
     assert kl.mean == 0.1
@@ -172,7 +173,7 @@ def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try(
 def test_the_second_search_begins_with_the_kl_of_the_whole_step():
     """Where the critic has to be scaled, too, and d is quadratic in the scale of all, one try is enough."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
-    old_policy, snapshot = remember(model), Snapshot(model.policy)
+    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy)
     actor, critic = model.policy.action_net.weight, model.policy.value_net.weight
     before = [weight.detach().clone() for weight in (actor, critic)]
     with th.no_grad():
@@ -185,7 +186,7 @@ def test_the_second_search_begins_with_the_kl_of_the_whole_step():
         tries.append(critic_moved)
         return RolloutKL(2 * moved**2 + 2 * critic_moved**2, 0.0)
 
-    scale, kl = shorten_step(old_policy, snapshot, depends_on_both, 4.0, 1.0)
+    scale, kl = shorten_step(snapshot, critics, depends_on_both, 4.0, 1.0)
     assert kl.mean == pytest.approx(TARGET_FRACTION, rel=1e-4)
     assert scale == pytest.approx((TARGET_FRACTION / 4.0) ** 0.5, rel=1e-4)
     assert len([scale for scale in tries if scale < 0.999]) == 1

@@ -8,7 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.step_back import _critic_parameters
+from sb3_adaptive_kl.step_back import critic_parameters
 from tests.conftest import CASES, Case, collect, logged, parameters, pendulum, remember
 from tests.test_step_back import TOO_FAR, shortened
 
@@ -53,7 +53,7 @@ class Heads(th.nn.Module):
 def test_a_branch_that_no_probed_state_takes_counts_as_the_actors():
     model = CASES["box"].build(AdaptiveKLPPO, **TOO_FAR)
     model.policy.action_net = Heads(64, 1)
-    critic = _critic_parameters(remember(collect(model)))
+    critic = critic_parameters(remember(collect(model)))
     assert {id(parameter) for parameter in model.policy.value_net.parameters()} <= critic
     assert not critic & {id(parameter) for parameter in model.policy.action_net.parameters()}
 
