@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     for name, field in Plan.model_fields.items():
         if name != "hyperparameters":
             group.add_argument(*_flags(name), dest=name, help=field.description, **KINDS.get(field.annotation, {"type": int}))
-    parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of the options above")
+    parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of its options below")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="run on this machine or on a Ray cluster")
