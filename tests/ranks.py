@@ -31,7 +31,9 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, n: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+        # A fork of this process would inherit torch's threads, and new processes would take seconds to import it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._folder = folder
         self._n_groups = 0
         self._processes = []

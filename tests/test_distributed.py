@@ -66,8 +66,7 @@ def with_rollout(model: AdaptiveKLPPO, rollout: dict[str, np.ndarray], first_env
 def trained(algorithm: str, rollout: dict[str, np.ndarray], n_envs: int, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """Make two full-batch updates with this rank's part of a rollout. Only rank 1 can compile."""
     model = with_rollout(model_of(algorithm, n_envs, **arguments), rollout, n_envs * rank())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch._dynamo.config.disable", rank() == 0)
+    with pytest.MonkeyPatch.context() as patch, th._dynamo.config.patch(disable=rank() == 0):
         patch.setattr(np.random, "randint", lambda _: 0)  # where contrib's buffers cut a sequence in two
         for _ in range(2):
             model.train()
