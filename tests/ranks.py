@@ -33,7 +33,7 @@ class Ranks:
     def __init__(self, folder: Path, n: int = 2) -> None:
         # A fork of this process would inherit torch's threads, and new processes would take seconds to import it
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "pytest", "torch._dynamo"])  # the last for optimizers
         self._folder = folder
         self._n_groups = 0
         self._processes = []

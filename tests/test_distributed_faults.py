@@ -98,10 +98,12 @@ def test_a_rank_that_ends_ends_the_others_at_once(
     assert type(second) is (KeyError if fail is raise_error else type(None))
     assert type(first) is type(third) is RuntimeError
     if function is fail_in_rollout:  # it can be continued from the last checkpoint
-        checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        assert checkpoints == ["rl_model_192_steps.zip", "rl_model_384_steps.zip"]
-        last = AdaptiveKLPPO.load(tmp_path / "checkpoints" / "rl_model_384_steps", env=gym.make("CartPole-v1"), device="cpu")
-        assert last.learn(64, reset_num_timesteps=False).num_timesteps == 384 + 64
+        # Rank 0 saves at the end of each rollout. It does not know yet, when it ends the third
+        steps = sorted(int(path.name.split("_")[2]) for path in (tmp_path / "checkpoints").iterdir())
+        assert steps in ([192, 384], [192, 384, 576])
+        last = tmp_path / "checkpoints" / f"rl_model_{steps[-1]}_steps"
+        model = AdaptiveKLPPO.load(last, env=gym.make("CartPole-v1"), device="cpu")
+        assert model.learn(64, reset_num_timesteps=False).num_timesteps == steps[-1] + 64
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(mortal_ranks: Ranks) -> None:

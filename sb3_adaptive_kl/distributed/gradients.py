@@ -45,7 +45,7 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
             alone = alone._replace(kl_cutoff_coef=None, kl_coef=settings.kl_coef + 2 * hinge)
         n_metrics = len(MinibatchMetrics._fields) - (settings.clip_range is None)
         metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], n_metrics, old_policy)
-        metrics = _average(metrics.to(parameters[0]), len(index), parameters)
+        metrics = _average(metrics, len(index), parameters)
         if settings.kl_cutoff_coef is not None:  # 2 c e · KL was computed instead of c · e²
             loss, kl_loss, kl = (MinibatchMetrics._fields.index(name) for name in ("loss", "kl_loss", "kl"))
             metrics[[loss, kl_loss]] += hinge * (excess - 2 * metrics[kl])
@@ -74,7 +74,9 @@ def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> 
     except ValueError:  # torch's distributions refuse the NaN of a diverged network
         if math.isfinite(measured_kl(old_policy).mean):
             raise
-        return th.full((n,), math.nan)
+        parameter = optimized_parameters(old_policy.policy.optimizer)[0]
+        parameter.grad = th.full_like(parameter, math.nan)
+        return parameter.new_full((n,), math.nan)
 
 
 def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]) -> th.Tensor:
