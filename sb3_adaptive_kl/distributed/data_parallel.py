@@ -14,7 +14,6 @@ from io import BufferedIOBase
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -192,10 +191,9 @@ class DataParallel(KLPenaltyTraining):
 
     def _facts(self) -> dict[str, Any]:
         """Collect what decides about an update. Arguments that a user's subclass adds may differ."""
-        values = {name: getattr(self, name, None) for name in COMPARED}
+        values = [(name, getattr(self, name, None)) for name in COMPARED]
         # The repr of a number or of one of our rules identifies it
-        comparable = (Real, str, tuple, type, NoneType)
-        facts: dict[str, Any] = {k: v for k, v in values.items() if isinstance(v, comparable) or is_dataclass(v)}
+        facts: dict[str, Any] = {k: v for k, v in values if isinstance(v, Real | str | tuple | type | None) or is_dataclass(v)}
         facts |= settings_at(self, self._current_progress_remaining)._asdict()  # the values of schedules, too
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
