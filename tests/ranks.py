@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,10 +16,10 @@ import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-import sb3_adaptive_kl
-from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, distributed
 
 TIMEOUT = timedelta(seconds=60)
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "device": "cpu"}
 
 
 class Ranks:
@@ -32,52 +31,39 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, n: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+        # A fork of this process would inherit torch's threads, and new processes would take seconds to import it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "pytest", "torch._dynamo"])  # the last for optimizers
         self._folder = folder
         self._n_groups = 0
-        self.processes = []
+        self._processes = []
         self._connections: list[Connection] = []
         for rank in range(n):
             connection, remote = context.Pipe()
-            self.processes.append(context.Process(target=_serve, args=(remote, rank, n), daemon=True))
+            self._processes.append(context.Process(target=_serve, args=(remote, rank, n), daemon=True))
             self._connections.append(connection)
-        for process in self.processes:
-            process.start()
+            self._processes[-1].start()
+            remote.close()  # or the end of the process would not be noticed here
 
-    def run(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        timeout: timedelta = TIMEOUT,
-        ends: bool = False,
-        rank_0_holds_store: bool = False,
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT, ends: bool = False) -> list[Any]:
         """
         Run a function of a module on all ranks, in a new group.
 
         :param function: called with ``args``
         :param timeout: the group's
         :param ends: whether the processes end afterwards, as those of a script would
-        :param rank_0_holds_store: whether the group's store goes with rank 0; otherwise it is a file
         :return: what it returned on each rank, or the exception that it raised; None for a rank that was killed
         """
         self._n_groups += 1
-        store = f"tcp://127.0.0.1:{_free_port()}" if rank_0_holds_store else f"file://{self._folder / f'{self._n_groups}'}"
         for connection in self._connections:
-            connection.send((function, args, store, timeout, ends))
+            connection.send((function, args, f"file://{self._folder / f'{self._n_groups}'}", timeout, ends))
         return [_received(connection) for connection in self._connections]
 
     def stop(self) -> None:
         """End the processes."""
-        for process in self.processes:
+        for process in self._processes:
             process.kill()
             process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _received(connection: Connection) -> Any:
@@ -105,15 +91,17 @@ def _serve(connection: Connection, rank: int, n: int) -> None:
 
 
 def learned(
-    algorithm: str = "AdaptiveKLPPO", callback: Any = None, normalize: dict[str, Any] | None = None, **arguments: Any
+    algorithm: str = "DistributedAdaptiveKLPPO",
+    callback: Any = None,
+    normalize: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Train on this rank, and return the state of its model."""
     policy, env = ("MlpLstmPolicy" if "Recurrent" in algorithm else "MlpPolicy"), make_vec_env(make_env, 2)
     if normalize is not None:
         env = VecNormalize(env, **normalize)
-    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 5, "device": "cpu", "verbose": 1}
-    model = getattr(sb3_adaptive_kl, algorithm)(policy, env, **settings, **arguments)
-    model.learn(512, callback=callback() if callable(callback) else callback)
+    model = getattr(distributed, algorithm)(policy, env, **{**SMALL, "seed": 5, "verbose": 1, **arguments})
+    model.learn(512, callback=callback)
     return outcome(model)
 
 

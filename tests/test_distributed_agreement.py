@@ -9,27 +9,53 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from sb3_adaptive_kl.execution import Execution
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl import AdaptiveKLPPO
-from sb3_adaptive_kl.distributed import RanksDisagree
-from tests.ranks import Ranks, check_same_model, learned, make_env, outcome
+from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO, RanksDisagree
+from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
 
 
-def learned_with_one_normalized() -> None:
-    env = make_vec_env("CartPole-v1", 1)
-    model = AdaptiveKLPPO("MlpPolicy", VecNormalize(env) if dist.get_rank() == 0 else env, n_steps=64, device="cpu")
-    model.learn(128)
+class Subclass(DistributedAdaptiveKLPPO):
+    """As users write them: the constructor's arguments are hidden in **kwargs, and there is one that may differ."""
+
+    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+        self.folder = folder
+        super().__init__(*args, **kwargs)
 
 
-def test_ranks_must_agree_on_normalization(ranks: Ranks) -> None:
-    for error in ranks.run(learned_with_one_normalized):
+def learned_with(of_ranks: dict[str, list[Any]]) -> None:
+    """Train with arguments that depend on the rank."""
+    mine = {name: values[dist.get_rank()] for name, values in of_ranks.items()}
+    env = make_vec_env("CartPole-v1", mine.pop("n_envs", 1))
+    env = VecNormalize(env) if mine.pop("normalize", False) else env
+    n = mine.pop("total_timesteps", 128)
+    Subclass("MlpPolicy", env, folder=f"rank-{dist.get_rank()}", **{**SMALL, **mine}).learn(n)
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "message"),
+    [
+        ({"seed": [0, 1]}, "seed is 0 on rank 0, but 1 on rank 1"),
+        ({"n_epochs": [2, 3]}, "n_epochs is 2 on rank 0, but 3 on rank 1"),
+        ({"n_envs": [1, 2]}, "n_envs is 1 on rank 0, but 2 on rank 1"),
+        ({"kl_coef_bounds": [None, (1e-3, 10)]}, "kl_coef_bounds is None on rank 0, but (0.001, 10) on rank 1"),
+        ({"normalize": [True, False]}, "the use of VecNormalize is True on rank 0, but False on rank 1"),
+        ({"total_timesteps": [128, 256]}, "total_timesteps is 128 on rank 0, but 256 on rank 1"),
+        ({"policy_kwargs": [{}, {"net_arch": [8]}]}, "the shapes of the policy's parameters is [(64, 4), "),
+    ],
+    ids=str,
+)
+def test_ranks_must_be_given_the_same(ranks: Ranks, of_ranks: dict[str, list[Any]], message: str) -> None:
+    for error in ranks.run(learned_with, of_ranks):
         assert isinstance(error, RanksDisagree)
-        assert "the use of VecNormalize is True on rank 0, but False on rank 1" in str(error)
+        assert message in str(error)
+
+
+def test_arguments_that_change_nothing_may_differ(ranks: Ranks) -> None:
+    assert ranks.run(learned_with, {"verbose": [1, 0], "tensorboard_log": [None, "unused"]}) == [None, None]
 
 
 class ChangesOneRank(BaseCallback):
@@ -59,16 +85,6 @@ class MovesOneRank(BaseCallback):
         return True
 
 
-class MovesOneRankAtTheEnd(MovesOneRank):
-    """The same, after the last update."""
-
-    def _on_rollout_start(self) -> None:
-        pass
-
-    def _on_training_end(self) -> None:
-        super()._on_rollout_start()
-
-
 class FreezesOneRank(BaseCallback):
     """Freezes a layer on rank 1 only."""
 
@@ -87,45 +103,13 @@ class FreezesOneRank(BaseCallback):
         # As this NumPy prints it: 0.5 before 2.0
         (ChangesOneRank("gamma", np.float64(0.5)), f"gamma is 0.99 on rank 0, but {np.float64(0.5)!r} on rank 1"),
         (MovesOneRank(), "the checksum of the parameters is "),
-        (MovesOneRankAtTheEnd(), "the checksum of the parameters is "),
         (FreezesOneRank(), "the choice of trainable parameters is [True, True"),
     ],
 )
 def test_ranks_that_disagree_all_say_where(ranks: Ranks, callback: BaseCallback, message: str) -> None:
-    for error in ranks.run(learned, "AdaptiveKLPPO", callback):
+    for error in ranks.run(learned, "DistributedAdaptiveKLPPO", callback):
         assert isinstance(error, RanksDisagree)
         assert message in str(error)
-
-
-class Subclass(AdaptiveKLPPO):
-    """As users write them: the constructor's arguments are hidden in **kwargs, and there is one that may differ."""
-
-    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
-        self.folder = folder
-        super().__init__(*args, **kwargs)
-
-
-def learned_with_different_epochs(difference: int) -> None:
-    n_epochs = 2 + difference * dist.get_rank()
-    model = Subclass("MlpPolicy", "CartPole-v1", folder=f"rank-{dist.get_rank()}", n_steps=64, n_epochs=n_epochs, device="cpu")
-    model.learn(128)
-
-
-def test_arguments_of_a_subclass_are_compared(ranks: Ranks) -> None:
-    assert ranks.run(learned_with_different_epochs, 0) == [None, None]
-    for error in ranks.run(learned_with_different_epochs, 1):
-        assert isinstance(error, RanksDisagree)
-        assert "n_epochs is 2 on rank 0, but 3 on rank 1" in str(error)
-
-
-def learned_for_different_times() -> None:
-    AdaptiveKLPPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128 + 128 * dist.get_rank())
-
-
-def test_ranks_must_train_for_the_same_time(ranks: Ranks) -> None:
-    for error in ranks.run(learned_for_different_times):
-        assert isinstance(error, RanksDisagree)
-        assert "total_timesteps is 128 on rank 0, but 256 on rank 1" in str(error)
 
 
 class OneRewardIsNaN(gym.Wrapper):
@@ -139,19 +123,20 @@ class OneRewardIsNaN(gym.Wrapper):
         return observation, math.nan if dist.get_rank() == 1 and self.n_calls == 20 else reward, *rest
 
 
-def learned_from_nan(without_fast: bool) -> dict[str, Any]:
-    model = AdaptiveKLPPO("MlpPolicy", OneRewardIsNaN(make_env()), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
-    if without_fast:
-        model._execution = Execution()
+def learned_undoing_the_first_update(policy: Any, env: gym.Env, **arguments: Any) -> dict[str, Any]:
+    model = DistributedAdaptiveKLPPO(policy, env, **SMALL, **arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The update at 128 timesteps produced a non-finite")
         model.learn(256)
     return outcome(model)
 
 
-@pytest.mark.parametrize("without_fast", [False, True])
-def test_nan_on_one_rank_undoes_the_update_on_all(ranks: Ranks, without_fast: bool) -> None:
-    first, second = ranks.run(learned_from_nan, without_fast)
+def learned_from_nan() -> dict[str, Any]:
+    return learned_undoing_the_first_update("MlpPolicy", OneRewardIsNaN(make_env()))
+
+
+def test_nan_on_one_rank_undoes_the_update_on_all(ranks: Ranks) -> None:
+    first, second = ranks.run(learned_from_nan)
     check_same_model(first, second)
     assert first["undone"] == 1
     assert first["parameters"].isfinite().all()
@@ -170,15 +155,13 @@ class FailsOnOneRank(ActorCriticPolicy):
         return super().evaluate_actions(*args)
 
 
-def learned_with_failing_policy() -> dict[str, Any]:
-    model = AdaptiveKLPPO(FailsOnOneRank, make_env(), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The update at 128 timesteps produced a non-finite")
-        model.learn(256)
-    return outcome(model)
+def learned_with_failing_policy(kl_cutoff_coef: float) -> dict[str, Any]:
+    return learned_undoing_the_first_update(FailsOnOneRank, make_env(), kl_cutoff_coef=kl_cutoff_coef)
 
 
-def test_a_policy_that_diverged_on_one_rank_undoes_the_update_on_all(ranks: Ranks) -> None:
-    first, second = ranks.run(learned_with_failing_policy)
+@pytest.mark.parametrize("kl_cutoff_coef", [0.0, 1000.0])
+def test_a_policy_that_diverged_on_one_rank_undoes_the_update_on_all(ranks: Ranks, kl_cutoff_coef: float) -> None:
+    first, second = ranks.run(learned_with_failing_policy, kl_cutoff_coef)
     check_same_model(first, second)
     assert first["undone"] == 1
+    assert first["parameters"].isfinite().all()

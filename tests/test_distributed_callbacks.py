@@ -17,9 +17,9 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
-from tests.ranks import Ranks, check_same_model, make_env, outcome
+from tests.ranks import SMALL, Ranks, check_same_model, make_env, outcome
 
 
 class ListOfUser(CallbackList):
@@ -27,21 +27,17 @@ class ListOfUser(CallbackList):
 
 
 def test_callbacks_that_write_files_run_on_rank_0_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    checkpoints, mine = CheckpointCallback(10, str(tmp_path)), StopTrainingOnMaxEpisodes(5)
-    nested = EveryNTimesteps(10, CheckpointCallback(1, str(tmp_path)))
-    harmless = EveryNTimesteps(10, StopTrainingOnMaxEpisodes(5))
+    checkpoints, evaluation = CheckpointCallback(10, str(tmp_path)), EvalCallback(make_env())
+    mine, also_mine = StopTrainingOnMaxEpisodes(5), EveryNTimesteps(10, StopTrainingOnMaxEpisodes(5))
+    nested, of_user = EveryNTimesteps(10, CheckpointCallback(1, str(tmp_path))), ListOfUser([mine, evaluation])
     of_zoo = [SaveVecNormalizeCallback(1, str(tmp_path)), RawStatisticsCallback()]
-    in_list = ListOfUser([mine, EvalCallback(make_env())])
-    callback = [checkpoints, in_list, nested, harmless, *of_zoo]
+    callback = [checkpoints, CallbackList([mine, evaluation]), nested, of_user, also_mine, *of_zoo]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     first = callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:]
-    assert first[:-1] == callback
+    assert first[:-1] == [checkpoints, mine, evaluation, nested, of_user, also_mine, *of_zoo]
     assert isinstance(first[-1], ProgressBarCallback)
-    monkeypatch.setattr("sb3_adaptive_kl.distributed.callbacks.rank", lambda: 1)
-    reduced, *rest = callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:]
-    assert type(reduced) is ListOfUser
-    assert reduced.callbacks == [mine]
-    assert rest == [harmless]
-    assert len(in_list.callbacks) == 2  # that of the user has not changed
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:] == [mine, also_mine]
 
 
 class StopsOnOneRank(BaseCallback):
@@ -52,7 +48,7 @@ class StopsOnOneRank(BaseCallback):
 
 
 def stopped() -> dict[str, Any]:
-    model = AdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), n_steps=64, batch_size=32, n_epochs=2, device="cpu")
+    model = DistributedAdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), **SMALL)
     return outcome(model.learn(10_000, callback=StopsOnOneRank()))
 
 

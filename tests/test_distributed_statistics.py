@@ -11,25 +11,25 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO
 from sb3_adaptive_kl.distributed.synchronization import average_buffers, pooled
-from tests.ranks import Ranks, check_same_model, learned, make_env, outcome
+from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
 
 
 def test_statistics_of_vec_normalize_are_pooled(ranks: Ranks) -> None:
-    first, second = (one["statistics"] for one in ranks.run(learned, "AdaptiveKLPPO", None, {}))
+    first, second = (one["statistics"] for one in ranks.run(learned, "DistributedAdaptiveKLPPO", None, {}))
     np.testing.assert_equal(first, second)
-    assert first["obs_rms"]["count"] == pytest.approx(512 + 2 * 2, abs=1e-3)  # and what reset() returned
+    assert first["obs_rms"]["count"] == pytest.approx(512 + 2, abs=1e-3)  # and what reset() returned on rank 0
     assert first["ret_rms"]["count"] == pytest.approx(512, abs=1e-3)
 
 
 def test_statistics_that_are_not_updated_stay(ranks: Ranks) -> None:
-    for one in ranks.run(learned, "AdaptiveKLPPO", None, {"training": False}):
+    for one in ranks.run(learned, "DistributedAdaptiveKLPPO", None, {"training": False}):
         assert [statistics["count"] for statistics in one["statistics"].values()] == [1e-4, 1e-4]  # as VecNormalize begins
 
 
 def test_statistics_of_rewards_alone_are_pooled(ranks: Ranks) -> None:
-    first, second = (one["statistics"] for one in ranks.run(learned, "AdaptiveKLPPO", None, {"norm_obs": False}))
+    first, second = (one["statistics"] for one in ranks.run(learned, "DistributedAdaptiveKLPPO", None, {"norm_obs": False}))
     np.testing.assert_equal(first, second)
     assert first.keys() == {"ret_rms"}
     assert first["ret_rms"]["count"] == pytest.approx(512, abs=1e-3)
@@ -49,7 +49,7 @@ class WithTwoKeys(gym.ObservationWrapper):
 
 def learned_from_dict() -> dict[str, dict[str, Any]]:
     env = VecNormalize(make_vec_env(WithTwoKeys, 2), norm_obs_keys=["pole"])
-    model = AdaptiveKLPPO("MultiInputPolicy", env, n_steps=64, batch_size=32, n_epochs=2, device="cpu").learn(256)
+    model = DistributedAdaptiveKLPPO("MultiInputPolicy", env, **SMALL).learn(256)
     return {key: vars(statistics) for key, statistics in model.get_vec_normalize_env().obs_rms.items()}
 
 
@@ -57,7 +57,7 @@ def test_statistics_of_dict_observations_are_pooled(ranks: Ranks) -> None:
     first, second = ranks.run(learned_from_dict)
     np.testing.assert_equal(first, second)
     assert first.keys() == {"pole"}
-    assert first["pole"]["count"] == pytest.approx(256 + 2 * 2, abs=1e-3)
+    assert first["pole"]["count"] == pytest.approx(256 + 2, abs=1e-3)
 
 
 def test_pooled_statistics_are_those_of_all_the_data() -> None:
@@ -86,10 +86,8 @@ class Normalized(FlattenExtractor):
 
 
 def learned_with_batch_norm() -> tuple[dict[str, Any], th.Tensor]:
-    sizes = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "kl_ceiling": 1.0}
-    model = AdaptiveKLPPO(
-        "MlpPolicy", make_env(), policy_kwargs={"features_extractor_class": Normalized}, device="cpu", **sizes
-    )
+    policy_kwargs = {"features_extractor_class": Normalized}
+    model = DistributedAdaptiveKLPPO("MlpPolicy", make_env(), policy_kwargs=policy_kwargs, kl_ceiling=1.0, **SMALL)
     model.learn(512)
     return outcome(model), model.policy.features_extractor.norm.running_mean
 

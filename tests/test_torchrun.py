@@ -1,4 +1,4 @@
-"""torchrun: the zoo's own command, and a script that continues by itself after a rank was killed."""
+"""torchrun: the zoo's own command, other programs that import the zoo, and a script that restarts after a rank was killed."""
 
 import os
 import re
@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 
 REPOSITORY = Path(__file__).parents[1]
+EXAMPLE = str(REPOSITORY / "examples" / "distributed.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 # The last is for restarts: see examples/distributed.py
 ENVIRONMENT = {
@@ -23,10 +25,10 @@ ENVIRONMENT = {
 }
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, succeeds: bool = True) -> str:
     command = [*TORCHRUN, *arguments]
     child = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout + child.stderr
+    assert (child.returncode == 0) == succeeds, child.stdout + child.stderr
     return child.stdout + child.stderr
 
 
@@ -44,14 +46,50 @@ def test_the_zoo_trains_one_agent_in_one_folder(tmp_path: Path) -> None:
     ]
     assert AdaptiveKLPPO.load(folder / "CartPole-v1.zip", device="cpu").num_timesteps == 8192
     arguments = yaml.unsafe_load((folder / "CartPole-v1" / "args.yml").read_text())
-    assert arguments["seed"] == int(re.search(r"Seed: (\d+)", output)[1])
+    assert arguments["seed"] == int(re.search(r"2 processes train one agent. Seed: (\d+)", output)[1])
 
 
 def test_the_zoo_refuses_to_optimize_under_torchrun(tmp_path: Path) -> None:
-    command = [*TORCHRUN, *["-m", "rl_zoo3.train", "--algo", "ppo_kl", "--env", "CartPole-v1", "-optimize"]]
-    child = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert child.returncode != 0
-    assert "-optimize cannot be run by torchrun" in child.stderr
+    output = run(tmp_path, *["-m", "rl_zoo3.train", "--algo", "ppo_kl", "--env", "CartPole-v1", "-optimize"], succeeds=False)
+    assert "-optimize cannot be run by torchrun" in output
+
+
+TRAIN_IN_SCRIPT = """
+import sys
+from rl_zoo3.train import train
+sys.argv += "--algo ppo_kl --env CartPole-v1 -n 256 --eval-freq -1 -params n_steps:32".split()
+train()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["-m rl_zoo3.train --algo ppo --env CartPole-v1 -n 256 --eval-freq -1 -params n_steps:32 -uuid", "script.py -uuid"],
+    ids=["another algorithm", "a script of the user's"],
+)
+def test_other_programs_train_one_agent_per_process(tmp_path: Path, arguments: str) -> None:
+    (tmp_path / "script.py").write_text(TRAIN_IN_SCRIPT)
+    run(tmp_path, *arguments.split())
+    assert len(list(tmp_path.glob("logs/*/*/CartPole-v1.zip"))) == 2
+
+
+def test_torchrun_reports_the_rank_that_failed_and_its_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, runpy
+import gymnasium as gym
+class Failing(gym.Wrapper):
+    def step(self, action):
+        if os.environ["RANK"] == "1":
+            raise KeyError("no such joint")
+        return super().step(action)
+gym.register("Failing-v0", lambda: Failing(gym.make("CartPole-v1")))
+runpy.run_path({EXAMPLE!r}, run_name="__main__")
+""")
+    output = run(tmp_path, str(script), "--env", "Failing-v0", succeeds=False)
+    summary = output[output.index("Root Cause (first observed failure)") :]
+    assert re.search(r"rank *: 1 \(local_rank: 1\)", summary)
+    assert "KeyError: 'no such joint'" in summary
 
 
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -61,7 +99,7 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -
 import os, runpy
 with open("pid-of-rank-" + os.environ["RANK"], "w") as file:
     file.write(str(os.getpid()))
-runpy.run_path({str(REPOSITORY / "examples" / "distributed.py")!r}, run_name="__main__")
+runpy.run_path({EXAMPLE!r}, run_name="__main__")
 """)
     arguments = ["--max-restarts", "1", str(script), "--env", "CartPole-v1", "-n", "24576", "--n-envs", "2", "-o", "out"]
     with subprocess.Popen(

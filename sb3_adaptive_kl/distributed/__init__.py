@@ -4,19 +4,11 @@ One policy, trained by several processes: ``DistributedAdaptiveKLPPO`` and its l
 Nothing outside of this folder, and of the zoo's command under torchrun, knows ranks.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sb3_adaptive_kl.distributed.data_parallel import DataParallel
 from sb3_adaptive_kl.distributed.synchronization import RanksDisagree
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
-
-if TYPE_CHECKING:
-    from sb3_adaptive_kl.distributed.contrib import (
-        DistributedMaskableAdaptiveKLPPO as DistributedMaskableAdaptiveKLPPO,
-    )
-    from sb3_adaptive_kl.distributed.contrib import (
-        DistributedRecurrentAdaptiveKLPPO as DistributedRecurrentAdaptiveKLPPO,
-    )
 
 __all__ = ["DataParallel", "DistributedAdaptiveKLPPO", "RanksDisagree"]
 

@@ -5,52 +5,51 @@ All ranks call ``learn()``, and each collects its own rollouts; the update and e
 all ranks.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import is_dataclass
 from inspect import signature
 from io import BufferedIOBase
+from itertools import chain
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
 from sb3_adaptive_kl.distributed.gradients import gradients_of_all_ranks, normalized_over_ranks
-from sb3_adaptive_kl.distributed.ranks import check_group, gather, gather_objects, rank, wait_for_all_ranks
+from sb3_adaptive_kl.distributed.ranks import check_group, gather, gather_objects, wait_for_all_ranks
 from sb3_adaptive_kl.distributed.synchronization import (
-    PooledNormalization,
     average_buffers,
-    broadcast_policy,
+    broadcast_parameters,
     check_agreement,
     checksum,
+    overwrite,
     pool_kl,
+    pooled,
+    running_statistics,
 )
 from sb3_adaptive_kl.objective import Settings
+from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.step import ComputeGradients
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
-# Compare the parameters of all ranks once in this many rollouts
-ROLLOUTS_BETWEEN_CHECKSUMS = 10
-# Arguments that may differ between ranks, since they change nothing in the update
-RANK_SPECIFIC_ARGUMENTS = ("verbose", "tensorboard_log")
-COMPARED_PACKAGES = ("sb3_adaptive_kl", "stable_baselines3", "sb3_contrib")
 # What the update depends on besides arguments
-COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "kl_coef", "learning_rate_scale", "_undone_in_a_row")
+COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "learning_rate_scale", "_undone_in_a_row")
+# All arguments of ours and of the hosts', but those that may differ between ranks
+COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - {"verbose", "tensorboard_log"})
 
-CHECKSUM = "the checksum of the parameters"
 CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
-
-SelfDataParallel = TypeVar("SelfDataParallel", bound="DataParallel")
-Episodes = list[tuple[int, list[dict[str, Any]], list[bool]]]  # time step, infos and dones of those that ended
 
 
 class DataParallel(KLPenaltyTraining):
@@ -59,22 +58,26 @@ class DataParallel(KLPenaltyTraining):
 
     Put it before the algorithm: ``class DistributedAdaptiveKLPPO(DataParallel, AdaptiveKLPPO)``. N ranks make the same update
     as one process with N times the environments and minibatches. ``num_timesteps`` and ``total_timesteps`` count the
-    transitions of all ranks, and logged episodes are those of all ranks.
+    transitions of all ranks, and logged episodes are those of all ranks. ``learn()`` raises ``RanksDisagree`` on all ranks if
+    they hold different arguments or parameters, and torch's ``RuntimeError`` if another rank has ended or does not arrive.
 
     :raises ValueError: if there is no process group
     """
 
-    _n_rollouts: int = 0
-    _normalization: PooledNormalization
-    _ended_episodes: Episodes
+    _ended_episodes: list[tuple[int, dict[str, Any], bool]]  # time step, info and done
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_group(type(self).__name__)
-        if rank() > 0:
+        if dist.get_rank() > 0:
             kwargs["verbose"] = 0
         super().__init__(*args, **kwargs)
 
     # ---------------------------------------------------------------- the update
+
+    def train(self) -> None:
+        """Train as the host does, and check that all ranks end with the same parameters."""
+        super().train()
+        check_agreement({"the checksum of the parameters": checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
 
     def _optimize(self, *args: Any) -> None:
         super()._optimize(*args)
@@ -86,7 +89,8 @@ class DataParallel(KLPenaltyTraining):
             yield gradients_of_all_ranks(of_this_rank, old_policy)
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
-        return normalized_over_ranks(super()._minibatches(settings), self._adapter, settings.normalize_advantage)
+        minibatches = super()._minibatches(settings)
+        return normalized_over_ranks(minibatches, self._adapter) if settings.normalize_advantage else minibatches
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         return pool_kl(super()._measure_kl(old_policy), self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
@@ -94,8 +98,8 @@ class DataParallel(KLPenaltyTraining):
     def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
         # Only those that every rank counts as the critic's: a rank may probe other branches of a network
         mine, parameters = super()._critic_parameters(old_policy), list(self.policy.parameters())
-        of_ranks = gather(th.tensor([id(parameter) in mine for parameter in parameters]).to(th.uint8)).bool()
-        return {id(parameter) for parameter, everywhere in zip(parameters, of_ranks.all(dim=0), strict=True) if everywhere}
+        everywhere = gather(th.tensor([id(parameter) in mine for parameter in parameters]).to(th.uint8)).all(dim=0)
+        return {id(parameters[i]) for i in everywhere.nonzero()}
 
     def _explained_variance(self) -> float:
         buffer = self.rollout_buffer
@@ -111,18 +115,7 @@ class DataParallel(KLPenaltyTraining):
 
         :param seed: the same on all ranks; that of rank 0
         """
-        super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
-
-    def learn(self: SelfDataParallel, *args: Any, **kwargs: Any) -> SelfDataParallel:
-        """
-        Train as the host does, together with all other ranks.
-
-        :raises RuntimeError: if another rank has ended, or does not arrive
-        :raises RanksDisagree: if the ranks were given different arguments, or do not end with the same parameters
-        """
-        super().learn(*args, **kwargs)
-        check_agreement({CHECKSUM: checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
-        return self
+        super().set_random_seed(None if seed is None else seed + dist.get_rank() * self.n_envs)
 
     def save(self, path: str | Path | BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """
@@ -133,15 +126,11 @@ class DataParallel(KLPenaltyTraining):
         """
         if not isinstance(path, str | Path):
             super().save(path, *args, **kwargs)
-        elif rank() == 0:
-            path = Path(path)
-            target = path if path.suffix else Path(f"{path}.zip")  # as SB3 completes it
+        elif dist.get_rank() == 0:
+            target = Path(path) if Path(path).suffix else Path(f"{path}.zip")  # as SB3 completes it
             unfinished = target.with_name(f".{target.name}.unfinished")
-            try:
-                super().save(unfinished, *args, **kwargs)
-                os.replace(unfinished, target)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            super().save(unfinished, *args, **kwargs)
+            unfinished.replace(target)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect as the host does, then pool episodes, statistics and the decision to continue over all ranks."""
@@ -149,45 +138,31 @@ class DataParallel(KLPenaltyTraining):
         assert self.ep_success_buffer is not None
         before = self.ep_info_buffer.copy(), self.ep_success_buffer.copy()  # the same on all ranks
         self._ended_episodes = []
-        continue_training = super().collect_rollouts(*args, **kwargs)
-        of_ranks = gather_objects((continue_training, self.num_timesteps, self._ended_episodes))
-        all_continue = all(continue_training for continue_training, _, _ in of_ranks)
-        self.num_timesteps = max(num_timesteps for _, num_timesteps, _ in of_ranks)
+        statistics = running_statistics(self.get_vec_normalize_env())
+        old_statistics = deepcopy(statistics)  # the same on all ranks
+        of_this_rank = super().collect_rollouts(*args, **kwargs), self.num_timesteps, self._ended_episodes, statistics
+        continue_training, num_timesteps, episodes, new_statistics = zip(*gather_objects(of_this_rank), strict=True)
+        self.num_timesteps = max(num_timesteps)
         self.ep_info_buffer, self.ep_success_buffer = before
-        for _, infos, dones in sorted(
-            (ended for _, _, episodes in of_ranks for ended in episodes), key=lambda ended: ended[0]
-        ):
-            super()._update_info_buffer(infos, np.array(dones))
-        self._normalization.pool()
+        for _, info, done in sorted(chain.from_iterable(episodes), key=lambda ended: ended[0]):
+            super()._update_info_buffer([info], np.array([done]))
+        overwrite(statistics, [pooled(old, new) for old, *new in zip(old_statistics, *new_statistics, strict=True)])
         average_buffers(self.policy)
-        self._check_same_update()
-        return all_continue
+        check_agreement(self._facts(), CAUSES_OF_DIFFERENCE)
+        return all(continue_training)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
-        all_dones = [False] * len(infos) if dones is None else dones.tolist()
-        ended = [(info, done) for info, done in zip(infos, all_dones, strict=True) if done or "episode" in info]
-        if ended:
-            logged = [{key: value for key, value in info.items() if key in ("episode", "is_success")} for info, _ in ended]
-            self._ended_episodes.append((self.num_timesteps, logged, [done for _, done in ended]))
+        for info, done in zip(infos, np.zeros(len(infos)) if dones is None else dones, strict=True):
+            if done or "episode" in info:
+                logged: dict[str, Any] = {key: info[key] for key in ("episode", "is_success") if key in info}
+                self._ended_episodes.append((self.num_timesteps, logged, bool(done)))
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        self._start_together(total_timesteps, reset_num_timesteps)
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        return super()._init_callback(callbacks_of_this_rank(callback, progress_bar), progress_bar=False)
-
-    def _start_together(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
-        """
-        Give all ranks the state of rank 0, and each of them seeds of its own.
-
-        :raises RanksDisagree: if the ranks were given different arguments
-        """
+        """Give all ranks the state of rank 0, if they were given the same arguments."""
         wait_for_all_ranks()
-        shapes = [tuple(parameter.shape) for parameter in self.policy.parameters()]
         check_agreement(
             {
                 "algorithm": type(self).__name__,
@@ -195,53 +170,33 @@ class DataParallel(KLPenaltyTraining):
                 "reset_num_timesteps": reset_num_timesteps,
                 "observation_space": self.observation_space,
                 "action_space": self.action_space,
-                "the shapes of the policy's parameters": shapes,
+                "the shapes of the policy's parameters": [tuple(parameter.shape) for parameter in self.policy.parameters()],
                 "the use of VecNormalize": self.get_vec_normalize_env() is not None,
                 **self._facts(),
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
         )
-        broadcast_policy(self.policy)
-        self._n_rollouts = 0
-        self._normalization = PooledNormalization(self.get_vec_normalize_env())
-        if rank() > 0:
+        broadcast_parameters(self)
+        if dist.get_rank() > 0:
             self.verbose = 0
             self.set_logger(Logger(folder=None, output_formats=[]))
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        statistics = running_statistics(self.get_vec_normalize_env())  # after the environments were reset
+        overwrite(statistics, gather_objects(statistics)[0])
+        return result
 
-    def _check_same_update(self) -> None:
-        """
-        Check that all ranks are about to make the same update.
-
-        :raises RanksDisagree: if they are not
-        """
-        facts = self._facts()
-        if self._n_rollouts % ROLLOUTS_BETWEEN_CHECKSUMS == 0:
-            facts[CHECKSUM] = checksum(self.policy)
-        self._n_rollouts += 1
-        check_agreement(facts, CAUSES_OF_DIFFERENCE)
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        return super()._init_callback(callbacks_of_this_rank(callback, progress_bar), progress_bar=False)
 
     def _facts(self) -> dict[str, Any]:
-        """Collect the numbers and names that decide about an update: arguments and state."""
-        # Read the signatures of all base classes: a user's subclass may take **kwargs. Arguments that it adds are not compared
-        known = [base for base in type(self).__mro__ if base.__module__.split(".")[0] in COMPARED_PACKAGES]
-        constructors = [vars(base)["__init__"] for base in known if "__init__" in vars(base)]
-        arguments = [name for constructor in constructors for name in signature(constructor).parameters]
-        names = {*arguments, *COMPARED_STATE}.difference(RANK_SPECIFIC_ARGUMENTS)
-        values = {name: getattr(self, name, None) for name in sorted(names)}
-        facts = {name: value for name, value in values.items() if _has_complete_repr(value)}
+        """Collect what decides about an update. Arguments that a user's subclass adds may differ."""
+        values = [(name, getattr(self, name, None)) for name in COMPARED]
+        # The repr of a number or of one of our rules identifies it
+        facts: dict[str, Any] = {k: v for k, v in values if isinstance(v, Real | str | tuple | type | None) or is_dataclass(v)}
+        facts |= settings_at(self, self._current_progress_remaining)._asdict()  # the values of schedules, too
+        facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
-        for name in ("learning_rate", "target_kl", "clip_range", "clip_range_vf"):
-            value = getattr(self, name, None)
-            if callable(value):
-                facts[name] = float(value(self._current_progress_remaining))
         return facts
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_normalization", "_ended_episodes", "_n_rollouts"]
-
-
-def _has_complete_repr(value: Any) -> bool:
-    """Whether ``repr(value)`` identifies the value, as that of a number or of one of our rules does."""
-    if type(value) in (tuple, list):
-        return all(map(_has_complete_repr, value))
-    return value is None or isinstance(value, Real | str) or is_dataclass(value)
+        return [*super()._excluded_save_params(), "_ended_episodes"]

@@ -6,20 +6,20 @@ ranks, of one vector, gives the gradients and the metrics of all.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch as th
+import torch.distributed as dist
 
-from sb3_adaptive_kl.distributed.ranks import sum_over_ranks, world_size
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, optimized_parameters
 from sb3_adaptive_kl.training import measured_kl
 
-# Minibatches drawn ahead, whose moments are reduced in one collective
+# Minibatches drawn ahead, whose moments are summed at once: a sum of three numbers takes as long as one of thousands
 N_AHEAD = 8
 
 
@@ -31,33 +31,22 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
     :param old_policy: knows the policy in training
     :return: a function with the same signature, and the same result on all ranks
     """
-    policy, adapter = old_policy.policy, old_policy.adapter
-    parameters = optimized_parameters(policy.optimizer)
+    parameters = optimized_parameters(old_policy.policy.optimizer)
 
     def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
         # Clip the mean of all ranks, not each rank's part
         alone = settings._replace(normalize_advantage=False, max_grad_norm=math.inf)
-        hinge = 0.0
+        hinge = excess = 0.0
         if settings.kl_cutoff_coef is not None:
-            # The hinge's slope depends on the KL of all ranks: one more forward pass. Then it is a larger β
-            with th.no_grad():
-                new = adapter.evaluate(policy, rollout_data, old_policy.needs_distribution)
-                kls = old_policy.divergence(index, new)
-            total, n = sum_over_ranks(th.stack([kls.sum(), kls.new_tensor(len(kls))])).tolist()
-            excess = max(total / n - CUTOFF * settings.target_kl, 0.0)
+            # The slope of c · e², e = KL − cutoff, depends on the KL of all ranks: one more forward pass tells it, and the
+            # hinge is then a larger β
+            excess = max(_mean_kl(rollout_data, index, old_policy) - CUTOFF * settings.target_kl, 0.0)
             hinge = settings.kl_cutoff_coef * excess
             alone = alone._replace(kl_cutoff_coef=None, kl_coef=settings.kl_coef + 2 * hinge)
-        try:
-            metrics, _ = compute_gradients(rollout_data, index, alone)
-        except ValueError:
-            # torch's distributions refuse the NaN of a diverged network. All ranks have to see it, and to go on until the
-            # update is undone
-            if math.isfinite(measured_kl(old_policy).mean):
-                raise
-            n_metrics = len(MinibatchMetrics._fields) - (settings.clip_range is None)
-            metrics = parameters[0].new_full((n_metrics,), math.nan)
+        n_metrics = len(MinibatchMetrics._fields) - (settings.clip_range is None)
+        metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], n_metrics, old_policy)
         metrics = _average(metrics, len(index), parameters)
-        if settings.kl_cutoff_coef is not None:  # c · e², where β' · KL was computed
+        if settings.kl_cutoff_coef is not None:  # 2 c e · KL was computed instead of c · e²
             loss, kl_loss, kl = (MinibatchMetrics._fields.index(name) for name in ("loss", "kl_loss", "kl"))
             metrics[[loss, kl_loss]] += hinge * (excess - 2 * metrics[kl])
         return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -65,14 +54,39 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
     return compute
 
 
+def _mean_kl(rollout_data: Any, index: th.Tensor, old_policy: OldPolicy) -> float:
+    """Measure the mean KL of a minibatch of all ranks, before its step."""
+
+    def of_this_rank() -> th.Tensor:
+        with th.no_grad():
+            new = old_policy.adapter.evaluate(old_policy.policy, rollout_data, old_policy.needs_distribution)
+            return old_policy.divergence(index, new).sum().reshape(1)
+
+    total = th.cat([_or_nan(of_this_rank, 1, old_policy).cpu(), th.tensor([len(index)])])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> th.Tensor:
+    """Compute n numbers, or NaN where the policy of this rank has diverged: then all ranks see it, and undo the update."""
+    try:
+        return compute()
+    except ValueError:  # torch's distributions refuse the NaN of a diverged network
+        if math.isfinite(measured_kl(old_policy).mean):
+            raise
+        parameter = optimized_parameters(old_policy.policy.optimizer)[0]
+        parameter.grad = th.full_like(parameter, math.nan)
+        return parameter.new_full((n,), math.nan)
+
+
 def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]) -> th.Tensor:
     """Replace ``.grad`` by its mean over the transitions of all ranks, and return the mean of the metrics."""
     present = [parameter.grad is not None for parameter in parameters]
     gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     weighted = n_transitions * th.cat([*(gradient.flatten() for gradient in gradients), metrics])
-    total = sum_over_ranks(th.cat([weighted, weighted.new_tensor([*present, n_transitions])]))
-    sizes = [gradient.numel() for gradient in gradients]
-    means = th.split(total[: len(weighted)] / total[-1], [*sizes, len(metrics)])
+    total = th.cat([weighted, weighted.new_tensor([*present, n_transitions])])
+    dist.all_reduce(total)
+    means = th.split(total[: len(weighted)] / total[-1], [*map(th.numel, gradients), len(metrics)])
     # A branch that no rank takes has no gradient: Adam leaves its parameters alone
     anywhere = present if all(present) else total[len(weighted) : -1].bool().tolist()
     for parameter, mean, has_gradient in zip(parameters, means, anywhere, strict=False):
@@ -81,40 +95,27 @@ def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]
 
 
 def normalized_over_ranks(
-    minibatches: Iterator[tuple[Any, th.Tensor]], adapter: PolicyAdapter, normalize_advantage: bool
+    minibatches: Iterator[tuple[Any, th.Tensor]], adapter: PolicyAdapter
 ) -> Iterator[tuple[Any, th.Tensor]]:
     """
-    Iterate over an epoch in step with the other ranks. *Collective*, once per ``N_AHEAD`` minibatches.
+    Normalize the advantages by the mean and the standard deviation that they have on all ranks together. *Collective*, once
+    per ``N_AHEAD`` minibatches.
 
-    :param minibatches: this rank's
+    :param minibatches: this rank's, as many as on every other rank
     :param adapter: knows what is padding
-    :param normalize_advantage: whether to normalize the advantages by the mean and the standard deviation that they have on
-        all ranks together
-    :return: the same minibatches
-    :raises ValueError: on all ranks, if one of them draws more minibatches than another
+    :return: the same minibatches, with other advantages
     """
-    while True:
-        ahead = list(islice(minibatches, N_AHEAD))
-        moments = th.zeros(N_AHEAD, 4, dtype=th.float64)
-        for row, (rollout_data, _) in zip(moments, ahead, strict=False):
+    while ahead := list(islice(minibatches, N_AHEAD)):
+        moments = th.empty(len(ahead), 3, dtype=th.float64)
+        for row, (rollout_data, _) in zip(moments, ahead, strict=True):
             valid = adapter.valid(rollout_data)
             advantages = (rollout_data.advantages if valid is None else rollout_data.advantages[valid]).double()
-            row[:] = th.stack(
-                [advantages.new_ones(()), advantages.new_tensor(len(advantages)), advantages.sum(), advantages.square().sum()]
-            )
-        n_ranks, n, total, total_of_squares = sum_over_ranks(moments).unbind(dim=1)
-        if not n_ranks.any():
-            return
-        if not n_ranks[: len(ahead)].eq(world_size()).all() or n_ranks[len(ahead) :].any():
-            raise ValueError(
-                "the ranks draw different numbers of minibatches from their rollouts: all must have the same n_steps, n_envs, "
-                "batch_size and rollout_buffer_class"
-            )
-        mean = total / n
-        std = ((total_of_squares - n * mean.square()) / (n - 1)).clamp(min=0).sqrt()
-        for i, (rollout_data, index) in enumerate(ahead):
-            if normalize_advantage:
-                advantages = rollout_data.advantages
-                normalized = (advantages - mean[i].to(advantages)) / (std[i].to(advantages) + 1e-8)
-                rollout_data = rollout_data._replace(advantages=normalized)
-            yield rollout_data, index
+            row[:] = th.stack([advantages.new_tensor(len(advantages)), advantages.sum(), advantages.square().sum()])
+        dist.all_reduce(moments)
+        n, total, squares = moments.unbind(dim=1)
+        means = total / n
+        stds = ((squares - n * means.square()) / (n - 1)).clamp(min=0).sqrt()
+        for (rollout_data, index), mean, std in zip(ahead, means, stds, strict=True):
+            advantages = rollout_data.advantages
+            normalized = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
+            yield rollout_data._replace(advantages=normalized), index

@@ -2,15 +2,19 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl.distributed.ranks import broadcast, gather, gather_objects, rank
+from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
+from sb3_adaptive_kl.distributed.ranks import gather, gather_objects
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
 
@@ -26,17 +30,12 @@ def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     :param explanation: ends the message: a cause or a remedy
     :raises RanksDisagree: on all ranks, with the first fact that differs
     """
-    stated = {name: repr(value) for name, value in facts.items()}
-    digest = zlib.crc32(repr(stated).encode())
-    if len(set(gather(th.tensor([digest])).flatten().tolist())) == 1:
-        return
-    all_stated = gather_objects(stated)
-    for name in all_stated[0]:
-        values = [of_rank.get(name) for of_rank in all_stated]
-        if len(set(values)) > 1:
-            other = next(i for i, value in enumerate(values) if value != values[0])
-            raise RanksDisagree(f"{name} is {values[0]} on rank 0, but {values[other]} on rank {other}: {explanation}")
-    raise RanksDisagree(f"the ranks do not even agree on what to compare: {explanation}")
+    of_ranks = gather_objects({name: repr(value) for name, value in facts.items()})
+    for name in dict.fromkeys(chain.from_iterable(of_ranks)):
+        first, *others = (stated.get(name, "something else") for stated in of_ranks)
+        for other, value in enumerate(others, start=1):
+            if value != first:
+                raise RanksDisagree(f"{name} is {first} on rank 0, but {value} on rank {other}: {explanation}")
 
 
 def checksum(policy: ActorCriticPolicy) -> int:
@@ -54,25 +53,18 @@ def checksum(policy: ActorCriticPolicy) -> int:
     return digest
 
 
-def broadcast_policy(policy: ActorCriticPolicy) -> None:
+def broadcast_parameters(model: KLPenaltyAlgorithm) -> None:
     """
     Overwrite the policy and its optimizer's state with those of rank 0. *Collective.*
 
-    :param policy: with the same networks on all ranks
+    :param model: with the same networks on all ranks
     """
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        broadcast(tensor)
-    optimizer_state = gather_objects(_on_cpu(policy.optimizer.state_dict()) if rank() == 0 else None)[0]
-    assert optimizer_state is not None
-    policy.optimizer.load_state_dict(optimizer_state)  # moves it to the device of the parameters
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, th.Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
-    return [_on_cpu(entry) for entry in value] if isinstance(value, list) else value
+    saved = BytesIO()
+    th.save(dict(model.get_parameters()), saved)
+    of_rank_0 = [saved.getvalue()]
+    dist.broadcast_object_list(of_rank_0)
+    if dist.get_rank() > 0:
+        model.set_parameters(th.load(BytesIO(of_rank_0[0]), map_location=model.device, weights_only=False))
 
 
 def average_buffers(policy: ActorCriticPolicy) -> None:
@@ -81,13 +73,12 @@ def average_buffers(policy: ActorCriticPolicy) -> None:
 
     :param policy: the policy
     """
-    for tensor in policy.buffers():
-        if tensor.is_floating_point():
-            of_ranks = gather(tensor.flatten())
-            # Not the mean of the values, whose rounding would move a buffer that is the same on all ranks
-            mean = of_ranks[0] + (of_ranks - of_ranks[0]).mean(dim=0)
-            with th.no_grad():
-                tensor.copy_(mean.view_as(tensor))
+    for tensor in filter(th.is_floating_point, policy.buffers()):
+        of_ranks = gather(tensor.flatten())
+        # Not the mean of the values, whose rounding would move a buffer that is the same on all ranks
+        mean = of_ranks[0] + (of_ranks - of_ranks[0]).mean(dim=0)
+        with th.no_grad():
+            tensor.copy_(mean.view_as(tensor))
 
 
 def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
@@ -102,31 +93,28 @@ def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
     return RolloutKL((total.sum() / n.sum()).item(), largest.max().item())
 
 
-class PooledNormalization:
+def running_statistics(normalize: VecNormalize | None) -> list[RunningMeanStd]:
     """
-    Keeps the running statistics of ``VecNormalize`` the same on all ranks. *Collective.*
+    List the running statistics of normalized environments, of observations and of returns.
 
-    :param normalize: this rank's normalized environments, or None; they get the statistics of rank 0
+    :param normalize: the environments, or None for none
+    :return: the statistics themselves, not copies
     """
+    if normalize is None:
+        return []
+    observations = normalize.obs_rms if normalize.norm_obs else {}
+    return [*observations.values(), normalize.ret_rms] if isinstance(observations, dict) else [observations, normalize.ret_rms]
 
-    def __init__(self, normalize: VecNormalize | None) -> None:
-        self._statistics: list[RunningMeanStd] = []
-        if normalize is not None:
-            observations = normalize.obs_rms if normalize.norm_obs else {}
-            by_key = observations if isinstance(observations, dict) else {"": observations}
-            self._statistics = [*by_key.values(), normalize.ret_rms]
-        self._before = gather_objects(self._statistics)[0]
-        self._set(self._before)
 
-    def pool(self) -> None:
-        """Add what any rank has observed since the last call to what all of them knew then. *Collective.*"""
-        of_ranks = gather_objects(self._statistics)
-        self._before = [pooled(before, after) for before, *after in zip(self._before, *of_ranks, strict=True)]
-        self._set(self._before)
+def overwrite(statistics: Sequence[RunningMeanStd], values: Sequence[RunningMeanStd]) -> None:
+    """
+    Set running statistics in place.
 
-    def _set(self, values: list[RunningMeanStd]) -> None:
-        for statistics, value in zip(self._statistics, values, strict=True):
-            vars(statistics).update(vars(value.copy()))
+    :param statistics: of this rank's environments
+    :param values: what they become
+    """
+    for one, value in zip(statistics, values, strict=True):
+        vars(one).update(vars(value.copy()))
 
 
 def pooled(before: RunningMeanStd, after: Sequence[RunningMeanStd]) -> RunningMeanStd:

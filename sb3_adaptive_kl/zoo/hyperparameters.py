@@ -5,6 +5,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from sb3_adaptive_kl.zoo.torchrun import join_ranks
 from sb3_adaptive_kl.zoo.trust_region_strings import TRUST_REGION, parse_trust_region
 
 
@@ -46,5 +47,6 @@ def extend_manager(manager: Any, algorithms: Collection[str]) -> None:
             return {**preprocess(parsed), **trust_region}
 
         self._preprocess_schedules = preprocess_schedules
+        join_ranks(self)
 
     manager.__init__ = __init__

@@ -13,7 +13,6 @@ import sb3_adaptive_kl
 from sb3_adaptive_kl.zoo.hyperparameters import extend_manager
 from sb3_adaptive_kl.zoo.programs import provide_programs
 from sb3_adaptive_kl.zoo.search_space import penalty_sampler
-from sb3_adaptive_kl.zoo.torchrun import join_group
 
 # Lower case, since the zoo's plot scripts lower-case folder names
 ALGORITHMS = {"ppo_kl": "AdaptiveKLPPO", "ppo_kl_lstm": "RecurrentAdaptiveKLPPO"}
@@ -33,7 +32,6 @@ def complete_registry(module: ModuleType) -> None:
         # All scripts import this module first. __main__ cannot tell yet which one runs: Python imports the package before it
         if "rl_zoo3.record_training" in " ".join(sys.orig_argv):
             provide_programs()
-        join_group(tuple(ALGORITHMS))
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         for algo in ALGORITHMS:
             host = algo.replace("_kl", "")  # the zoo's algorithm whose search space ours extends
