@@ -115,17 +115,15 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
     :return: the settings
     :raises ValueError: if a schedule returns an invalid target or clip range
     """
-
-    def at_progress(name: str) -> float | None:
-        schedule = getattr(model, name)
-        return None if schedule is None else _value_at(name, schedule, progress_remaining)
-
     target_kl = max(_value_at("target_kl", model.target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
+    clip_range = outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else model.clip_range
     return Settings(
         target_kl=target_kl,
         kl_coef=float(model.kl_coef),
-        clip_range=outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else at_progress("clip_range"),
-        clip_range_vf=at_progress("clip_range_vf"),
+        clip_range=None if clip_range is None else _value_at("clip_range", clip_range, progress_remaining),
+        clip_range_vf=None
+        if model.clip_range_vf is None
+        else _value_at("clip_range_vf", model.clip_range_vf, progress_remaining),
         vf_coef=model.vf_coef,
         ent_coef=model.ent_coef or None,
         max_grad_norm=model.max_grad_norm,

@@ -214,7 +214,9 @@ def test_report_of_failed_runs_only(summarize):
 
 def test_long_names_are_wrapped_and_short_ones_are_explained(summarize):
     """A legend or a label that leaves no room for the panels makes matplotlib warn, which fails this test."""
-    long = "ppo_kl:target_kl=clip,kl_rule=predictive,kl_ceiling=1.5,clip_range=outliers,kl_coef_bounds=[0.3,32],kl_stop_factor=4"
+    long = (
+        "ppo_kl:target_kl=clip,kl_rule=predictive,kl_ceiling=1.5,clip_range=outliers,kl_coef_bounds=[0.3,32],kl_stop_factor=4"
+    )
     summary = summarize(lambda run: finished(run), arms=(long, "held=ppo_kl:kl_ceiling=1.5", "ppo"), seeds=2)
     assert [name.replace("\n", "") for name in summary.legend] == [long, "held", "ppo"]
     assert max(len(line) for name in summary.legend for line in name.split("\n")) <= plots.LEGEND_WIDTH

@@ -15,7 +15,7 @@ from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
 from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
-from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, remember
+from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, parameters, remember
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
 
@@ -234,6 +234,15 @@ def test_logged_values_mean_what_ppos_mean():
     theirs = logged(ppo)
     for key in theirs.keys() & logged(ours).keys():
         assert logged(ours)[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("clip_range", [0.1, 1e6])
+def test_a_penalty_that_cannot_matter_leaves_ppos_update(clip_range):
+    """So the arms of benchmarks/table1*.yml with other clip ranges, or none, can be of this class, which is faster."""
+    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 5, "clip_range": clip_range}
+    ppo = CASES["box"].build(PPO, **kwargs).learn(2 * 128)
+    ours = CASES["box"].build(AdaptiveKLPPO, kl_rule="fixed", init_kl_coef=1e-9, kl_coef_bounds=(1e-9, 1), **kwargs)
+    assert (parameters(ours.learn(2 * 128)) - parameters(ppo)).abs().max() < 1e-6
 
 
 def test_means_over_minibatches(monkeypatch):

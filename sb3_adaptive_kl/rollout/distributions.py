@@ -8,7 +8,6 @@ not: a Bernoulli is a categorical with two outcomes).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,21 +32,15 @@ class ActionDistribution(ABC):
 
     def __getitem__(self: SelfActionDistribution, index: th.Tensor) -> SelfActionDistribution:
         """Select the distributions of the states that ``index`` (integers or a boolean mask) names."""
-        return self._map(lambda tensor: tensor[index])
+        return type(self)(*[tensor[index] for tensor in vars(self).values()])
 
     def __setitem__(self: SelfActionDistribution, index: th.Tensor, batch: SelfActionDistribution) -> None:
-        for mine, theirs in zip(self._tensors(), batch._tensors(), strict=True):
+        for mine, theirs in zip(vars(self).values(), vars(batch).values(), strict=True):
             mine[index] = theirs
 
     def allocate(self: SelfActionDistribution, n_states: int) -> SelfActionDistribution:
         """Allocate a batch of the same family, to be filled."""
-        return self._map(lambda tensor: tensor.new_empty((n_states, *tensor.shape[1:])))
-
-    def _tensors(self) -> tuple[th.Tensor, ...]:
-        return tuple(vars(self).values())
-
-    def _map(self: SelfActionDistribution, function: Callable[[th.Tensor], th.Tensor]) -> SelfActionDistribution:
-        return type(self)(*map(function, self._tensors()))
+        return type(self)(*[tensor.new_empty((n_states, *tensor.shape[1:])) for tensor in vars(self).values()])
 
 
 @dataclass(frozen=True, eq=False)
