@@ -1,6 +1,5 @@
 """RecurrentAdaptiveKLPPO: sb3-contrib's PPO with LSTM policies, with an adaptive KL penalty instead of clipping."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch as th
@@ -70,6 +69,3 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
         _init_setup_model: bool = True,
     ):
         super().__init__(**arguments(locals()))
-
-    def _collecting(self) -> AbstractContextManager[None]:
-        return nullcontext()  # RecurrentPPO calls policy.forward(), which no hook of torch sees

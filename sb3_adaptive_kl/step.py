@@ -64,6 +64,14 @@ def compute_gradients(
     return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
 
+def set_gradient(parameter: th.Tensor, gradient: th.Tensor | None) -> None:
+    """Put a gradient where ``backward()`` would, in the memory layout of its parameter."""
+    # torch's fused Adam reads both as flat memory, and would scramble those of another layout
+    if gradient is not None and gradient.stride() != parameter.stride():
+        gradient = th.empty_like(parameter).copy_(gradient)
+    parameter.grad = gradient
+
+
 def drop_other_gradients(policy: ActorCriticPolicy) -> None:
     """Remove the gradients of parameters that no step moves."""
     # backward() adds to them in each step, and nobody clears them

@@ -79,7 +79,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             except ValueError:
                 # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
                 # diverged, and the error was something else
-                if math.isfinite(measured_kl(old_policy).mean):
+                if math.isfinite(measured_kl(old_policy).mean):  # on this process alone: the error may be, too
                     raise
             step.drop_other_gradients(self.policy)
             kl = self._measure_kl(old_policy)
@@ -100,11 +100,12 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
         if problem is not None:
             snapshot.restore()
+            self.policy.optimizer.zero_grad()  # a NaN is of no use to callbacks
             kl = RolloutKL(0.0, 0.0)  # of the restored policy
             self.step_scale = 0.0
             self.kl_coef = settings.kl_coef  # discard what a rule did within the undone update
             self._undone_updates += 1
-        self._log_update(settings, metrics, raw_kl, kl)
+        self._log_update(settings, metrics, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         rule_kl = raw_kl if problem is None else math.inf
         self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
@@ -126,6 +127,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 self._n_updates += 1
                 for rollout_data, index in self._minibatches(settings):
                     metrics.add(*compute_gradients(rollout_data, index, settings))
+                    # After the gradients, where PPO stops before them: they come from one call, which may be compiled
                     if self._stops_early(epoch, settings.target_kl, metrics):
                         return
                     take_step()

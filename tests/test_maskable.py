@@ -143,8 +143,11 @@ def test_save_load_predict_and_continue(tmp_path):
     assert loaded.num_timesteps == 4 * 64
 
 
-def test_masking_can_be_disabled():
-    model = CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL).learn(64, use_masking=False)
+@pytest.mark.parametrize("arguments", [{"use_masking": False}, (None, 1, "name", True, False)], ids=["name", "position"])
+def test_masking_can_be_disabled(arguments):
+    """By name, and where MaskablePPO has it: this environment has no masks to ask for."""
+    model = CASES["discrete"].build(MaskableAdaptiveKLPPO, **SMALL)
+    model.learn(64, **arguments) if isinstance(arguments, dict) else model.learn(64, *arguments)
     assert logged(model)["kl"] > 0
 
 

@@ -3,13 +3,16 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.fast.eager import one_kernel
-from tests.conftest import CASES, collect, parameters
+from tests.conftest import CASES, NEEDS_COMPILER, collect, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
@@ -172,3 +175,67 @@ def test_parameters_frozen_during_a_run_do_not_move(optimizer):
     layers.requires_grad_(True)
     model.learn(64)
     assert not th.equal(layers[0].weight, before)
+
+
+class Transposed(FlattenExtractor):
+    """Uses its weight such that the gradient has another memory layout than the weight."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        generator = th.Generator().manual_seed(0)
+        self.weight = th.nn.Parameter(th.randn(4, 3, 3, generator=generator))
+        self._features_dim = 12
+
+    def forward(self, observations):
+        return th.einsum("bi,hoi->bho", super().forward(observations), self.weight).flatten(1)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_gradients_of_another_memory_layout(compile, monkeypatch):
+    """Adam's fused kernel reads flat memory: it must give what torch's plain step gives."""
+    kwargs = {"policy_kwargs": {"features_extractor_class": Transposed}, "learning_rate": 1e-2, "compile": compile, **SMALL}
+    fast = CASES["box"].build(AdaptiveKLPPO, **kwargs).learn(2 * 64)
+    monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", "0")
+    plain = CASES["box"].build(AdaptiveKLPPO, **{**kwargs, "compile": False}).learn(2 * 64)
+    assert (parameters(fast) - parameters(plain)).abs().max() < 1e-5
+
+
+def test_memory_layout_may_change_after_an_update(monkeypatch):
+    results = []
+    for fast in ("1", "0"):
+        monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", fast)
+        model = CASES["cnn"].build(AdaptiveKLPPO, **SMALL).learn(64)
+        model.policy.to(memory_format=th.channels_last)
+        collect(model).train()
+        results.append([parameter.detach().clone() for parameter in model.policy.parameters()])
+    for with_fast, without in zip(*results, strict=True):
+        assert (with_fast - without).abs().max() < 1e-5
+
+
+def test_amsgrad_may_be_switched_off():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"optimizer_kwargs": {"amsgrad": True}}, **SMALL).learn(64)
+    model.policy.optimizer.param_groups[0]["amsgrad"] = False
+    model.learn(64)
+
+
+def test_global_step_hooks_are_called():
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL).learn(64)
+    calls = []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    try:
+        model.learn(64)
+    finally:
+        handle.remove()
+    assert len(calls) == 4
+
+
+def test_batch_size_of_numpy():
+    CASES["box"].build(AdaptiveKLPPO, **{**SMALL, "batch_size": np.int64(32)}).learn(64)
+
+
+def test_no_nan_gradient_is_left_by_an_undone_update():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
+    model.rollout_buffer.advantages[:] = math.nan
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert all(parameter.grad is None for parameter in model.policy.parameters())

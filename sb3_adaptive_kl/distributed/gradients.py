@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import ComputeGradients, optimized_parameters
+from sb3_adaptive_kl.step import ComputeGradients, optimized_parameters, set_gradient
 from sb3_adaptive_kl.training import measured_kl
 
 # Minibatches drawn ahead, whose moments are summed at once: a sum of three numbers takes as long as one of thousands
@@ -90,7 +90,7 @@ def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]
     # A branch that no rank takes has no gradient: Adam leaves its parameters alone
     anywhere = present if all(present) else total[len(weighted) : -1].bool().tolist()
     for parameter, mean, has_gradient in zip(parameters, means, anywhere, strict=False):
-        parameter.grad = mean.view_as(parameter).to(parameter.dtype) if has_gradient else None
+        set_gradient(parameter, mean.view_as(parameter).to(parameter.dtype) if has_gradient else None)
     return means[-1]
 
 
@@ -115,7 +115,8 @@ def normalized_over_ranks(
         n, total, squares = moments.unbind(dim=1)
         means = total / n
         stds = ((squares - n * means.square()) / (n - 1)).clamp(min=0).sqrt()
-        for (rollout_data, index), mean, std in zip(ahead, means, stds, strict=True):
+        for (rollout_data, index), count, mean, std in zip(ahead, n, means, stds, strict=True):
             advantages = rollout_data.advantages
-            normalized = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
-            yield rollout_data._replace(advantages=normalized), index
+            if count > 1:  # a single one is left as it is, as by losses.normalize
+                advantages = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
+            yield rollout_data._replace(advantages=advantages), index

@@ -25,7 +25,7 @@ from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, is_stock
 from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, minibatch_loss, optimized_parameters
+from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, minibatch_loss, optimized_parameters, set_gradient
 
 # The methods of a policy that act, and those that evaluate actions
 ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
@@ -71,7 +71,7 @@ class Compiler:
             except NotCompiled:
                 return plain(rollout_data, index, settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+                set_gradient(parameter, gradient)
             return metrics, norm
 
         for parameter in optimized_parameters(policy.optimizer):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.adam import adam
 
 from sb3_adaptive_kl.rollout.adapters import is_stock
@@ -80,11 +81,12 @@ def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     if action_dist is None or not is_enabled():
         yield
         return
-    policy.action_dist = unvalidated(action_dist)
+    policy.action_dist = lenient = unvalidated(action_dist)
     try:
         yield
     finally:
-        policy.action_dist = action_dist
+        if policy.action_dist is lenient:  # a callback may have set another one, which stays
+            policy.action_dist = action_dist
 
 
 def unvalidated(action_dist: Any) -> Any:
@@ -140,9 +142,18 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     parameters = optimized_parameters(optimizer)
     # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not; and it knows no complex numbers
     can_fuse = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in parameters)
+    # It reads parameters and moments as flat memory, so that they must have the same layout
+    can_fuse = can_fuse and all(
+        moment.stride() == parameter.stride()
+        for parameter in parameters
+        for moment in optimizer.state.get(parameter, {}).values()
+        if isinstance(moment, th.Tensor) and moment.dim() > 0
+    )
     flag = "fused" if type(optimizer) in (th.optim.Adam, th.optim.AdamW) and can_fuse else "foreach"
     # User code that listens to optimizer.step()
-    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
     bare = flag == "fused" and not hooked and len(groups) == 1 and all(map(optimizer.state.get, parameters))
     for group in groups:
         group[flag] = True
@@ -165,6 +176,8 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Callable[[], object]:
     states = [optimizer.state[parameter] for parameter in parameters]
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([state[name] for state in states if name in state] for name in names)
+    if not group["amsgrad"]:  # it may have been switched off since
+        max_exp_avg_sqs = []
     option_names = ("lr", "amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")
     options: Any = {name: group[name] for name in option_names}
     beta1, beta2 = group["betas"]

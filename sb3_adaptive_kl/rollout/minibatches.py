@@ -42,7 +42,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple
         padded samples hold more rows than there are indices, the valid ones in the order of the indices
     :raises ValueError: if the buffer does not draw through ``_get_samples``, or draws an empty minibatch
     """
-    size = batch_size or buffer.buffer_size * buffer.n_envs
+    size = int(batch_size or buffer.buffer_size * buffer.n_envs)  # torch cannot split by NumPy's integers
     n_per_draw = 1
     # Indexing a rollout costs the same for 64 transitions and for 2048: draw several minibatches at once where the buffer cuts
     # one permutation, so that the block holds just the minibatches that the buffer would draw
