@@ -8,7 +8,7 @@ USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (same
        sb3-adaptive-kl --version"""
 # Modules that the extras `zoo` and `compare` bring. Any other that is missing is the user's, such as a package of environments
 EXTRAS = {
-    "imageio_ffmpeg", "jinja2", "loky", "matplotlib", "moviepy", "pandas", "requests", "rich", "rl_zoo3", "rliable",
+    "imageio_ffmpeg", "jinja2", "loky", "matplotlib", "moviepy", "pandas", "pydantic", "requests", "rich", "rl_zoo3",
     "sb3_contrib", "scipy", "seaborn", "tensorboard",
 }  # fmt: skip
 

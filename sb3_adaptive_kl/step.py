@@ -64,12 +64,12 @@ def compute_gradients(
     return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
 
-def set_gradient(parameter: th.Tensor, gradient: th.Tensor | None) -> None:
-    """Put a gradient where ``backward()`` would, in the memory layout of its parameter."""
+def in_layout_of(parameter: th.Tensor, gradient: th.Tensor | None) -> th.Tensor | None:
+    """Give a gradient the memory layout of its parameter, as ``backward()`` does."""
     # torch's fused Adam reads both as flat memory, and would scramble those of another layout
-    if gradient is not None and gradient.stride() != parameter.stride():
-        gradient = th.empty_like(parameter).copy_(gradient)
-    parameter.grad = gradient
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return th.empty_like(parameter).copy_(gradient)
 
 
 def drop_other_gradients(policy: ActorCriticPolicy) -> None:

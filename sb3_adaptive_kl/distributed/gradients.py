@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import ComputeGradients, optimized_parameters, set_gradient
+from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
 from sb3_adaptive_kl.training import measured_kl
 
 # Minibatches drawn ahead, whose moments are summed at once: a sum of three numbers takes as long as one of thousands
@@ -90,7 +90,8 @@ def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]
     # A branch that no rank takes has no gradient: Adam leaves its parameters alone
     anywhere = present if all(present) else total[len(weighted) : -1].bool().tolist()
     for parameter, mean, has_gradient in zip(parameters, means, anywhere, strict=False):
-        set_gradient(parameter, mean.view_as(parameter).to(parameter.dtype) if has_gradient else None)
+        gradient = mean.view_as(parameter).to(parameter.dtype) if has_gradient else None
+        parameter.grad = in_layout_of(parameter, gradient)
     return means[-1]
 
 

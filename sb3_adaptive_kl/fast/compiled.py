@@ -25,7 +25,7 @@ from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, is_stock
 from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, minibatch_loss, optimized_parameters, set_gradient
+from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, in_layout_of, minibatch_loss, optimized_parameters
 
 # The methods of a policy that act, and those that evaluate actions
 ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
@@ -71,7 +71,7 @@ class Compiler:
             except NotCompiled:
                 return plain(rollout_data, index, settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                set_gradient(parameter, gradient)
+                parameter.grad = gradient
             return metrics, norm
 
         for parameter in optimized_parameters(policy.optimizer):
@@ -167,7 +167,8 @@ def clipped_gradients(
     # One vector: compiled, the norm of the norms takes as long as all the rest
     norm = th.linalg.vector_norm(th.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
     scale = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    return [None if gradient is None else gradient * scale for gradient in gradients], metrics, norm
+    clipped = [None if gradient is None else gradient * scale for gradient in gradients]
+    return list(map(in_layout_of, parameters, clipped)), metrics, norm
 
 
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:

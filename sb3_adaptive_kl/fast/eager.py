@@ -7,7 +7,7 @@ of the user's may rely on what would be left out.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim import optimizer as torch_optimizer
-from torch.optim.adam import adam
 
 from sb3_adaptive_kl.rollout.adapters import is_stock
 from sb3_adaptive_kl.step import optimized_parameters
@@ -154,41 +153,58 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
-    bare = flag == "fused" and not hooked and len(groups) == 1 and all(map(optimizer.state.get, parameters))
+    states = [optimizer.state.get(parameter) for parameter in parameters]
+    bare = flag == "fused" and not hooked and len(groups) == 1 and all(states) and len({float(s["step"]) for s in states}) == 1
     for group in groups:
         group[flag] = True
     try:
-        yield bare_adam(optimizer) if bare else optimizer.step
+        with bare_adam(optimizer) if bare else nullcontext(optimizer.step) as take_step:
+            yield take_step
     finally:
         for group in groups:
             group[flag] = None
 
 
-def bare_adam(optimizer: th.optim.Optimizer) -> Callable[[], object]:
+@contextmanager
+def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     """
     Take Adam's fused step without the bookkeeping of ``optimizer.step()``, which takes longer than the step itself.
 
-    :param optimizer: Adam or AdamW with one group, all of whose parameters have moved before
-    :return: a function that does what ``optimizer.step`` does, for one update: it reads the learning rate only now
+    :param optimizer: Adam or AdamW with one group, all of whose parameters have moved before, and equally often
+    :return: a context with a function that does what ``optimizer.step`` does, for one update: it reads the learning rate only
+        now
     """
     (group,) = optimizer.param_groups
     parameters = group["params"]
     states = [optimizer.state[parameter] for parameter in parameters]
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([state[name] for state in states if name in state] for name in names)
-    if not group["amsgrad"]:  # it may have been switched off since
-        max_exp_avg_sqs = []
-    option_names = ("lr", "amsgrad", "eps", "maximize", "weight_decay", "decoupled_weight_decay")
-    options: Any = {name: group[name] for name in option_names}
-    beta1, beta2 = group["betas"]
+    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    moments.append([state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [])
+    options = {name: group[name] for name in ("lr", "amsgrad", "eps", "maximize", "weight_decay")}
+    options["beta1"], options["beta2"] = group["betas"]
+    kernel: Any = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
+    count = states[0]["step"].clone()  # one for all: to advance every parameter's takes as long as the kernel
+    counts = [count] * len(parameters)
+    is_bare = True
 
     @th.no_grad()
     def step() -> None:
         gradients = [parameter.grad for parameter in parameters]
-        if any(gradient is None for gradient in gradients):  # such as those of a branch that no state took: they stay
+        if is_bare and any(gradient is None for gradient in gradients):  # a branch that no state took: its parameters stay
+            stop()
+        if not is_bare:
             optimizer.step()
-        else:
-            moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-            adam(parameters, gradients, *moments, state_steps=steps, fused=True, beta1=beta1, beta2=beta2, **options)
+            return
+        count.add_(1)
+        kernel(parameters, gradients, *moments, counts, **options)
 
-    return step
+    def stop() -> None:
+        nonlocal is_bare
+        is_bare = False
+        for state in states:
+            state["step"].copy_(count)
+
+    try:
+        yield step
+    finally:
+        if is_bare:
+            stop()
