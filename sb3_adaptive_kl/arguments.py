@@ -17,8 +17,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
-from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule, default_bounds
+from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
+from sb3_adaptive_kl.step import Settings
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
@@ -169,13 +169,16 @@ def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advanta
     """
     Interpret the bounds of β.
 
-    :param kl_coef_bounds: the argument, or None for ``default_bounds``
+    :param kl_coef_bounds: the argument, or None for bounds that do not bind where the target can be held
     :param normalize_advantage: whether advantages are normalized
     :return: low and high, 0 < low ≤ high < inf
     :raises ValueError: if they are not two positive, finite numbers in order
     """
     if kl_coef_bounds is None:
-        return default_bounds(normalize_advantage)
+        # Normalized: the penalized optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor matters as
+        # much: when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule would halve β
+        # until nothing restrains the surrogate. Not normalized: β carries the unit of the rewards
+        return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)
     pair = tuple(kl_coef_bounds) if isinstance(kl_coef_bounds, Iterable) else ()
     if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1]:
         raise ValueError(

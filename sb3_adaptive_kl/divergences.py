@@ -88,26 +88,11 @@ class Divergence(NamedTuple):
     between: Callable[[Any, Any], th.Tensor]
 
 
-# The closed forms are chosen by the family of the distribution, in rollout/distributions.py
-def _forward(old: Any, new: Any) -> th.Tensor:
-    return old.kl(new.distribution)  # type: ignore[no-any-return]
-
-
-def _reverse(old: Any, new: Any) -> th.Tensor:
-    return new.distribution.kl(old)  # type: ignore[no-any-return]
-
-
-def _sampled_k3(old: Any, new: Any) -> th.Tensor:
-    return k3(new.log_prob - new.old_log_prob)
-
-
-def _sampled_pearson(old: Any, new: Any) -> th.Tensor:
-    return pearson(new.log_prob - new.old_log_prob)
-
-
 DIVERGENCES = {
-    "forward": Divergence(True, _forward),
-    "reverse": Divergence(True, _reverse),
-    "k3": Divergence(False, _sampled_k3),
-    "pearson": Divergence(False, _sampled_pearson),
+    # The closed forms are chosen by the family of the distribution, in rollout/distributions.py
+    "forward": Divergence(True, lambda old, new: old.kl(new.distribution)),
+    "reverse": Divergence(True, lambda old, new: new.distribution.kl(old)),
+    # Estimates from the actions taken
+    "k3": Divergence(False, lambda _, new: k3(new.log_prob - new.old_log_prob)),
+    "pearson": Divergence(False, lambda _, new: pearson(new.log_prob - new.old_log_prob)),
 }

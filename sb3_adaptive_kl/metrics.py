@@ -1,14 +1,9 @@
-"""
-What an update did, and all log keys under ``train/``: SB3's keys where they mean the same, so that curves overlay.
-
-(``train/learning_rate`` is logged by SB3 itself, unless a rule moves it.)
-"""
+"""What the minibatches of an update did: their parts of the loss, KLs and gradient norms."""
 
 import torch as th
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.step import MinibatchMetrics, Settings
 
 
 class UpdateMetrics:
@@ -73,52 +68,3 @@ class UpdateMetrics:
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
-
-
-def log_penalty(logger: Logger, kl_coef: float, target_kl: float, mean_kl: float, max_kl: float) -> None:
-    """
-    Log how far the policy moved, against its target and under which β.
-
-    :param logger: the model's logger
-    :param kl_coef: the last β that the update used
-    :param target_kl: d_targ in nats
-    :param mean_kl: d, mean over the rollout, in nats
-    :param max_kl: the largest divergence at a single state, in nats
-    """
-    logger.record("train/kl", mean_kl)
-    logger.record("train/kl_max", max_kl)
-    logger.record("train/kl_over_target", mean_kl / target_kl)
-    logger.record("train/kl_coef", kl_coef)
-
-
-def log_step_back(logger: Logger, raw_kl: float, scale: float) -> None:
-    """
-    Log how far the policy would have moved without its ceiling, in nats, and the share of the actor's step that was kept.
-    """
-    logger.record("train/kl_raw", raw_kl)
-    logger.record("train/step_scale", scale)
-
-
-def log_learning_rate(logger: Logger, learning_rate: float, scale: float) -> None:
-    """Log the learning rate where a rule moves it; SB3 has logged the schedule's value."""
-    logger.record("train/learning_rate", learning_rate)
-    logger.record("train/learning_rate_scale", scale)
-
-
-def log_progress(
-    logger: Logger, policy: ActorCriticPolicy, explained_variance: float, n_updates: int, undone_updates: int
-) -> None:
-    """
-    Log the state of training after an update.
-
-    :param logger: the model's logger
-    :param policy: the policy, with or without a ``log_std``
-    :param explained_variance: of the returns by the values that the critic gave when it collected
-    :param n_updates: epochs so far, as SB3 counts them
-    :param undone_updates: updates undone so far
-    """
-    logger.record("train/undone_updates", undone_updates)
-    logger.record("train/explained_variance", explained_variance)
-    if hasattr(policy, "log_std"):
-        logger.record("train/std", th.exp(policy.log_std).mean().item())
-    logger.record("train/n_updates", n_updates, exclude="tensorboard")

@@ -195,16 +195,3 @@ RULES: dict[str, Callable[..., PenaltyRule]] = {
     "predictive": PredictivePenalty,
     "proportional": ProportionalPenalty,
 }
-
-
-def default_bounds(normalize_advantage: bool) -> tuple[float, float]:
-    """
-    Return the bounds of β where the user gave none.
-
-    :param normalize_advantage: whether advantages are normalized
-    :return: lowest and highest β
-    """
-    # Normalized: the penalized optimum has KL ≲ 1/(2β²), so β = 32 already means a KL below 5e-4. The floor matters as much:
-    # when the learning rate decays to 0, d falls below the target whatever β is, and an unbounded rule would halve β until
-    # nothing restrains the surrogate. Not normalized: β carries the unit of the rewards
-    return (1 / 32, 32.0) if normalize_advantage else (1e-6, 1e6)

@@ -21,12 +21,13 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
 
     Papers: https://arxiv.org/abs/1707.06347, section 4, and https://arxiv.org/abs/2006.14171
 
-    The KL divergence is that of the masked distributions: an action that is masked contributes exactly nothing.
+    The KL divergence is that of the masked distributions: an action that is masked contributes exactly nothing. Where a mask
+    leaves no action at all, sb3-contrib draws from all of them, and so does this.
 
     The arguments are those of sb3-contrib's MaskablePPO and, for the penalty, those of
     :class:`~sb3_adaptive_kl.AdaptiveKLPPO`, where all of them are described.
 
-    :raises ValueError: if an argument is out of its range; during training, if a mask leaves no action at all
+    :raises ValueError: if an argument is out of its range
     """
 
     _adapter = MaskablePolicyAdapter()

@@ -33,12 +33,12 @@ from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound
 from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.messages import warn_user
-from sb3_adaptive_kl.metrics import UpdateMetrics, log_learning_rate, log_penalty, log_progress, log_step_back
-from sb3_adaptive_kl.objective import Settings
+from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
+from sb3_adaptive_kl.step import Settings
 from sb3_adaptive_kl.step_back import critic_parameters, shorten_step
 
 # Stop training after this many undone updates in a row
@@ -62,7 +62,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             returns an invalid target or coefficient
         """
         check_settings(self)  # a callback may have changed them
-        self._adapter.check_rollout(self.rollout_buffer)
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
         rule, bounds = self._penalty_rule(settings.target_kl), kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
@@ -79,7 +78,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             except ValueError:
                 # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
                 # diverged, and the error was something else
-                if math.isfinite(measured_kl(old_policy).mean):  # on this process alone: the error may be, too
+                if math.isfinite(old_policy.kl().mean):  # on this process alone: the error may be, too
                     raise
             step.drop_other_gradients(self.policy)
             kl = self._measure_kl(old_policy)
@@ -148,7 +147,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         """Measure how far the policy has moved, on the whole rollout."""
-        return measured_kl(old_policy)
+        return old_policy.kl()
 
     def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
         """Find the parameters that a step back leaves alone, by their ``id``."""
@@ -178,13 +177,23 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
 
     def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: RolloutKL) -> None:
+        """Log the update: under SB3's keys what means the same there, so that curves overlay."""
         metrics.log(self.logger, settings)
-        log_penalty(self.logger, self.kl_coef, settings.target_kl, kl.mean, kl.max)
+        self.logger.record("train/kl", kl.mean)
+        self.logger.record("train/kl_max", kl.max)  # at a single state
+        self.logger.record("train/kl_over_target", kl.mean / settings.target_kl)
+        self.logger.record("train/kl_coef", self.kl_coef)
         if self.kl_ceiling is not None:
-            log_step_back(self.logger, raw_kl, self.step_scale)
-        if self.learning_rate_rule is not None:
-            log_learning_rate(self.logger, self.policy.optimizer.param_groups[0]["lr"], self.learning_rate_scale)
-        log_progress(self.logger, self.policy, self._explained_variance(), self._n_updates, self._undone_updates)
+            self.logger.record("train/kl_raw", raw_kl)
+            self.logger.record("train/step_scale", self.step_scale)
+        if self.learning_rate_rule is not None:  # SB3 has logged the schedule's value
+            self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
+            self.logger.record("train/learning_rate_scale", self.learning_rate_scale)
+        self.logger.record("train/undone_updates", self._undone_updates)
+        self.logger.record("train/explained_variance", self._explained_variance())
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._compiler is not None:
             self._compiler.log(self.logger)
 
@@ -224,16 +233,3 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 f"The next one uses kl_coef={self.kl_coef:g}. If this persists, lower learning_rate, or look for extreme "
                 "or NaN observations and rewards."
             )
-
-
-def measured_kl(old_policy: OldPolicy) -> RolloutKL:
-    """
-    Measure the policy on the whole rollout of this process.
-
-    :param old_policy: remembers the policy before the update
-    :return: NaN where the policy does not give valid distributions any more: before the update it did, in this very sweep
-    """
-    try:
-        return old_policy.kl()
-    except ValueError:
-        return RolloutKL(math.nan, math.nan)

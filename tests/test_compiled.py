@@ -15,7 +15,6 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.training import measured_kl
 from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, remember
 
 pytestmark = NEEDS_COMPILER
@@ -180,7 +179,7 @@ class TestBox:
 
         class Curious(PredictivePenalty):
             def within_update(self, kl_coef, kl, *args):
-                seen.append((model.policy.observation_space, measured_kl(old_policy).mean))
+                seen.append((model.policy.observation_space, old_policy.kl().mean))
                 return kl_coef
 
         case = Case("MlpPolicy", lambda: IdentityEnv(dim=3))

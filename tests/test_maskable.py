@@ -29,23 +29,45 @@ class MaskedDict(gym.ObservationWrapper):
         return self.env.action_masks()
 
 
+class Forbidding(InvalidActionEnvDiscrete):
+    def action_masks(self):
+        return np.zeros(6, dtype=bool) if self.current_step % 10 == 3 else np.ones(6, dtype=bool)
+
+
+class ForbiddingOneDimension(InvalidActionEnvMultiDiscrete):
+    """The second dimension, with 4 choices, sometimes has no valid choice."""
+
+    def action_masks(self):
+        return [True] * 3 + [self.current_step % 10 != 3] * 4
+
+
+class ForbiddingOneSwitch(InvalidActionEnvMultiBinary):
+    def action_masks(self):
+        return [True] * 4 + [self.current_step % 10 != 3] * 2 + [True] * 2
+
+
 CASES = {
     "discrete": Case("MlpPolicy", lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)),
     "multidiscrete": Case("MlpPolicy", lambda: InvalidActionEnvMultiDiscrete(dims=[3, 4], n_invalid_actions=2)),
     "multibinary": Case("MlpPolicy", lambda: InvalidActionEnvMultiBinary(dims=4, n_invalid_actions=2)),
     "dict": Case("MultiInputPolicy", MaskedDict),
 }
+SOMETIMES_NOTHING_ALLOWED = {
+    "discrete, sometimes nothing": Case("MlpPolicy", lambda: Forbidding(dim=6, n_invalid_actions=1)),
+    "multidiscrete, sometimes nothing": Case("MlpPolicy", lambda: ForbiddingOneDimension(dims=[3, 4], n_invalid_actions=1)),
+    "multibinary, sometimes nothing": Case("MlpPolicy", lambda: ForbiddingOneSwitch(dims=4, n_invalid_actions=1)),
+}
 FULL_BATCH = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
 
 @pytest.mark.parametrize("batch_size", [128, None])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | SOMETIMES_NOTHING_ALLOWED)
 def test_first_update_equals_maskable_ppo(case, batch_size):
     """This holds for any β, see test_first_update.py."""
     kwargs = {**FULL_BATCH, "batch_size": batch_size}
-    host = CASES[case].build(MaskablePPO, **kwargs).learn(128)
-    ours = CASES[case].build(MaskableAdaptiveKLPPO, init_kl_coef=30.0, **kwargs)
+    host = (CASES | SOMETIMES_NOTHING_ALLOWED)[case].build(MaskablePPO, **kwargs).learn(128)
+    ours = (CASES | SOMETIMES_NOTHING_ALLOWED)[case].build(MaskableAdaptiveKLPPO, init_kl_coef=30.0, **kwargs)
     start = parameters(ours)
     ours.learn(128)
     assert (parameters(ours) - start).abs().max() > 1e-3
@@ -99,35 +121,18 @@ def test_update_uses_the_masks_of_the_rollout(case):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
-class Forbidding(InvalidActionEnvDiscrete):
-    def action_masks(self):
-        return np.zeros(6, dtype=bool) if self.current_step % 10 == 3 else np.ones(6, dtype=bool)
-
-
-class ForbiddingOneDimension(InvalidActionEnvMultiDiscrete):
-    """The second dimension, with 4 choices, sometimes has no valid choice."""
-
-    def action_masks(self):
-        return [True] * 3 + [self.current_step % 10 != 3] * 4
-
-
-class ForbiddingOneSwitch(InvalidActionEnvMultiBinary):
-    def action_masks(self):
-        return [True] * 4 + [self.current_step % 10 != 3] * 2 + [True] * 2
-
-
-@pytest.mark.parametrize(
-    "make_env",
-    [
-        lambda: Forbidding(dim=6, n_invalid_actions=1),
-        lambda: ForbiddingOneDimension(dims=[3, 4], n_invalid_actions=1),
-        lambda: ForbiddingOneSwitch(dims=4, n_invalid_actions=1),
-    ],
-)
-def test_mask_without_valid_actions_raises_an_error(make_env):
-    model = MaskableAdaptiveKLPPO("MlpPolicy", make_env(), seed=0, device="cpu", **SMALL)
-    with pytest.raises(ValueError, match=r"action_masks: in \d+ states .* allow at least one choice"):
-        model.learn(64)
+def test_where_nothing_is_allowed_the_policy_cannot_move():
+    """As with MaskablePPO, all choices are then equally likely: boards where no move exists end no training."""
+    model = collect(
+        SOMETIMES_NOTHING_ALLOWED["discrete, sometimes nothing"].build(MaskableAdaptiveKLPPO, learning_rate=0.01, **SMALL)
+    )
+    nothing = th.as_tensor(model.rollout_buffer.action_masks).sum(dim=-1).flatten() == 0
+    old_policy = remember(model)
+    model.train()
+    kl = old_policy.divergence_on_rollout()
+    assert 0 < nothing.sum() < len(nothing)
+    assert (kl[nothing] == 0).all()
+    assert (kl[~nothing] > 0).all()
 
 
 def test_save_load_predict_and_continue(tmp_path):

@@ -33,9 +33,10 @@ def give_gradients(network, step, present=(0, 1, 2, 3)):
 OPTIMIZERS = {
     "adam": (lambda p: th.optim.Adam(p, 0.01), True),
     "adam with options": (
-        lambda p: th.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True, maximize=True, betas=(0.8, 0.9)),
+        lambda p: th.optim.Adam(p, 0.01, weight_decay=0.1, maximize=True, betas=(0.8, 0.9), eps=1e-5),
         True,
     ),
+    "amsgrad": (lambda p: th.optim.Adam(p, 0.01, amsgrad=True), False),
     "adamw": (lambda p: th.optim.AdamW(p, 0.01, weight_decay=0.1), True),
     "foreach chosen": (lambda p: th.optim.Adam(p, 0.01, foreach=True), False),
     "not fused chosen": (lambda p: th.optim.Adam(p, 0.01, fused=False), False),
@@ -79,12 +80,14 @@ def test_gradients_that_come_and_go():
     for net, optimizer in zip(nets, optimizers, strict=True):
         give_gradients(net, 0)
         optimizer.step()
-    with one_kernel(optimizers[1]) as take_step:
-        for i, present in enumerate([(0, 1), (0, 1, 2, 3), (2, 3), (0, 1, 2, 3)]):
-            for net in nets:
-                give_gradients(net, i, present)
-            optimizers[0].step()
-            take_step()
+    for update in range(2):  # in the second, the parameters have moved unequally often
+        with one_kernel(optimizers[1]) as take_step:
+            assert (take_step == optimizers[1].step) == (update == 1)
+            for i, present in enumerate([(0, 1, 2, 3), (0, 1), (0, 1, 2, 3), (2, 3), (0, 1, 2, 3), (0,)]):
+                for net in nets:
+                    give_gradients(net, 10 * update + i, present)
+                optimizers[0].step()
+                take_step()
     for theirs, ours in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert th.allclose(theirs, ours, rtol=1e-5, atol=1e-7)
 

@@ -14,8 +14,7 @@ from sb3_adaptive_kl import (
     PredictivePenalty,
     ProportionalPenalty,
 )
-from sb3_adaptive_kl.arguments import penalty_rule
-from sb3_adaptive_kl.penalty import default_bounds
+from sb3_adaptive_kl.arguments import kl_coef_limits, penalty_rule
 
 RULES = [
     AdaptivePenalty(),
@@ -129,12 +128,12 @@ def test_scale_invariance(rule, kl_coef, kl, target_kl, exponent):
 
 def test_default_bounds_do_not_bind_where_the_target_can_be_held():
     """With normalized advantages the optimum at β has a KL of at most 1/(2β²): the bounds are far from the usual targets."""
-    low, high = default_bounds(normalize_advantage=True)
+    low, high = kl_coef_limits(None, normalize_advantage=True)
     assert 1 / (2 * high**2) < 0.001 / 1.5
     assert 1 / (2 * low**2) > 1.5 * 0.1
     # Without, β carries the unit of the rewards
-    assert default_bounds(normalize_advantage=False)[0] < low / 1000
-    assert default_bounds(normalize_advantage=False)[1] > high * 1000
+    assert kl_coef_limits(None, normalize_advantage=False)[0] < low / 1000
+    assert kl_coef_limits(None, normalize_advantage=False)[1] > high * 1000
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from sb3_adaptive_kl import (
 )
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
-from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
+from sb3_adaptive_kl.step import MinibatchMetrics
 from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}

@@ -13,8 +13,8 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl import step as step_module
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
-from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
+from sb3_adaptive_kl.step import MinibatchMetrics
 from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, parameters, remember
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}

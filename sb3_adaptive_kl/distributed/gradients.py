@@ -13,11 +13,9 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
-from sb3_adaptive_kl.training import measured_kl
+from sb3_adaptive_kl.step import CUTOFF, ComputeGradients, MinibatchMetrics, Settings, in_layout_of, optimized_parameters
 
 # Minibatches drawn ahead, whose moments are summed at once: a sum of three numbers takes as long as one of thousands
 N_AHEAD = 8
@@ -72,7 +70,7 @@ def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> 
     try:
         return compute()
     except ValueError:  # torch's distributions refuse the NaN of a diverged network
-        if math.isfinite(measured_kl(old_policy).mean):
+        if math.isfinite(old_policy.kl().mean):
             raise
         parameter = optimized_parameters(old_policy.policy.optimizer)[0]
         parameter.grad = th.full_like(parameter, math.nan)

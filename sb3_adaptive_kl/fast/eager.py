@@ -22,6 +22,8 @@ from sb3_adaptive_kl.step import optimized_parameters
 STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
 # Options of torch's optimizers: how a step is computed, unless the user chose
 DEFAULTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+# Adam's state of a parameter, besides its step count
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # How torch's errors begin when it samples from NaN: categoricals, and Bernoullis
 NAN_MESSAGES = ("probability tensor contains", "Expected p_in >= 0")
 
@@ -139,22 +141,22 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
         yield optimizer.step
         return
     parameters = optimized_parameters(optimizer)
-    # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not; and it knows no complex numbers
-    can_fuse = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in parameters)
-    # It reads parameters and moments as flat memory, so that they must have the same layout
-    can_fuse = can_fuse and all(
-        moment.stride() == parameter.stride()
-        for parameter in parameters
-        for moment in optimizer.state.get(parameter, {}).values()
-        if isinstance(moment, th.Tensor) and moment.dim() > 0
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not. It knows no complex numbers, and
+    # reads parameters and moments as flat memory, so that they must have the same layout
+    can_fuse = type(optimizer) in (th.optim.Adam, th.optim.AdamW) and all(
+        parameter.device.type == "cpu"
+        and parameter.is_floating_point()
+        and all(state[name].stride() == parameter.stride() for name in MOMENTS if name in state)
+        for parameter, state in zip(parameters, states, strict=True)
     )
-    flag = "fused" if type(optimizer) in (th.optim.Adam, th.optim.AdamW) and can_fuse else "foreach"
+    flag = "fused" if can_fuse else "foreach"
     # User code that listens to optimizer.step()
     listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
-    states = [optimizer.state.get(parameter) for parameter in parameters]
-    bare = flag == "fused" and not hooked and len(groups) == 1 and all(states) and len({float(s["step"]) for s in states}) == 1
+    counts = {float(state["step"]) if state else 0.0 for state in states}
+    bare = can_fuse and not hooked and len(groups) == 1 and not groups[0]["amsgrad"] and len(counts) == 1 and all(states)
     for group in groups:
         group[flag] = True
     try:
@@ -170,16 +172,14 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     """
     Take Adam's fused step without the bookkeeping of ``optimizer.step()``, which takes longer than the step itself.
 
-    :param optimizer: Adam or AdamW with one group, all of whose parameters have moved before, and equally often
+    :param optimizer: Adam or AdamW with one group, without amsgrad, all of whose parameters have moved equally often before
     :return: a context with a function that does what ``optimizer.step`` does, for one update: it reads the learning rate only
         now
     """
     (group,) = optimizer.param_groups
-    parameters = group["params"]
-    states = [optimizer.state[parameter] for parameter in parameters]
-    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-    moments.append([state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [])
-    options = {name: group[name] for name in ("lr", "amsgrad", "eps", "maximize", "weight_decay")}
+    parameters, states = group["params"], [optimizer.state[parameter] for parameter in group["params"]]
+    exp_avgs, exp_avg_sqs = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    options = {name: group[name] for name in ("lr", "eps", "maximize", "weight_decay", "amsgrad")}
     options["beta1"], options["beta2"] = group["betas"]
     kernel: Any = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
     count = states[0]["step"].clone()  # one for all: to advance every parameter's takes as long as the kernel
@@ -195,7 +195,7 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
             optimizer.step()
             return
         count.add_(1)
-        kernel(parameters, gradients, *moments, counts, **options)
+        kernel(parameters, gradients, exp_avgs, exp_avg_sqs, [], counts, **options)
 
     def stop() -> None:
         nonlocal is_bare

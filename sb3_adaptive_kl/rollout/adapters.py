@@ -6,16 +6,26 @@ measure A2C and TRPO, too.
 """
 
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.distributions import policy_distribution
+
+
+class Evaluation(NamedTuple):
+    """The policy's view of B transitions (padding removed), next to what the rollout remembers of them; shapes ``(B,)``."""
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None  # None where the distribution has no closed form
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    distribution: Any = None  # an ActionDistribution, unless the divergence only needs log-probabilities
 
 
 class PolicyAdapter:
@@ -59,23 +69,12 @@ class PolicyAdapter:
         """Tell transitions from padding, by a boolean mask, or ``None`` if there is no padding."""
         return None
 
-    def check_rollout(self, buffer: RolloutBuffer) -> None:
-        """Raise ValueError, with the reason and the remedy, for a rollout that cannot be trained on."""
-
 
 class MaskablePolicyAdapter(PolicyAdapter):
     """sb3-contrib's MaskablePPO: actions are evaluated under the masks they were drawn with."""
 
     def arguments(self, rollout_data: Any) -> dict[str, Any]:
         return {"action_masks": rollout_data.action_masks}
-
-    def check_rollout(self, buffer: Any) -> None:
-        forbidden = states_without_action(buffer.action_masks, buffer.action_space)
-        if forbidden > 0:
-            raise ValueError(
-                f"action_masks: in {forbidden} states of the rollout an action dimension has no valid choice left, so that an "
-                "invalid one was taken: let action_masks() allow at least one choice per dimension in every state"
-            )
 
 
 class RecurrentPolicyAdapter(PolicyAdapter):
@@ -118,22 +117,3 @@ def is_stock(owner: Any, name: str, packages: tuple[str, ...]) -> bool:
     if not isinstance(function, FunctionType) or not function.__globals__.get("__name__", "").startswith(packages):
         return False
     return bool(getattr(owner, name) == MethodType(function, owner))
-
-
-def states_without_action(action_masks: np.ndarray, action_space: spaces.Space[Any]) -> int:
-    """
-    Count the states in which an action dimension has nothing left to choose.
-
-    :param action_masks: shape (..., number of choices of all action dimensions together), 0 where a choice is invalid
-    :param action_space: Discrete, MultiDiscrete or MultiBinary (two choices per dimension)
-    :return: the number of such states
-    """
-    if isinstance(action_space, spaces.MultiDiscrete):
-        n_choices = action_space.nvec
-    elif isinstance(action_space, spaces.MultiBinary):
-        n_choices = np.full(action_masks.shape[-1] // 2, 2)
-    else:
-        n_choices = np.array([action_masks.shape[-1]])
-    first_choices = np.cumsum(n_choices) - n_choices
-    n_valid = np.add.reduceat(action_masks, first_choices, axis=-1)
-    return int((n_valid == 0).any(axis=-1).sum())

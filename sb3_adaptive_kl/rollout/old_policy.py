@@ -1,5 +1,6 @@
 """π_old, remembered for one rollout: what the policy is compared with while it moves and after it has moved."""
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -9,8 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.objective import Evaluation
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
+from sb3_adaptive_kl.rollout.adapters import Evaluation, PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import ActionDistribution, hidden_distribution_error, torch_distribution
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
 
@@ -52,7 +52,17 @@ class OldPolicy:
         self.needs_distribution = self._divergence.needs_distribution
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
-        self._remember()
+        before = torch_distribution(getattr(policy, "action_dist", None))
+        # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
+        with closing(sweep(policy, buffer, adapter, self.needs_distribution)) as evaluations:
+            for rollout_data, index, new in evaluations:
+                if not self.needs_distribution:
+                    continue
+                if self.distribution is None:
+                    self._check_distribution(rollout_data, new, before)
+                    # Filled in place: small tensors between the large ones of a network would leave holes in memory
+                    self.distribution = new.distribution.allocate(self._n_transitions)
+                self.distribution[index] = new.distribution
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -81,21 +91,12 @@ class OldPolicy:
         return divergence
 
     def kl(self) -> RolloutKL:
-        """Measure the policy, as it is now, on the whole rollout."""
-        divergence = self.divergence_on_rollout()
+        """Measure the policy, as it is now, on the whole rollout: NaN where its distributions are not valid any more."""
+        try:
+            divergence = self.divergence_on_rollout()
+        except ValueError:  # before the update they were, in this very sweep
+            return RolloutKL(math.nan, math.nan)
         return RolloutKL(divergence.mean().item(), divergence.max().item())
-
-    def _remember(self) -> None:
-        before = torch_distribution(getattr(self.policy, "action_dist", None))
-        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution)) as evaluations:
-            for rollout_data, index, new in evaluations:
-                if not self.needs_distribution:
-                    continue
-                if self.distribution is None:
-                    self._check_distribution(rollout_data, new, before)
-                    # Filled in place: small tensors between the large ones of a network would leave holes in memory
-                    self.distribution = new.distribution.allocate(self._n_transitions)
-                self.distribution[index] = new.distribution
 
     def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
         """
