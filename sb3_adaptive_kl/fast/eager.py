@@ -155,7 +155,7 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
-    counts = {float(state["step"]) if state else 0.0 for state in states}
+    counts = {float(state.get("step", 0)) for state in states}
     bare = can_fuse and not hooked and len(groups) == 1 and not groups[0]["amsgrad"] and len(counts) == 1 and all(states)
     for group in groups:
         group[flag] = True
