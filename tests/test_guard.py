@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch as th
+from stable_baselines3.common.distributions import CategoricalDistribution
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, losses, step
+from sb3_adaptive_kl.fast.eager import without_validation
 from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 
@@ -227,25 +229,51 @@ def test_nan_observation_is_caught_without_torchs_checks(case, kl_divergence):
     assert model.kl_coef == 2.0
 
 
-def test_checks_are_dropped_for_the_update_only():
-    """Of this policy, during train(), and in no other thread."""
-    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
-    seen = []
+def validated_while_training(model):
+    """Whether torch's distributions validate their arguments in each evaluation of an update."""
+    seen, evaluate = [], model.policy.evaluate_actions
 
-    def refused(*args):
-        with pytest.raises(ValueError, match="Expected parameter"):
-            th.distributions.Normal(th.tensor(math.nan), th.tensor(1.0))
-        seen.append(model.policy.action_dist.distribution._validate_args)
-        return 0.01
+    def watched(*args):
+        seen.append(th.distributions.Distribution._validate_args)
+        return evaluate(*args)
 
-    model.target_kl = refused
+    model.policy.evaluate_actions = watched
     model.train()
-    assert type(model.policy.action_dist.distribution) is th.distributions.Categorical
-    assert model.policy.action_dist.distribution._validate_args is False
-    assert "proba_distribution" not in vars(model.policy.action_dist)
+    return seen
+
+
+def test_checks_are_dropped_for_the_update_only():
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    assert set(validated_while_training(model)) == {False}
     assert th.distributions.Distribution._validate_args is True
     with pytest.raises(ValueError, match="Expected parameter"):
         model.policy.action_dist.proba_distribution(th.full((1, 4), math.nan))
+
+
+def test_checks_stay_as_the_user_has_set_them(monkeypatch):
+    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", False)
+    CASES["discrete"].build(AdaptiveKLPPO, **SMALL).learn(64)
+    assert th.distributions.Distribution._validate_args is False
+
+
+def test_checks_are_back_after_models_in_two_threads():
+    policies = [CASES["discrete"].build(AdaptiveKLPPO, **SMALL).policy for _ in range(2)]
+    first, second = map(without_validation, policies)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert th.distributions.Distribution._validate_args is True
+
+
+def test_distributions_of_the_user_are_validated():
+    class Own(CategoricalDistribution):
+        def proba_distribution(self, action_logits):
+            return super().proba_distribution(action_logits)
+
+    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
+    model.policy.action_dist = Own(4)
+    assert set(validated_while_training(model)) == {True}
 
 
 def test_warnings_point_at_the_line_that_trains(monkeypatch):

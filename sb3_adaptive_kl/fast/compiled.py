@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import STOCK_PACKAGES, fast_collection, unvalidated
+from sb3_adaptive_kl.fast.eager import STOCK_PACKAGES, fast_collection
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, is_stock
 from sb3_adaptive_kl.rollout.distributions import forget_distribution
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -179,8 +179,8 @@ def clipped_gradients(
 
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:
     """
-    Copy a policy for torch's compiler: it shares the networks, does not validate its distributions, and expects preprocessed
-    observations, since SB3's ``preprocess_obs`` reads NumPy arrays.
+    Copy a policy for torch's compiler: it shares networks and distribution, and expects preprocessed observations, since SB3's
+    ``preprocess_obs`` reads NumPy arrays.
 
     :param policy: the policy
     :param methods: the methods that will be called, ``ACTING`` or ``EVALUATING``
@@ -195,7 +195,6 @@ def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tupl
     if not all(is_stock(policy, name, STOCK_PACKAGES) for name in methods):
         return policy, lambda observations: observations
     twin = copy.copy(policy)
-    twin.action_dist = unvalidated(action_dist)
     space = policy.observation_space
     keys = space.spaces if isinstance(space, spaces.Dict) else None
     twin.observation_space = PREPROCESSED if keys is None else spaces.Dict(dict.fromkeys(keys, PREPROCESSED))
