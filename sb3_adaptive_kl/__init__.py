@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "sb3_contrib":
             raise
-        raise ImportError(f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'") from None
+        raise ImportError(f"{name} needs sb3-contrib: pip install sb3-contrib") from None
     return getattr(module, name)
 
 

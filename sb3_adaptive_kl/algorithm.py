@@ -4,6 +4,8 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 
 import math
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, Tenso
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
 from sb3_adaptive_kl.fast.eager import fast_collection
 from sb3_adaptive_kl.learning_rate import LearningRateRule
+from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 
@@ -103,6 +106,24 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew
         return [*super()._excluded_save_params(), "_compiler"]
+
+    @classmethod
+    def load(cls: type[SelfAlgorithm], path: Any, *args: Any, **kwargs: Any) -> SelfAlgorithm:
+        """
+        Load a saved model as SB3 does.
+
+        :param path: path to the file, or a file-like object
+        :param args: as for the host
+        :param kwargs: as for the host; arguments of the constructor replace the saved ones
+        """
+        # SB3 sets whatever it is given, a misspelled name too
+        blank: Any = cls(next(iter(cls.policy_aliases)), None, _init_setup_model=False)
+        known = {*signature(super().load).parameters, *vars(blank), *STATE}
+        for name in kwargs.keys() - known:
+            nearest = get_close_matches(name, known, n=1)
+            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+            warn_user(f"load({name}=...): {cls.__name__} has no such argument or attribute, it has no effect{hint}")
+        return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> Parameters:
         """

@@ -6,6 +6,7 @@ They stay on the algorithm as the user gave them; these functions interpret them
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -17,12 +18,15 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
+from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
 from sb3_adaptive_kl.step import Settings
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
+# Nobody who passes more means it
+MAX_SENSIBLE_TARGET_KL = 10.0
 # The clip range that follows the target
 OUTLIERS = "outliers"
 
@@ -55,6 +59,11 @@ def check_arguments(model: Any) -> None:
     penalty_rule(model.kl_rule)
     learning_rate_rule(model.learning_rate_rule)
     check_settings(model)
+    if is_number(model.target_kl) and model.target_kl > MAX_SENSIBLE_TARGET_KL:
+        warn_user(
+            f"target_kl={model.target_kl:g} nats restrains nothing: 0.02 corresponds to PPO's clip range, and beyond "
+            f"{MAX_SENSIBLE_TARGET_KL:g} a policy has little to do with the one that collected"
+        )
 
 
 def check_settings(model: Any) -> None:
@@ -198,10 +207,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     :param alternative: other valid values, in words
     """
     if not isinstance(value, str) or value not in choices:
-        nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"{name}={value!r} is unknown, did you mean {nearest!r}? Valid are {', '.join(map(repr, choices))}{alternative}"
-        )
+        nearest = get_close_matches(str(value).lower(), choices, n=1)
+        hint = _hint_for_text(value) or (f", did you mean {nearest[0]!r}?" if nearest else ".")
+        raise ValueError(f"{name}={value!r} is unknown{hint} Valid are {', '.join(map(repr, choices))}{alternative}")
 
 
 def is_number(value: Any) -> bool:
@@ -263,7 +271,20 @@ def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
-        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}")
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}{_hint_for_text(value) or f': {remedy}'}")
+
+
+def _hint_for_text(value: Any) -> str | None:
+    """Explain how to pass what a text means, if it means a number or a schedule."""
+    if not isinstance(value, str):
+        return None
+    if re.fullmatch(r"(clip_)?(lin_)?[\d.]+", value) and not value[0].isdigit():
+        return ": only the zoo's yml files and -params read this form, here it is a function of the remaining progress."
+    try:
+        float(value)
+    except ValueError:
+        return None
+    return ": pass it without quotes."
 
 
 def _check_schedule(name: str, value: Any, remedy: str) -> None:

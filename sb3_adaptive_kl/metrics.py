@@ -36,6 +36,13 @@ class UpdateMetrics:
         # One of infinite norm is clipped to a step of length 0: the parameters would stay finite, and the same, forever
         return not self._grad_norms or bool(th.stack(self._grad_norms).isfinite().all())
 
+    def clip_fraction(self) -> float:
+        """Read the mean share of ratios that were clipped, 0 without a clip range."""
+        n_metrics = len(self._minibatches[0]) if self._minibatches else 0
+        if n_metrics < len(MinibatchMetrics._fields):
+            return 0.0
+        return th.stack(self._minibatches)[:, -1].mean().item()
+
     def kls(self, minibatches: slice) -> list[float]:
         """Read the KL of some minibatches of the update, each before its step and beyond the KL at rest, in nats."""
         # One synchronization with the device

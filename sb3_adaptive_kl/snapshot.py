@@ -10,7 +10,7 @@ from sb3_adaptive_kl.step import optimized_parameters
 
 class Snapshot:
     """
-    The parameters, buffers and optimizer state of a policy at one moment.
+    The trainable parameters, the buffers and the optimizer state of a policy at one moment.
 
     :param policy: the policy to copy from, and to restore
     """
@@ -18,10 +18,10 @@ class Snapshot:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.optimizer = policy.optimizer
         # Not copy.deepcopy(policy): gSDE's exploration matrices and the last distribution carry a graph. Not state_dict():
-        # it leaves out non-persistent buffers, and may hold things that are not tensors. A dict keeps each tensor once:
-        # the optimizer may move parameters that the policy does not have
-        tensors = [*policy.parameters(), *policy.buffers(), *optimized_parameters(policy.optimizer)]
-        self.tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        # it leaves out non-persistent buffers, and may hold things that are not tensors. Of the parameters only those that a
+        # step can move, which the policy need not have: a frozen backbone may be large
+        moved = filter(lambda parameter: parameter.requires_grad, optimized_parameters(policy.optimizer))
+        self.tensors = [*moved, *policy.buffers()]
         self.saved = [tensor.detach().clone() for tensor in self.tensors]
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 

@@ -56,7 +56,7 @@ def shorten_step(
     moved = [
         (tensor, old, tensor.detach().clone())
         for tensor, old in zip(snapshot.tensors, snapshot.saved, strict=True)
-        if tensor.is_floating_point() and not th.equal(tensor, old)
+        if (tensor.is_floating_point() or tensor.is_complex()) and not th.equal(tensor, old)
     ]
     actor = [step for step in moved if id(step[0]) not in critic]
     shortened = _shorten(actor, measure_kl, kl, limit)
@@ -137,7 +137,7 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
         with preserve_random_state():
-            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED, adapter.keep_sequences_whole))
+            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED))
             new = adapter.evaluate(policy, rollout_data, needs_distribution=False)
             by_value, by_action = (_reached(output.sum(), parameters) for output in (new.values, new.log_prob))
     finally:

@@ -35,14 +35,27 @@ from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
-from sb3_adaptive_kl.rollout.minibatches import minibatches
+from sb3_adaptive_kl.rollout.minibatches import minibatches, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
 from sb3_adaptive_kl.step import Settings
 from sb3_adaptive_kl.step_back import critic_parameters, shorten_step
 
+# Why an update is undone: what it produced, and what to do
+NOT_FINITE = (
+    "a non-finite KL divergence, gradient or parameter",
+    "learning_rate={learning_rate:g} is too high, or rewards or observations are extreme or NaN: lower learning_rate by a "
+    "factor of 10, wrap the environment in VecNormalize, or find the NaN with VecCheckNan",
+)
+ABOVE_CEILING = (
+    "a KL divergence above kl_ceiling at any step length",
+    "the actor depends on something that is neither a parameter nor a buffer, or that is random in eval mode, as F.dropout(x) "
+    "is: pass training=self.training, or kl_ceiling=None",
+)
 # Stop training after this many undone updates in a row
 MAX_UNDONE_IN_A_ROW = 5
+# A clip range acts if it clips at least this share of the ratios. At the target, the outlier clip clips some 5 %
+MIN_CLIP_FRACTION = 0.01
 
 
 class KLPenaltyTraining(KLPenaltyAlgorithm):
@@ -73,6 +86,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         with without_validation(self.policy):
             snapshot = Snapshot(self.policy)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence)
+            if self._n_updates == 0:
+                warn_if_random(old_policy, settings.target_kl)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
@@ -85,17 +100,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
             if not (math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()):
-                problem = "a non-finite KL divergence, gradient or parameter"
+                problem = NOT_FINITE
             elif raw_kl > limit:
                 critic = self._critic_parameters(old_policy)
                 self.step_scale, kl = shorten_step(snapshot, critic, partial(self._measure_kl, old_policy), raw_kl, limit)
-                # The actor depends on something that is not scaled. (Unless the target is 0: then the policy is the old one,
-                # and rounding is measured)
+                # (Unless the target is 0: then the policy is the old one, and rounding is measured)
                 if not kl.mean <= limit and settings.target_kl > MIN_SCHEDULED_TARGET_KL:
-                    problem = (
-                        "a KL divergence above kl_ceiling at any step length (the actor depends on something that is neither "
-                        "a parameter nor a buffer)"
-                    )
+                    problem = ABOVE_CEILING
 
         if problem is not None:
             snapshot.restore()
@@ -108,9 +119,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         rule_kl = raw_kl if problem is None else math.inf
         self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
+        if side < 0 and metrics.clip_fraction() > MIN_CLIP_FRACTION:  # the clip ends updates below the target, as it should
+            side = 0
         self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, side)
-        if side > 0 or self.clip_range is None:  # a clip may end updates below the target, as it should
-            warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
+        warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
         self._adapt_learning_rate(rule_kl, settings.target_kl)
         self._warn_or_give_up(problem)
 
@@ -210,26 +222,37 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         if rule is not None:
             self.learning_rate_scale = next_scale(rule, self.learning_rate_scale, kl, target_kl)
 
-    def _warn_or_give_up(self, problem: str | None) -> None:
+    def _warn_or_give_up(self, problem: tuple[str, str] | None) -> None:
         """
         Warn about an undone update, or stop after too many in a row.
 
-        :param problem: what the update produced, or ``None`` if it was kept
+        :param problem: what the update produced and the remedy, or ``None`` if it was kept
         :raises ValueError: after ``MAX_UNDONE_IN_A_ROW`` undone updates
         """
         self._undone_in_a_row = 0 if problem is None else self._undone_in_a_row + 1
+        if problem is None:
+            return
+        produced, remedy = problem[0], problem[1].format(learning_rate=self.policy.optimizer.param_groups[0]["lr"])
+        if self._undone_in_a_row == 1:
+            warn_user(
+                f"The update at {self.num_timesteps} timesteps produced {produced} and was undone. The next one uses "
+                f"kl_coef={self.kl_coef:g}. If this persists, {remedy}."
+            )
         if self._undone_in_a_row == MAX_UNDONE_IN_A_ROW:
             self._undone_in_a_row = 0  # a caller who catches this and lowers the learning rate starts afresh
-            learning_rate = self.policy.optimizer.param_groups[0]["lr"]
             raise ValueError(
-                f"{MAX_UNDONE_IN_A_ROW} updates in a row were undone, the last because it produced {problem}; the policy was "
-                f"restored to its last valid state. learning_rate={learning_rate:g} is too high, or rewards or observations "
-                "are extreme or NaN: lower learning_rate by a factor of 10, wrap the environment in VecNormalize, or find the "
-                "NaN with VecCheckNan"
+                f"{MAX_UNDONE_IN_A_ROW} updates in a row were undone, the last because it produced {produced}; the policy was "
+                f"restored to its last valid state. {remedy[0].upper()}{remedy[1:]}"
             )
-        if problem is not None:
-            warn_user(
-                f"The update at {self.num_timesteps} timesteps produced {problem} and was undone. "
-                f"The next one uses kl_coef={self.kl_coef:g}. If this persists, lower learning_rate, or look for extreme "
-                "or NaN observations and rewards."
-            )
+
+
+def warn_if_random(old_policy: OldPolicy, target_kl: float) -> None:
+    """Warn if a policy differs from itself: before its first step, it is measured with other random numbers."""
+    with preserve_random_state():
+        th.rand(())
+        kl = old_policy.kl().mean
+    if kl > target_kl / 10:
+        warn_user(
+            f"The policy's KL divergence from itself is {kl:.2g}: it is random in eval mode, too, as F.dropout(x) makes it "
+            f"(pass training=self.training). A target_kl of {target_kl:g} cannot be held."
+        )

@@ -131,7 +131,7 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == f"{name} needs sb3-contrib: pip install 'sb3-adaptive-kl[contrib]'"
+    assert output.strip() == f"{name} needs sb3-contrib: pip install sb3-contrib"
 
 
 def test_the_three_algorithms_share_one_train_step():

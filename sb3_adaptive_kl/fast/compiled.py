@@ -20,9 +20,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import STOCK_PACKAGES, fast_collection
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, is_stock
-from sb3_adaptive_kl.rollout.distributions import forget_distribution
+from sb3_adaptive_kl.fast.eager import fast_collection
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import (
     ComputeGradients,
@@ -48,6 +48,7 @@ class Compiler:
         self._act = Compiled(act, self.compilation)
         self._clipped_gradients = Compiled(clipped_gradients, self.compilation)
         self._settings: tuple[Settings, Settings] | None = None
+        self._warned = False
 
     @contextmanager
     def compiled_gradients(
@@ -62,6 +63,12 @@ class Compiler:
         :return: a context with a function that computes the same up to rounding
         """
         plain = partial(compute_gradients, policy, adapter, old_policy)
+        if listened := listened_parameter(policy):
+            if not self._warned:
+                self.compilation.warn(f"only backward() calls the hooks on {listened}: training runs uncompiled")
+            self._warned = True
+            yield plain
+            return
         twin, preprocess = compilable_copy(policy, EVALUATING)
         parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
 
@@ -93,7 +100,7 @@ class Compiler:
         :param policy: the policy that collects
         """
         with fast_collection(policy):
-            if not all(is_stock(policy, name, STOCK_PACKAGES) for name in ACTING):
+            if not all(is_stock(policy, name) for name in ACTING):
                 yield
                 return
             policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign,assignment]
@@ -127,6 +134,8 @@ class CompiledForward:
         self.act = compiled_act
 
     def __call__(self, observations: Any, *args: Any, **kwargs: Any) -> Any:
+        if th.jit.is_tracing() or th.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]  # a callback exports
+            return type(self.policy).forward(self.policy, observations, *args, **kwargs)
         observations = self.preprocess(observations)
         # Masks: torch compiles functions of tensors only
         kwargs = {name: th.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
@@ -177,6 +186,15 @@ def clipped_gradients(
     return list(map(in_layout_of, parameters, clipped)), metrics, norm
 
 
+def listened_parameter(policy: ActorCriticPolicy) -> str | None:
+    """Name a parameter with hooks on its gradient, which ``th.autograd.grad`` would not call."""
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
+    for parameter in optimized_parameters(policy.optimizer):
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return names.get(id(parameter), "a parameter of the optimizer")
+    return None
+
+
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:
     """
     Copy a policy for torch's compiler: it shares networks and distribution, and expects preprocessed observations, since SB3's
@@ -192,7 +210,7 @@ def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tupl
     # SB3 takes the choices of MultiDiscrete from a NumPy array; torch cannot compile a split by NumPy's integers
     if isinstance(n_choices := getattr(action_dist, "action_dims", None), list):
         action_dist.action_dims = [int(n) for n in n_choices]
-    if not all(is_stock(policy, name, STOCK_PACKAGES) for name in methods):
+    if not all(is_stock(policy, name) for name in methods):
         return policy, lambda observations: observations
     twin = copy.copy(policy)
     space = policy.observation_space

@@ -15,10 +15,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import Distribution
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_adaptive_kl.rollout.adapters import is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock
 from sb3_adaptive_kl.step import optimized_parameters
 
-STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
 # Options of torch's optimizers: how a step is computed, unless the user chose
 DEFAULTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # Adam's state of a parameter, besides its step count
@@ -77,7 +76,7 @@ def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
 
     :param policy: the model's policy. A distribution of the user's may rely on being validated. The caller checks for NaN
     """
-    is_stocks = is_stock(getattr(policy, "action_dist", None), "proba_distribution", STOCK_PACKAGES)
+    is_stocks = is_stock(getattr(policy, "action_dist", None), "proba_distribution")
     # Where it is off, it stays off. (To restore what was found would leave it off if models in two threads overlap)
     if not is_enabled() or not is_stocks or not Distribution._validate_args:
         yield

@@ -5,7 +5,6 @@ An adapter has no state. It fits every algorithm with that kind of policy and ro
 measure A2C and TRPO, too.
 """
 
-from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch as th
@@ -101,19 +100,3 @@ def taken_actions(policy: ActorCriticPolicy, rollout_data: Any) -> th.Tensor:
     """
     actions: th.Tensor = rollout_data.actions
     return actions.long().flatten() if isinstance(policy.action_space, spaces.Discrete) else actions.float()
-
-
-def is_stock(owner: Any, name: str, packages: tuple[str, ...]) -> bool:
-    """
-    Tell SB3's code from the user's, which may rely on more than its result.
-
-    :param owner: a policy, an action distribution, or a buffer
-    :param name: name of a method
-    :param packages: prefixes of the modules that count as SB3's
-    :return: whether the method is written in one of them, and not overridden, wrapped or replaced on the instance
-    """
-    function = getattr(type(owner), name, None)
-    # Not by its __module__, which functools.wraps copies to a wrapper
-    if not isinstance(function, FunctionType) or not function.__globals__.get("__name__", "").startswith(packages):
-        return False
-    return bool(getattr(owner, name) == MethodType(function, owner))

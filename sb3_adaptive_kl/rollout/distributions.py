@@ -9,6 +9,7 @@ not: a Bernoulli is a categorical with two outcomes).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch as th
@@ -18,6 +19,9 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl
+
+# Prefixes of the modules that count as SB3's
+STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
 
 SelfActionDistribution = TypeVar("SelfActionDistribution", bound="ActionDistribution")
 
@@ -105,19 +109,48 @@ def action_distribution(distribution: Distribution | None) -> ActionDistribution
     :raises ValueError: if it is of a family without an exact KL here
     """
     held = torch_distribution(distribution)
+    # Several independent actions per state, such as those of several agents, are put side by side
     if isinstance(held, Normal):
-        return DiagGaussian(held.loc, held.scale)
+        return DiagGaussian(held.loc.flatten(1), held.scale.flatten(1))
     if isinstance(held, Bernoulli):
         # log-sigmoid, not log(probs): float32 rounds the probability of a logit above 17 to 1
-        return Categoricals(th.cat([F.logsigmoid(-held.logits), F.logsigmoid(held.logits)], dim=1))
+        logits = held.logits.flatten(1)
+        return Categoricals(th.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1))
     categoricals = held if isinstance(held, list) else [held]
     if all(isinstance(categorical, Categorical) for categorical in categoricals):
-        logits = [categorical.logits for categorical in categoricals]
-        return Categoricals(_finite(logits[0] if len(logits) == 1 else th.cat(logits, dim=1)))
-    raise ValueError(
-        f"kl_divergence: no closed-form KL is implemented for the action distribution {type(distribution).__name__} "
-        f"(it holds {type(held).__name__}): pass kl_divergence='k3', which needs only log-probabilities"
+        all_logits = [categorical.logits.flatten(1) for categorical in categoricals]
+        return Categoricals(_finite(all_logits[0] if len(all_logits) == 1 else th.cat(all_logits, dim=1)))
+    raise no_closed_form_error(distribution)
+
+
+def no_closed_form_error(distribution: Distribution | None) -> ValueError:
+    """Describe a distribution whose KL divergence is not known here."""
+    held = torch_distribution(distribution)
+    return ValueError(
+        f"kl_divergence: no closed-form KL is implemented for the action distribution {type(distribution).__name__} (it holds "
+        f"{type(held).__name__}, and its log_prob may have other parts): pass kl_divergence='k3', which needs only "
+        "log-probabilities"
     )
+
+
+def closed_form_log_prob(distribution: Distribution, actions: th.Tensor) -> th.Tensor:
+    """
+    Compute the log-probability of actions under the distributions that ``action_distribution`` compares.
+
+    :param distribution: of SB3, of sb3-contrib, or of the user's, evaluated for B states
+    :param actions: shape (B, ...)
+    :return: shape (B,), or NaN if only the user's code can tell
+    """
+    held = torch_distribution(distribution)
+    families = held if isinstance(held, list) else [held]
+    # A subclass of the user's may add a part, such as a second action, to what its base computes, or change torch's family
+    bases: Any = type(distribution).__mro__
+    stock = next(base for base in bases if base.__module__.startswith(STOCK_PACKAGES) or base is object)
+    if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for family in families):
+        return actions.new_full((len(actions),), th.nan, dtype=th.float32)
+    log_prob: th.Tensor
+    log_prob = held.log_prob(actions) if stock in (Distribution, object) else stock.log_prob(distribution, actions)
+    return log_prob.flatten(1).sum(dim=1) if log_prob.dim() > 1 else log_prob
 
 
 def torch_distribution(distribution: Distribution | None) -> Any:
@@ -142,3 +175,19 @@ def forget_distribution(policy: ActorCriticPolicy) -> None:
 def _finite(log_probs: th.Tensor) -> th.Tensor:
     """Replace −inf (impossible outcomes) by the most negative float, so that p log p and its gradient are 0 and not NaN."""
     return log_probs.clamp(min=th.finfo(log_probs.dtype).min)
+
+
+def is_stock(owner: Any, name: str, packages: tuple[str, ...] = STOCK_PACKAGES) -> bool:
+    """
+    Tell SB3's code from the user's, which may rely on more than its result.
+
+    :param owner: a policy, an action distribution, or a buffer
+    :param name: name of a method
+    :param packages: prefixes of the modules that count as SB3's
+    :return: whether the method is written in one of them, and not overridden, wrapped or replaced on the instance
+    """
+    function = getattr(type(owner), name, None)
+    # Not by its __module__, which functools.wraps copies to a wrapper
+    if not isinstance(function, FunctionType) or not function.__globals__.get("__name__", "").startswith(packages):
+        return False
+    return bool(getattr(owner, name) == MethodType(function, owner))

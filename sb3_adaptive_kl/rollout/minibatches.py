@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_adaptive_kl.rollout.adapters import is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock
 
 # Draw at most this many bytes of the rollout at a time: images would otherwise be in memory twice
 BLOCK_BYTES = 2**21

@@ -11,7 +11,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.rollout.adapters import Evaluation, PolicyAdapter, taken_actions
-from sb3_adaptive_kl.rollout.distributions import ActionDistribution, hidden_distribution_error, torch_distribution
+from sb3_adaptive_kl.rollout.distributions import (
+    ActionDistribution,
+    closed_form_log_prob,
+    hidden_distribution_error,
+    no_closed_form_error,
+    torch_distribution,
+)
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
 
 # Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
@@ -100,16 +106,20 @@ class OldPolicy:
 
     def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
         """
-        Check that ``policy.action_dist`` is what the policy's ``evaluate_actions`` has just used.
+        Check that the divergence is that of the distribution which the policy's ``evaluate_actions`` has just used.
 
-        :raises ValueError: if the policy left another distribution there, or none
+        :raises ValueError: if the policy left another one in ``policy.action_dist``, or none, or one with a part elsewhere
         """
-        if torch_distribution(self.policy.action_dist) is not before:
-            log_prob = self.policy.action_dist.log_prob(taken_actions(self.policy, rollout_data))
+        action_dist, actions = self.policy.action_dist, taken_actions(self.policy, rollout_data)
+
+        def agrees(log_prob: th.Tensor) -> bool:
             valid = self.adapter.valid(rollout_data)
-            if th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all():
-                return
-        raise hidden_distribution_error(self.policy)
+            return bool(th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all())
+
+        if torch_distribution(action_dist) is not before and agrees(closed_form_log_prob(action_dist, actions)):
+            return
+        known = torch_distribution(action_dist) is not before and agrees(action_dist.log_prob(actions))
+        raise no_closed_form_error(action_dist) if known else hidden_distribution_error(self.policy)
 
 
 def sweep(
