@@ -19,8 +19,8 @@ from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
 from sb3_adaptive_kl.messages import warn_user
+from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
-from sb3_adaptive_kl.step import Settings
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
@@ -207,7 +207,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     :param alternative: other valid values, in words
     """
     if not isinstance(value, str) or value not in choices:
-        nearest = get_close_matches(str(value).lower(), choices, n=1)
+        nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
         hint = _hint_for_text(value) or (f", did you mean {nearest[0]!r}?" if nearest else ".")
         raise ValueError(f"{name}={value!r} is unknown{hint} Valid are {', '.join(map(repr, choices))}{alternative}")
 
@@ -271,20 +271,15 @@ def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
-        raise ValueError(f"{name}={value!r} must be a finite number {requirement}{_hint_for_text(value) or f': {remedy}'}")
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}{_hint_for_text(value) or ':'} {remedy}")
 
 
 def _hint_for_text(value: Any) -> str | None:
-    """Explain how to pass what a text means, if it means a number or a schedule."""
-    if not isinstance(value, str):
+    """Explain how to pass what a text means, if it means a number or one of the zoo's forms."""
+    match = re.fullmatch(r"((?:clip_)?(?:lin_)?)\d*\.?\d+(?:e-?\d+)?", value) if isinstance(value, str) else None
+    if match is None:
         return None
-    if re.fullmatch(r"(clip_)?(lin_)?[\d.]+", value) and not value[0].isdigit():
-        return ": only the zoo's yml files and -params read this form, here it is a function of the remaining progress."
-    try:
-        float(value)
-    except ValueError:
-        return None
-    return ": pass it without quotes."
+    return ": only the zoo's yml files and -params read this form." if match[1] else ": pass it without quotes."
 
 
 def _check_schedule(name: str, value: Any, remedy: str) -> None:

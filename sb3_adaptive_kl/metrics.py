@@ -3,7 +3,7 @@
 import torch as th
 from stable_baselines3.common.logger import Logger
 
-from sb3_adaptive_kl.step import MinibatchMetrics, Settings
+from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 
 
 class UpdateMetrics:

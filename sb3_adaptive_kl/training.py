@@ -34,11 +34,11 @@ from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
 from sb3_adaptive_kl.rollout.minibatches import minibatches, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
-from sb3_adaptive_kl.step import Settings
 from sb3_adaptive_kl.step_back import critic_parameters, shorten_step
 
 # Why an update is undone: what it produced, and what to do
@@ -242,17 +242,18 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self._undone_in_a_row = 0  # a caller who catches this and lowers the learning rate starts afresh
             raise ValueError(
                 f"{MAX_UNDONE_IN_A_ROW} updates in a row were undone, the last because it produced {produced}; the policy was "
-                f"restored to its last valid state. {remedy[0].upper()}{remedy[1:]}"
+                f"restored to its last valid state: {remedy}"
             )
 
 
 def warn_if_random(old_policy: OldPolicy, target_kl: float) -> None:
-    """Warn if a policy differs from itself: before its first step, it is measured with other random numbers."""
+    """Warn if two measurements of a policy before its first step, with other random numbers, differ."""
+    first = old_policy.kl().mean
     with preserve_random_state():
         th.rand(())
-        kl = old_policy.kl().mean
-    if kl > target_kl / 10:
+        second = old_policy.kl().mean
+    if abs(second - first) > target_kl / 10:
         warn_user(
-            f"The policy's KL divergence from itself is {kl:.2g}: it is random in eval mode, too, as F.dropout(x) makes it "
-            f"(pass training=self.training). A target_kl of {target_kl:g} cannot be held."
+            f"The policy's KL divergence from itself is {first:.2g} once and {second:.2g} the next time: it is random in eval "
+            "mode, too, as F.dropout(x) makes it (pass training=self.training), and its KL divergence cannot be controlled."
         )

@@ -19,8 +19,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.objective import MinibatchMetrics, objective
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import MinibatchMetrics, objective
 from tests.ranks import Ranks
 
 # For tests of compile=True; with an older torch it warns and does not compile

@@ -16,6 +16,7 @@ from sb3_adaptive_kl import (
     FixedPenalty,
     MaskableAdaptiveKLPPO,
     RecurrentAdaptiveKLPPO,
+    clip_equivalent_target,
 )
 from sb3_adaptive_kl.arguments import settings_at
 from tests.conftest import CASES
@@ -26,7 +27,11 @@ BAD = [
     ({"target_kl": math.nan}, r"target_kl=nan"),
     ({"target_kl": math.inf}, r"target_kl=inf"),
     ({"target_kl": None}, r"target_kl=None"),
-    ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*LinearSchedule\(0.02, 0.0, 1.0\)"),
+    ({"target_kl": "lin_0.02"}, r"target_kl='lin_0.02'.*only the zoo's yml files.*LinearSchedule\(0.02, 0.0, 1.0\)"),
+    ({"target_kl": "0.03"}, r"target_kl='0.03' must be a finite number > 0.*: pass it without quotes"),
+    ({"clip_range": "0.2"}, r"clip_range='0.2' is unknown: pass it without quotes. Valid are 'outliers', a positive number"),
+    ({"clip_range": "clip_0.2"}, r"clip_range='clip_0.2' is unknown: only the zoo's yml files and -params read this form"),
+    ({"kl_rule": "foo"}, r"kl_rule='foo' is unknown. Valid are 'adaptive', 'fixed'"),
     ({"target_kl": True}, r"target_kl=True"),
     ({"target_kl": 10**400}, r"target_kl=1000"),
     ({"kl_ceiling": 0.9}, r"kl_ceiling=0.9.*>= 1.*1.5 is the edge"),
@@ -200,3 +205,16 @@ def test_model_of_ppo_that_is_loaded_needs_a_target(tmp_path):
     assert loaded.clip_range(1.0) == pytest.approx(0.2)  # it clips as PPO did
     loaded.learn(64)
     assert AdaptiveKLPPO.load(tmp_path / "model", target_kl=0.01, clip_range=None).clip_range is None
+
+
+def test_a_target_that_restrains_nothing_is_told():
+    with pytest.warns(UserWarning, match=r"target_kl=200 nats restrains nothing"):
+        CASES["box"].build(AdaptiveKLPPO, target_kl=clip_equivalent_target(20))
+
+
+def test_a_misspelled_argument_of_load_is_told(tmp_path):
+    CASES["box"].build(AdaptiveKLPPO).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"load\(kl_target=...\).*has no effect, did you mean 'target_kl'\?"):
+        AdaptiveKLPPO.load(tmp_path / "model", kl_target=0.05)
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", target_kl=0.05, num_timesteps=3, kl_coef=2.0, device="cpu")
+    assert (loaded.target_kl, loaded.num_timesteps, loaded.kl_coef) == (0.05, 3, 2.0)

@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch as th
 from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, losses, step
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, objective, step
 from sb3_adaptive_kl.fast.eager import without_validation
 from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
@@ -21,7 +22,7 @@ def optimizer_state(model):
 
 
 def with_nan_loss(monkeypatch):
-    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -69,7 +70,7 @@ def test_parameter_lost_where_the_kl_cannot_see_it(monkeypatch):
             model.policy.value_net.bias.fill_(th.inf)
 
     monkeypatch.setattr(model.policy.optimizer, "step", overflowing_step)
-    monkeypatch.setattr(losses, "value_loss", lambda *args: th.zeros((), requires_grad=True))
+    monkeypatch.setattr(objective, "value_loss", lambda *args: th.zeros((), requires_grad=True))
     with pytest.warns(UserWarning, match="undone"):
         model.train()
     assert math.isfinite(logged(model)["kl"])
@@ -78,7 +79,7 @@ def test_parameter_lost_where_the_kl_cannot_see_it(monkeypatch):
 
 def test_step_of_length_zero_is_not_taken_for_a_sound_one(monkeypatch):
     """A gradient norm beyond float32 is clipped to 0: nothing would ever move, and nothing would be NaN."""
-    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: 1e30 * ratio.mean())
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: 1e30 * ratio.mean())
     model = collect(CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **SMALL))
     with pytest.warns(UserWarning, match="undone"):
         model.train()
@@ -223,7 +224,7 @@ def test_nan_observation_is_caught_without_torchs_checks(case, kl_divergence):
     """One NaN among 64 observations: torch's distributions do not refuse it during an update, so the guard must."""
     model = with_nan_observation(collect(FAMILIES[case].build(AdaptiveKLPPO, kl_divergence=kl_divergence, **SMALL)))
     before = parameters(model)
-    with pytest.warns(UserWarning, match="was undone.*NaN observations"):
+    with pytest.warns(UserWarning, match="was undone.*observations are extreme or NaN"):
         model.train()
     assert th.equal(parameters(model), before)
     assert model.kl_coef == 2.0
@@ -282,3 +283,26 @@ def test_warnings_point_at_the_line_that_trains(monkeypatch):
     with pytest.warns(UserWarning, match="undone") as caught:
         model.learn(64)
     assert {warning.filename for warning in caught if "undone" in str(warning.message)} == {__file__}
+
+
+class AlwaysRandom(FlattenExtractor):
+    """Dropout as a function, which is on in eval mode, too."""
+
+    def forward(self, observations):
+        return th.nn.functional.dropout(super().forward(observations), 0.5)
+
+
+def test_a_policy_that_is_random_in_eval_mode_is_named():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": AlwaysRandom}, **SMALL)
+    model.policy.action_net.weight.data *= 100
+    with pytest.warns(UserWarning, match=r"KL divergence from itself is .* random in eval mode.*F.dropout") as caught:
+        model.learn(2 * 64)
+    assert len(caught) == 1
+
+
+def test_an_undone_update_is_told_once_before_the_error(monkeypatch):
+    with_nan_loss(monkeypatch)
+    model = CASES["discrete"].build(AdaptiveKLPPO, **SMALL)
+    with pytest.warns(UserWarning, match="undone") as caught, pytest.raises(ValueError, match="5 updates in a row"):
+        model.learn(64 * MAX_UNDONE_IN_A_ROW)
+    assert len(caught) == 1

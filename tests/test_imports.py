@@ -33,7 +33,7 @@ def imports(module: str) -> set[str]:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0], "relative import"
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    # `from sb3_adaptive_kl import losses` imports a module of ours by its name
+    # `from sb3_adaptive_kl import step` imports a module of ours by its name
     names += [
         f"sb3_adaptive_kl.{alias.name}"
         for node in ast.walk(tree)
@@ -46,7 +46,7 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it
 LAYERS = (
-    ("messages", "penalty", "learning_rate", "clip_range", "divergences", "losses"),
+    ("messages", "penalty", "learning_rate", "clip_range", "divergences"),
     ("objective", "control", "rollout.distributions"),
     ("arguments", "metrics", "rollout.adapters"),
     ("rollout.minibatches", "fast.compilation"),
@@ -84,7 +84,7 @@ def test_every_module_has_its_layer():
 
 def test_the_mathematics_is_free_of_the_framework():
     assert imports("penalty") | imports("learning_rate") <= {"math", "numbers", "dataclasses", "typing", "collections.abc"}
-    for module in ("divergences", "losses", "objective"):
+    for module in ("divergences", "objective"):
         foreign = {name for name in imports(module) if not name.startswith("sb3_adaptive_kl.")}
         assert foreign <= {"torch", "torch.nn", "typing", "collections.abc"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, losses
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, objective
 from tests.conftest import CASES, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -72,7 +72,7 @@ def test_without_a_rule_nothing_is_logged_or_changed():
 
 
 def test_an_update_that_was_undone_lowers_it(monkeypatch):
-    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
     with pytest.warns(UserWarning, match="undone"):
         model.train()
@@ -137,7 +137,7 @@ def test_users_rule_that_returns_no_factor_is_named(returned):
 
 
 def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
-    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
 
     def rule(scale, kl, target_kl):
         return scale * (target_kl / kl) ** 0.5

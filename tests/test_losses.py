@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import losses
+from sb3_adaptive_kl import objective as losses
 
 
 def test_surrogate_loss():

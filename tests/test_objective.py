@@ -7,8 +7,7 @@ import pytest
 import torch as th
 
 from sb3_adaptive_kl.fast.compiled import as_tensors
-from sb3_adaptive_kl.rollout.adapters import Evaluation
-from sb3_adaptive_kl.step import Settings, objective
+from sb3_adaptive_kl.objective import Evaluation, Settings, objective
 
 RATIO = th.tensor([1.5, 0.5, 1.0, 1.0])
 NEW = Evaluation(

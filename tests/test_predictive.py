@@ -14,13 +14,13 @@ from sb3_adaptive_kl import (
     PenaltyRule,
     PredictivePenalty,
     RecurrentAdaptiveKLPPO,
-    losses,
+    objective,
     step,
 )
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
-from sb3_adaptive_kl.step import MinibatchMetrics
 from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4}
@@ -102,7 +102,7 @@ def test_users_rule_with_wrong_segments_is_named(segments):
 
 def test_an_undone_update_raises_the_coefficient_once(monkeypatch):
     """And not at every segment, from 1 to the upper bound."""
-    monkeypatch.setattr(losses, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
     model = collect(CASES["box"].build(AdaptiveKLPPO, kl_rule="predictive", **SMALL))
     with pytest.warns(UserWarning, match="undone"):
         model.train()

@@ -13,8 +13,8 @@ from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl import step as step_module
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
+from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
-from sb3_adaptive_kl.step import MinibatchMetrics
 from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, parameters, remember
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
@@ -61,14 +61,16 @@ def test_rule_is_applied_once_with_what_was_measured():
     assert logged(model)["kl_coef"] == 3.0
 
 
-@pytest.mark.parametrize(("clip_range", "n_warnings"), [(None, 1), ("outliers", 0)])
-def test_lower_bound_is_normal_with_a_clip_range(clip_range, n_warnings):
+@pytest.mark.parametrize(("clip_range", "learning_rate", "n_warnings"), [(None, 1e-9, 1), (0.2, 1e-9, 1), (1e-9, 1e-6, 0)])
+def test_lower_bound_is_normal_where_a_clip_range_acts(clip_range, learning_rate, n_warnings):
     """The clip ends updates below the target, where β has nothing to restrain."""
-    model = CASES["box"].build(AdaptiveKLPPO, clip_range=clip_range, init_kl_coef=1 / 32, learning_rate=1e-9, **SMALL)
+    kwargs = {"clip_range": clip_range, "learning_rate": learning_rate, "init_kl_coef": 1 / 32, **SMALL}
+    model = CASES["box"].build(AdaptiveKLPPO, **kwargs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.learn(PATIENCE_AT_BOUND * SMALL["n_steps"])
     assert ["lower bound" in str(warning.message) for warning in caught] == [True] * n_warnings
+    assert (logged(model).get("clip_fraction", 0.0) > 0) == (n_warnings == 0)
 
 
 def test_rule_result_is_kept_within_bounds():

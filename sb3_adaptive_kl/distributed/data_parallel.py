@@ -38,9 +38,10 @@ from sb3_adaptive_kl.distributed.synchronization import (
     pooled,
     running_statistics,
 )
+from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
-from sb3_adaptive_kl.step import ComputeGradients, Settings
+from sb3_adaptive_kl.step import ComputeGradients
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 # What the update depends on besides arguments

@@ -13,9 +13,10 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
+from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import CUTOFF, ComputeGradients, MinibatchMetrics, Settings, in_layout_of, optimized_parameters
+from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
 
 # Minibatches drawn ahead, whose moments are summed at once: a sum of three numbers takes as long as one of thousands
 N_AHEAD = 8
@@ -116,6 +117,6 @@ def normalized_over_ranks(
         stds = ((squares - n * means.square()) / (n - 1)).clamp(min=0).sqrt()
         for (rollout_data, index), count, mean, std in zip(ahead, n, means, stds, strict=True):
             advantages = rollout_data.advantages
-            if count > 1:  # a single one is left as it is, as by losses.normalize
+            if count > 1:  # a single one is left as it is, as by objective.normalize
                 advantages = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
             yield rollout_data._replace(advantages=advantages), index

@@ -21,17 +21,11 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.fast.eager import fast_collection
+from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-from sb3_adaptive_kl.step import (
-    ComputeGradients,
-    Settings,
-    compute_gradients,
-    in_layout_of,
-    minibatch_loss,
-    optimized_parameters,
-)
+from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, in_layout_of, minibatch_loss, optimized_parameters
 
 # The methods of a policy that act, and those that evaluate actions
 ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")

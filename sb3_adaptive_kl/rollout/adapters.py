@@ -5,26 +5,14 @@ An adapter has no state. It fits every algorithm with that kind of policy and ro
 measure A2C and TRPO, too.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.distributions import policy_distribution
-
-
-class Evaluation(NamedTuple):
-    """The policy's view of B transitions (padding removed), next to what the rollout remembers of them; shapes ``(B,)``."""
-
-    values: th.Tensor
-    log_prob: th.Tensor
-    entropy: th.Tensor | None  # None where the distribution has no closed form
-    old_values: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    distribution: Any = None  # an ActionDistribution, unless the divergence only needs log-probabilities
 
 
 class PolicyAdapter:

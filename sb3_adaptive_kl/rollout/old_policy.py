@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.nn.modules.module import register_module_forward_hook
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.rollout.adapters import Evaluation, PolicyAdapter, taken_actions
+from sb3_adaptive_kl.objective import Evaluation
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
     closed_form_log_prob,
@@ -21,9 +23,12 @@ from sb3_adaptive_kl.rollout.distributions import (
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
 
 # Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
-# fewer, since they are padded; images only as many as fit into a block
+# fewer, since they are padded; images only as many as fit into a block, and wide networks as many as keep what a module
+# returns below ACTIVATION_BYTES
 SWEEP_CHUNK_SIZE = 2048
 SEQUENCES_CHUNK_SIZE = 256
+ACTIVATION_BYTES = 2**23
+N_PROBED = 64  # transitions that tell how much that is
 
 
 class RolloutKL(NamedTuple):
@@ -136,13 +141,31 @@ def sweep(
     :param needs_distribution: whether to extract the parameters of the action distributions
     :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
     """
-    whole = adapter.keep_sequences_whole
-    chunk_size = SEQUENCES_CHUNK_SIZE if whole else min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
     was_training = policy.training
     policy.set_training_mode(False)
     try:
         with th.no_grad(), preserve_random_state():
-            for rollout_data, index in in_order(buffer, chunk_size, whole):
+            chunk_size = SEQUENCES_CHUNK_SIZE if adapter.keep_sequences_whole else chunk_size_of(policy, buffer, adapter)
+            for rollout_data, index in in_order(buffer, chunk_size, adapter.keep_sequences_whole):
                 yield rollout_data, index, adapter.evaluate(policy, rollout_data, needs_distribution)
     finally:
         policy.set_training_mode(was_training)
+
+
+def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter) -> int:
+    """Find how many transitions a forward pass of a sweep may take."""
+    largest = 0
+
+    def note(module: th.nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, th.Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    rollout_data, index = next(in_order(buffer, N_PROBED))
+    hook = register_module_forward_hook(note)
+    try:
+        adapter.evaluate(policy, rollout_data, needs_distribution=False)
+    finally:
+        hook.remove()
+    fitting = ACTIVATION_BYTES * len(index) // max(largest, 1)
+    return max(min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer), fitting), 1)

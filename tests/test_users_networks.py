@@ -1,0 +1,254 @@
+"""Networks, hooks and distributions that users write: the update is PPO's, or a sentence says why it cannot be."""
+
+import gymnasium as gym
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution, SquashedDiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch.utils.checkpoint import checkpoint
+
+from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.rollout.distributions import action_distribution
+from sb3_adaptive_kl.rollout.old_policy import ACTIVATION_BYTES, N_PROBED
+from sb3_adaptive_kl.snapshot import Snapshot
+from tests.conftest import CASES, NEEDS_COMPILER, collect, logged, remember
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+EAGER_AND_COMPILED = [pytest.param({}, id="eager"), pytest.param({"compile": True}, id="compiled", marks=NEEDS_COMPILER)]
+
+
+class Extractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 8) -> None:
+        super().__init__(observation_space, features_dim)
+        self.layer = th.nn.Linear(observation_space.shape[0], features_dim)
+
+    def forward(self, observations):
+        return self.layer(observations)
+
+
+class Checkpointed(Extractor):
+    """Reentrant checkpoints are differentiated by backward() alone."""
+
+    def forward(self, observations):
+        return checkpoint(self.layer, observations.clone().requires_grad_(), use_reentrant=True)
+
+
+class Fourier(BaseFeaturesExtractor):
+    """Complex weights."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 6)
+        self.weight = th.nn.Parameter(th.randn(3, observation_space.shape[0], dtype=th.complex64))
+
+    def forward(self, observations):
+        product = observations.to(th.complex64) @ self.weight.T
+        return th.cat([product.real, product.imag], dim=1)
+
+
+@pytest.mark.parametrize("extractor", [Checkpointed, Fourier])
+@pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
+    """With a single step, the penalty has no gradient yet."""
+    kwargs = {"n_steps": 64, "batch_size": 64, "n_epochs": 1, "policy_kwargs": {"features_extractor_class": extractor}}
+    theirs = CASES["box"].build(PPO, **kwargs).learn(64).policy
+    ours = CASES["box"].build(AdaptiveKLPPO, **kwargs, **compiled).learn(64).policy
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert th.allclose(parameter, other, atol=1e-6), name
+
+
+def test_complex_weights_step_back():
+    kwargs = {"learning_rate": 1.0, "target_kl": 1e-3, "kl_ceiling": 1.5, **SMALL}
+    model = collect(CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": Fourier}, **kwargs))
+    weight = model.policy.features_extractor.weight
+    for parameter in model.policy.parameters():
+        parameter.requires_grad_(parameter is weight)
+    before = weight.detach().clone()
+    model.train()
+    assert 0 < model.step_scale < 1
+    assert logged(model)["kl"] <= 1.5e-3
+    assert not th.equal(weight, before)
+
+
+@pytest.mark.parametrize("listen", ["register_hook", "register_post_accumulate_grad_hook"])
+@NEEDS_COMPILER
+def test_gradient_hooks_are_called_when_compiled(listen):
+    """One warning names the parameter; then the plain step calls them as often as PPO does."""
+
+    def freeze(value):
+        calls.append(value)
+        if listen == "register_hook":
+            return th.zeros_like(value)
+        value.grad = th.zeros_like(value)
+        return None
+
+    calls: list[th.Tensor] = []
+    model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
+    weight = model.policy.mlp_extractor.policy_net[0].weight
+    getattr(weight, listen)(freeze)
+    before = weight.detach().clone()
+    with pytest.warns(
+        UserWarning, match=r"compile=True: .* hooks on mlp_extractor.policy_net.0.weight: .*uncompiled"
+    ) as caught:
+        model.learn(2 * 64)
+    assert len(caught) == 1
+    assert len(calls) == 2 * 2 * 2
+    assert th.equal(weight, before)
+
+
+class WithSecondAction(DiagGaussianDistribution):
+    """A hybrid action: the Gaussian decides more than itself, by a categorical that is kept elsewhere."""
+
+    def proba_distribution(self, mean_actions, log_std):
+        self.choice = th.distributions.Categorical(logits=mean_actions[:, :1] * th.arange(3))
+        return super().proba_distribution(mean_actions, log_std)
+
+    def log_prob(self, actions):
+        chosen = (10 * actions[:, 0].abs()).long().clamp(max=2)
+        return super().log_prob(actions) + self.choice.log_prob(chosen)
+
+
+class Sharper(th.distributions.Normal):
+    def log_prob(self, value):
+        return 3 * super().log_prob(value)
+
+
+class OwnFamily(DiagGaussianDistribution):
+    def proba_distribution(self, mean_actions, log_std):
+        self.distribution = Sharper(mean_actions, th.ones_like(mean_actions) * log_std.exp())
+        return self
+
+
+class Renamed(SquashedDiagGaussianDistribution):
+    """Adds nothing that the divergence depends on."""
+
+    def log_prob(self, actions, gaussian_actions=None):
+        return super().log_prob(actions, gaussian_actions)
+
+
+@pytest.mark.parametrize("family", [WithSecondAction, OwnFamily])
+def test_a_distribution_with_a_part_elsewhere_is_named(family):
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.policy.action_dist = family(model.action_space.shape[0])
+    with pytest.raises(ValueError, match=rf"no closed-form KL .* {family.__name__} .* pass kl_divergence='k3'"):
+        model.learn(64)
+
+
+def test_a_subclass_that_adds_nothing_is_trained():
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.policy.action_dist = Renamed(model.action_space.shape[0])
+    model.learn(64)
+    assert logged(model)["kl"] > 0
+
+
+class Agents(Distribution):
+    """Three agents, each with a choice of its own, in one distribution of torch with the batch shape (B, 3)."""
+
+    def proba_distribution_net(self, latent_dim):
+        return th.nn.Linear(latent_dim, 3 * 4)
+
+    def proba_distribution(self, logits):
+        self.distribution = th.distributions.Categorical(logits=logits.view(-1, 3, 4))
+        return self
+
+    def log_prob(self, actions):
+        return self.distribution.log_prob(actions).sum(dim=1)
+
+    def entropy(self):
+        return self.distribution.entropy().sum(dim=1)
+
+    def sample(self):
+        return self.distribution.sample()
+
+    def mode(self):
+        return self.distribution.probs.argmax(dim=-1)
+
+    def actions_from_params(self, logits, deterministic=False):
+        return self.proba_distribution(logits).get_actions(deterministic)
+
+    def log_prob_from_params(self, logits):
+        actions = self.actions_from_params(logits)
+        return actions, self.log_prob(actions)
+
+
+class AgentsPolicy(ActorCriticPolicy):
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.action_dist = Agents()
+        self.action_net = self.action_dist.proba_distribution_net(self.mlp_extractor.latent_dim_pi)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        return self.action_dist.proba_distribution(self.action_net(latent_pi))
+
+
+class ThreeChoices(gym.Env):
+    observation_space = spaces.Box(-1, 1, (2,))
+    action_space = spaces.MultiDiscrete([4, 4, 4])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), float(action[0] == 1), self.np_random.random() < 0.1, False, {}
+
+
+def test_several_agents_in_one_distribution():
+    """Their divergences add up."""
+    model = AdaptiveKLPPO(AgentsPolicy, ThreeChoices(), seed=0, device="cpu", **SMALL).learn(64)
+    assert logged(model)["kl"] > 0
+    collect(model)
+    old_policy = remember(model)
+    old = model.policy.get_distribution(th.as_tensor(model.rollout_buffer.observations).float()).distribution
+    model.train()
+    new = model.policy.get_distribution(th.as_tensor(model.rollout_buffer.observations).float())
+    expected = th.distributions.kl_divergence(old, new.distribution).sum(dim=1)
+    assert th.allclose(old_policy.divergence_on_rollout(), expected, rtol=1e-3, atol=1e-6)
+    assert action_distribution(new).log_probs.shape == (64, 12)
+
+
+def test_a_sweep_of_a_wide_network_takes_few_transitions_at_a_time():
+    """As few as keep what a module returns small: memory follows the network, and not the length of the rollout."""
+    wide, narrow = 2**16, 8
+    for features_dim in (wide, narrow):
+        policy_kwargs = {
+            "features_extractor_class": Extractor,
+            "features_extractor_kwargs": {"features_dim": features_dim},
+            "net_arch": [],
+        }
+        model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=256, batch_size=256, policy_kwargs=policy_kwargs))
+        sizes: list[int] = []
+        model.policy.action_net.register_forward_hook(lambda _, args, __, sizes=sizes: sizes.append(len(args[0])))
+        remember(model)
+        assert sizes[0] == N_PROBED
+        assert sizes[1] == (256 if features_dim == narrow else ACTIVATION_BYTES // (4 * wide))
+        assert sum(sizes[1:]) == 256
+
+
+def test_frozen_parameters_are_not_copied():
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    for parameter in model.policy.value_net.parameters():
+        parameter.requires_grad_(False)
+    copied = set(map(id, Snapshot(model.policy).tensors))
+    assert copied.isdisjoint(map(id, model.policy.value_net.parameters()))
+    assert copied.issuperset(map(id, model.policy.action_net.parameters()))
+
+
+@NEEDS_COMPILER
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_callback_can_trace_the_policy_of_a_compiled_rollout():
+    class Trace(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 3:
+                self.traced = th.jit.trace(self.model.policy, th.zeros(1, 3), check_trace=False)
+            return True
+
+    callback = Trace()
+    model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL).learn(64, callback)
+    values = callback.traced(th.zeros(1, 3))[1]
+    assert th.allclose(values, model.policy(th.zeros(1, 3))[1], atol=0.1)
