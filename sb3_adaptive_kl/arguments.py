@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, LearningRateRule
+from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, FunctionLearningRate, LearningRateRule
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
@@ -169,9 +169,9 @@ def learning_rate_rule(rule: str | Mapping[str, Any] | LearningRateRule | None) 
     """
     if rule is None:
         return None
-    signature = "(scale, kl, target_kl)"
-    known: LearningRateRule = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
-    return known
+    signature = "(scale, kl, target_kl, kl_coef)"
+    known = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
+    return known if isinstance(known, LearningRateRule) else FunctionLearningRate(known)
 
 
 def kl_coef_limits(kl_coef_bounds: tuple[float, float] | None, normalize_advantage: bool) -> tuple[float, float]:

@@ -10,27 +10,40 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol
 
 
-class LearningRateRule(Protocol):
-    """Protocol of ``learning_rate_rule``: a pure callable with this signature."""
+class LearningRateRule:
+    """
+    The base of all rules for the learning rate. A rule must be pure: it is called again where an update is replayed, and on
+    every rank.
+    """
 
-    def __call__(self, scale: float, kl: float, target_kl: float) -> float:
+    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         """
         Return the factor of the learning rate for the next update.
 
-        :param scale: factor used by the update that was just measured, > 0
+        :param scale: the last factor used by the update that was just measured, > 0
         :param kl: d in nats as measured after that update on the whole rollout, before any step back, ≥ 0; ``inf`` when the
             update was undone. Never NaN.
         :param target_kl: d_targ in nats, > 0
+        :param kl_coef: β for the next update, > 0
         :return: factor of ``learning_rate``, > 0
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(scale, kl, target_kl, kl_coef)")
+
+    def within_update(self, scale: float, kl_coef: float) -> float:
+        """
+        Return the factor for the rest of the update. It is asked where a rule for β has moved it within the update.
+
+        :param scale: the factor so far, > 0
+        :param kl_coef: β for the rest of the update, > 0
+        :return: factor of ``learning_rate``, > 0
+        """
+        return scale
 
 
 @dataclass(frozen=True)
-class AdaptiveLearningRate:
+class AdaptiveLearningRate(LearningRateRule):
     """
     Divide the learning rate by ``factor`` above ``high · target_kl``, multiply it below ``low · target_kl``.
 
@@ -64,7 +77,7 @@ class AdaptiveLearningRate:
                 "they bracket the user's learning rate"
             )
 
-    def __call__(self, scale: float, kl: float, target_kl: float) -> float:
+    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         if kl > self.high * target_kl:
             scale = scale / self.factor
         elif kl < self.low * target_kl:
@@ -72,22 +85,67 @@ class AdaptiveLearningRate:
         return min(max(scale, self.lowest), self.highest)
 
 
+@dataclass(frozen=True)
+class BalancedLearningRate(LearningRateRule):
+    """
+    Keep β in its working range: the second actuator, next to a rule that holds the KL by β.
+
+    The length of Adam's step does not depend on the loss. Where the learning rate is too high, it takes a large β to hold the
+    KL, and the KL is spent on noise; where it is too low, no β is small enough to reach the target.
+
+    :param low: multiply the learning rate by ``increase`` after an update, if β is below this
+    :param high: divide it by ``decrease`` after an update if β is above this, and within an update by a part of it
+    :param decrease: > 1
+    :param increase: > 1
+    :param within: share of ``decrease``, as an exponent, that each segment of an update applies
+    :param lowest: smallest factor of the user's learning rate, in (0, 1]
+    :param highest: largest factor, ≥ 1
+    """
+
+    low: float = 0.15
+    high: float = 0.6
+    decrease: float = 1.5
+    increase: float = 1.3
+    within: float = 0.35
+    lowest: float = 1e-3
+    highest: float = 10.0
+
+    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
+        if kl_coef > self.high:
+            scale = scale / self.decrease
+        elif kl_coef < self.low:
+            scale = scale * self.increase
+        return min(max(scale, self.lowest), self.highest)
+
+    def within_update(self, scale: float, kl_coef: float) -> float:
+        return max(scale / self.decrease**self.within, self.lowest) if kl_coef > self.high else scale
+
+
+@dataclass(frozen=True)
+class FunctionLearningRate(LearningRateRule):
+    """A user's function (scale, kl, target_kl, kl_coef) → factor for the next update, as a rule."""
+
+    function: Callable[[float, float, float, float], float]
+
+    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
+        return self.function(scale, kl, target_kl, kl_coef)
+
+
 # The rules that ``learning_rate_rule`` can name
-LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {"adaptive": AdaptiveLearningRate}
+LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {
+    "adaptive": AdaptiveLearningRate,
+    "balanced": BalancedLearningRate,
+}
 
 
-def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float) -> float:
+def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
     """
     Apply a rule, and check its result.
 
-    :param rule: the rule
-    :param scale: factor used by the update that was just measured, > 0
-    :param kl: d of that update in nats, ``inf`` if it was undone
-    :param target_kl: d_targ in nats, > 0
     :return: factor for the next update, > 0
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    wanted = rule(scale, kl, target_kl)
+    wanted = rule(scale, kl, target_kl, kl_coef)
     if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
         raise ValueError(
             f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number, also for inf, "

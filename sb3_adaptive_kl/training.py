@@ -132,6 +132,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         several segments adapts β in between.
         """
         self.policy.set_training_mode(True)
+        lr_rule = learning_rate_rule(self.learning_rate_rule)
         with self._minibatch_gradients(old_policy) as compute_gradients, one_kernel(self.policy.optimizer) as take_step:
             for epoch in range(self.n_epochs):
                 metrics.start_epoch()
@@ -146,6 +147,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                     if segment is not None:
                         self.kl_coef = control.adapt(self.kl_coef, metrics.kls(segment), settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
+                        if lr_rule is not None:
+                            self._scale_learning_rate(lr_rule.within_update(self.learning_rate_scale, self.kl_coef))
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
@@ -216,11 +219,17 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 for group in optimizer.param_groups:
                     group["lr"] *= self.learning_rate_scale
 
+    def _scale_learning_rate(self, scale: float) -> None:
+        """Change ``learning_rate_scale`` within an update."""
+        for group in self.policy.optimizer.param_groups:
+            group["lr"] *= scale / self.learning_rate_scale
+        self.learning_rate_scale = scale
+
     def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
         """Update ``learning_rate_scale`` for the next update, if there is a rule for it."""
         rule = learning_rate_rule(self.learning_rate_rule)
         if rule is not None:
-            self.learning_rate_scale = next_scale(rule, self.learning_rate_scale, kl, target_kl)
+            self.learning_rate_scale = next_scale(rule, self.learning_rate_scale, kl, target_kl, self.kl_coef)
 
     def _warn_or_give_up(self, problem: tuple[str, str] | None) -> None:
         """

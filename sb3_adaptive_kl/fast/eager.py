@@ -136,13 +136,12 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     Take Adam's fused step without the bookkeeping of ``optimizer.step()``, which takes longer than the step itself.
 
     :param optimizer: Adam or AdamW with one group, without amsgrad, all of whose parameters have moved equally often before
-    :return: a context with a function that does what ``optimizer.step`` does, for one update: it reads the learning rate only
-        now
+    :return: a context with a function that does what ``optimizer.step`` does, for one update
     """
     (group,) = optimizer.param_groups
     parameters, states = group["params"], [optimizer.state[parameter] for parameter in group["params"]]
     exp_avgs, exp_avg_sqs = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-    options = {name: group[name] for name in ("lr", "eps", "maximize", "weight_decay", "amsgrad")}
+    options = {name: group[name] for name in ("eps", "maximize", "weight_decay", "amsgrad")}
     options["beta1"], options["beta2"] = group["betas"]
     kernel: Any = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
     count = states[0]["step"].clone()  # one for all: to advance every parameter's takes as long as the kernel
@@ -158,7 +157,7 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
             optimizer.step()
             return
         count.add_(1)
-        kernel(parameters, gradients, exp_avgs, exp_avg_sqs, [], counts, **options)
+        kernel(parameters, gradients, exp_avgs, exp_avg_sqs, [], counts, lr=group["lr"], **options)
 
     def stop() -> None:
         nonlocal is_bare
