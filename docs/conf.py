@@ -1,5 +1,7 @@
 """Configuration of the documentation, which `make docs` builds."""
 
+import ast
+import dataclasses
 import inspect
 import re
 
@@ -35,7 +37,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
-autodoc_preserve_defaults = True  # low=1 / 1.5 instead of low=0.6666666666666666
+autodoc_preserve_defaults = True  # 1 / 1.5 instead of 0.6666666666666666
 
 html_theme = "furo"
 html_title = f"sb3_adaptive_kl {release}"
@@ -64,6 +66,20 @@ def own_arguments_first(app, what, name, obj, options, lines):
     lines[:] = [*introduction.split("\n"), *own, ".. rubric:: Arguments of PPO", "", *f":param {others}".split("\n")]
 
 
+def written_defaults(app, what, name, obj, options, signature, return_annotation):
+    """Do what autodoc_preserve_defaults does, for dataclasses: their constructors do not have a source to read."""
+    if what == "class" and dataclasses.is_dataclass(obj):
+        written = {
+            node.target.id: ast.unparse(node.value)
+            for node in ast.parse(inspect.getsource(obj)).body[0].body
+            if isinstance(node, ast.AnnAssign) and node.value
+        }
+        for argument, default in written.items():
+            signature = signature.replace(f"{argument}={getattr(obj, argument)!r}", f"{argument}={default}")
+    return signature, return_annotation
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
     app.connect("autodoc-process-docstring", own_arguments_first)
+    app.connect("autodoc-process-signature", written_defaults)
