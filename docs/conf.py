@@ -40,6 +40,7 @@ autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True  # 1 / 1.5 instead of 0.6666666666666666
 
 html_theme = "furo"
+pygments_dark_style = "monokai"  # furo's default underlines the names of modules
 html_title = f"sb3_adaptive_kl {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
