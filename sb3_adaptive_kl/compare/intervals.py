@@ -7,6 +7,7 @@ samples.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,7 @@ def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
     return [estimate, *np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0).tolist()]
 
 
-def mean(scores: np.ndarray) -> Any:
-    return scores.mean(axis=(-2, -1))
-
-
-def median_of_runs(scores: np.ndarray) -> Any:
-    return np.median(scores, axis=(-2, -1))
-
-
-def median_of_environments(scores: np.ndarray) -> Any:
-    """Take the median of the environments' means."""
-    return np.median(scores.mean(axis=-2), axis=-1)
+mean = partial(np.mean, axis=(-2, -1))
 
 
 def iqm(scores: np.ndarray) -> Any:
@@ -74,6 +65,11 @@ def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> Any:
     return ((a > b).mean(axis=(-3, -2, -1)) + (a >= b).mean(axis=(-3, -2, -1))) / 2
 
 
+def median_of_environments(scores: np.ndarray) -> Any:
+    """Take the median of the environments' means."""
+    return np.median(scores.mean(axis=-2), axis=-1)
+
+
 # Of an environment, and across environments
-FINALS = {"mean": mean, "median": median_of_runs, "iqm": iqm}
+FINALS = {"mean": mean, "median": partial(np.median, axis=(-2, -1)), "iqm": iqm}
 AGGREGATES = {"iqm": iqm, "median": median_of_environments, "mean": mean, "optimality_gap": optimality_gap}

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,16 +90,12 @@ def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:
     return pd.concat(frames) if frames else None
 
 
+@dataclass(frozen=True)
 class Store:
-    """
-    Reads and writes a results folder.
+    """Reads and writes a results folder."""
 
-    :param folder: the folder
-    :param plan: its plan
-    """
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
+    folder: Path
+    plan: Plan
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -141,9 +138,8 @@ class Store:
 
     def results(self) -> list[Result]:
         """Read the finished runs, sorted by environment, arm and seed."""
-        environments, arms = self.plan.environments, self.plan.names
-        runs = [run for run in self.plan.runs() if self.finished(run)]
-        runs.sort(key=lambda run: (environments.index(run.env), arms.index(run.arm)))
+        order = list(product(self.plan.environments, self.plan.names))
+        runs = sorted(filter(self.finished, self.plan.runs()), key=lambda run: order.index((run.env, run.arm)))
         return [Result.read(run, self.folder / run.folder) for run in runs]
 
     def keep(self, run: Run, outcome: Outcome) -> None:
