@@ -255,7 +255,7 @@ gym.register("Exiting-v0", Exiting, max_episode_steps=10)
         ("--env CartPole-v1 -n 1e4 --jobs 0", "jobs must be"),  # the budget is accepted
         ("--env CartPole-v1 -n 1.5", "n_timesteps=1.5: Input should be a valid integer"),
         ("--env CartPole-v1 --params n_evns=8", "did you mean 'n_envs'"),
-        ("--env CartPole-v1 --algo sac", "'sac' on CartPole-v1: AssertionError: The algorithm only supports"),
+        ("--env CartPole-v1 --algo ppo_kl:n_epochs=three", "n_epochs='three' must be an integer"),
         ("--plan plan.yml --params n_envs=8", "--plan cannot be combined with --params"),
         ("--seeds 2", "the following arguments are required: --env"),
         ("--env CartPole-v1 --jobs 0", "jobs must be"),
@@ -301,7 +301,7 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
 
     def backend(runs):
         for run in runs:
-            for timesteps in (0, 0, 512, 512, 512, 1536):
+            for timesteps in (0, 0, 512, 1536, 1536, 1536):
                 yield run, timesteps
             yield run, "RuntimeError: killed"
 
@@ -310,7 +310,7 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "If its environment never ends an episode" in line] == lines[1:2]
     assert lines[2] == "[1/1] ppo CartPole-v1 seed 0: failed: RuntimeError: killed"
-    assert shown[::2] == ["ppo CartPole-v1 seed 0"] * 3 + ["ppo CartPole-v1 seed 0, evaluating"] * 2
+    assert shown[::2] == ["ppo CartPole-v1 seed 0"] + ["ppo CartPole-v1 seed 0, evaluating"] * 4
 
 
 def test_folder_of_another_plan_is_rejected_with_the_difference(completed, capsys):

@@ -78,7 +78,7 @@ class Arm:
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
         name, equals, definition = text.partition("=")
-        if not equals or ":" in name:
+        if not equals or ":" in name:  # the first = is that of an override
             name = definition = text
         elif not name.strip() or (name in ALGOS and definition != name):
             raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
@@ -131,11 +131,10 @@ def check_numbers(algo: str, hyperparameters: Hyperparameters) -> None:
     parameters = inspect.signature(ALGOS[algo]).parameters
     for key, value in hyperparameters.items():
         hint = parameters[key].annotation if key in parameters else object
-        is_number = isinstance(value, int) or (hint is float and isinstance(value, float))
-        in_quotes = isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value)  # not lin_0.2, which is a schedule
-        if in_quotes or (hint in (int, float, bool) and not is_number):
-            remedy = f"{'an integer' if hint is int else 'a number'}{', without quotes' if in_quotes else ''}"
-            raise ValueError(f"{key}={value!r} must be {remedy}")
+        quoted = isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value)  # not lin_0.2, which is a schedule
+        if quoted or (hint in (int, float, bool) and not isinstance(value, int if hint is int else int | float)):
+            kind = "an integer" if hint is int else "a number"
+            raise ValueError(f"{key}={value!r} must be {kind}{', without quotes' if quoted else ''}")
 
 
 def resolve_hyperparameters(
@@ -165,6 +164,7 @@ def resolve_hyperparameters(
 
 def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
     """Take from the base's entry every key that both algorithms have, and the rest from the arm's own entry."""
+    # PPO's policy has no memory, and a recurrent one is nothing to PPO
     own_keys = TRUST_REGION | ({"policy"} if arm.recurrent != base.endswith("_lstm") else set())
     common = (arguments(arm.algo) & arguments(base) | ZOO_KEYS) - own_keys
     shared = {key: value for key, value in _entry(base, env).items() if key in common}
@@ -183,6 +183,7 @@ def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, H
     :param given: arm → hyperparameters of its runs
     :return: arm → completed hyperparameters
     """
+    # Without this choice, the table would list every argument that only one algorithm has
     n_algorithms = Counter(key for algo in {arm.algo for arm in arms} for key in arguments(algo))
     compared = TRUST_REGION.union(*given.values(), (key for key, n in n_algorithms.items() if n > 1))
     added = {arm.name: {key: value for key, value in sorted(defaults(arm.algo).items()) if key in compared} for arm in arms}
@@ -192,6 +193,7 @@ def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, H
 def defaults(algo: str) -> Hyperparameters:
     """Default values of the hyperparameters that have one."""
     parameters = inspect.signature(ALGOS[algo]).parameters
+    # Not classes and the like, which yml cannot hold
     values = {name: parameters[name].default for name in arguments(algo)}
     return {name: value for name, value in values.items() if value is None or isinstance(value, int | float | str)}
 
@@ -223,7 +225,7 @@ def _entry(algo: str, env: str) -> Hyperparameters:
     return entry
 
 
-@cache
+@cache  # a file takes yml's parser a noticeable time, and every arm asks on every environment
 def _entries(algo: str) -> dict[str, Hyperparameters]:
     file = zoo.hyperparameter_file(algo) if algo in zoo.ALGORITHMS else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
     return yaml.safe_load(file.read_text())  # type: ignore[no-any-return]
@@ -232,6 +234,7 @@ def _entries(algo: str) -> dict[str, Hyperparameters]:
 @cache
 def _network(env: str) -> str:
     """How the names of the policies that fit the environment's observations begin."""
+    # gymnasium warns of outdated versions here, and again in every run
     with warnings.catch_warnings(), reported(f"{env} cannot be made"):
         warnings.simplefilter("ignore")
         made = gym.make(env)

@@ -26,6 +26,7 @@ from sb3_adaptive_kl.compare.execute import check
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
 from sb3_adaptive_kl.compare.store import Store
 
+# Those that can change a result
 PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "scipy")
 # Options whose names are not those of the fields of the plan
 FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
@@ -121,6 +122,7 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     todo = [run for run in runs if not store.finished(run)]
     n_finished = len(runs) - len(todo)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # On stderr, so that stdout has the result alone; and names of arms may look like rich's markup: [0.1, 3]
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     sizes = ((len(plan.arms), "arm"), (len(plan.environments), "environment"), (plan.seeds, "seed"))
     budgets = " or ".join(f"{budget:,}" for budget in sorted({run.budget for run in runs}))
@@ -128,29 +130,32 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     if n_finished:
         console.print(f"{n_finished} of {len(runs)} runs have already finished")
     start, total = time.monotonic(), sum(run.budget for run in todo)
-    steps: dict[str, int] = {}  # folder of a run → its time step, and when it took that
-    moved: dict[str, float] = {}
+    progress: dict[str, tuple[int, float]] = {}  # folder of a run → its time step, and when it took that
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars, closing(backend(todo)) as events:
-        overall = bars.add_task("", total=total)
+        overall = bars.add_task(f"{n_finished}/{len(runs)} runs", total=total)
         tasks = {run.folder: bars.add_task("", total=run.budget, visible=False) for run in todo}
         for run, event in events:
             if event == 0:  # it waits for a CPU, or is still importing
                 continue
+            # A rollout ends beyond the budget
             timesteps = min(event, run.budget) if isinstance(event, int) else run.budget
-            if timesteps != steps.get(run.folder):
-                steps[run.folder], moved[run.folder] = timesteps, time.monotonic()
-            elif time.monotonic() - moved[run.folder] > PATIENCE:
+            before, since = progress.get(run.folder, (0, 0.0))
+            if timesteps != before:
+                progress[run.folder] = timesteps, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
                 console.print(f"{run} has not taken a time step for {PATIENCE // 60} minutes. {HINT}")
-                moved[run.folder] = math.inf  # say it once
+                progress[run.folder] = timesteps, math.inf  # say it once
+            completed = sum(timesteps for timesteps, _ in progress.values())
             doing = f"{run}, evaluating" if timesteps == run.budget else str(run)
             bars.update(tasks[run.folder], completed=timesteps, visible=isinstance(event, int), description=doing)
             if not isinstance(event, int):
                 store.keep(run, event)
                 n_finished += 1
-                left = timedelta(seconds=round((time.monotonic() - start) * (total / sum(steps.values()) - 1)))
+                # Not rich's estimate, which follows the last seconds, in which some runs may only evaluate
+                left = timedelta(seconds=round((time.monotonic() - start) * (total / completed - 1)))
                 ending = f", {left} left" if n_finished < len(runs) else ""
                 console.print(f"[{n_finished}/{len(runs)}] {run}: {_in_short(event)}{ending}")
-            bars.update(overall, completed=sum(steps.values()), description=f"{n_finished}/{len(runs)} runs")
+            bars.update(overall, completed=completed, description=f"{n_finished}/{len(runs)} runs")
 
 
 def _in_short(outcome: backends.Outcome) -> str:

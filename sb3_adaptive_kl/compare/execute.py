@@ -77,7 +77,7 @@ def check(plan: Plan) -> None:
         if run.seed == plan.first_seed:
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), reported(f"{run.arm!r} on {run.env}"):
                 warnings.simplefilter("ignore")
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()):  # the zoo prints the hyperparameters, which the plan holds
                     build(run, Path(folder))[1].env.close()
 
 
@@ -159,10 +159,10 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
     env = manager.create_envs(1, eval_env=True, no_log=True)
     env.seed(EVAL_SEED + run.seed)
     if model is None:
-        env.action_space.seed(EVAL_SEED + run.seed)
+        env.action_space.seed(EVAL_SEED + run.seed)  # the same zero for all arms
         model = SimpleNamespace(predict=lambda *_, **__: (np.array([env.action_space.sample()]), None))
     else:
-        sync_envs_normalization(model.get_env(), env)
+        sync_envs_normalization(model.get_env(), env)  # else the policy would see observations that it does not know
     returns, _ = evaluate_policy(
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+Statistic = Callable[..., Any]
+
 SEED = 0
 SAMPLES = 5000
 CONFIDENCE = 0.95
 
 
-def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
+def interval(statistic: Statistic, *scores: np.ndarray) -> list[Any]:
     """
     Estimate a statistic with its percentile interval. Runs are resampled within each environment, the same at every call.
 
@@ -30,13 +32,14 @@ def interval(statistic: Callable[..., Any], *scores: np.ndarray) -> list[Any]:
     estimate = statistic(*scores).tolist()
     if any(len(matrix) < 2 for matrix in scores):
         return [estimate, None, None]
+    # Its own generator, so that a report repeats to the last digit
     generator = np.random.default_rng(SEED)
     drawn = [generator.integers(len(matrix), size=(SAMPLES, *matrix.shape)) for matrix in scores]
     samples = statistic(*(matrix[rows, np.arange(matrix.shape[1])] for matrix, rows in zip(scores, drawn, strict=True)))
     return [estimate, *np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0).tolist()]
 
 
-mean = partial(np.mean, axis=(-2, -1))
+mean: Statistic = partial(np.mean, axis=(-2, -1))
 
 
 def iqm(scores: np.ndarray) -> Any:
@@ -71,5 +74,5 @@ def median_of_environments(scores: np.ndarray) -> Any:
 
 
 # Of an environment, and across environments
-FINALS = {"mean": mean, "median": partial(np.median, axis=(-2, -1)), "iqm": iqm}
+FINALS: dict[str, Statistic] = {"mean": mean, "median": partial(np.median, axis=(-2, -1)), "iqm": iqm}
 AGGREGATES = {"iqm": iqm, "median": median_of_environments, "mean": mean, "optimality_gap": optimality_gap}

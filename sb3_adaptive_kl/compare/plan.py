@@ -52,6 +52,7 @@ class Plan(BaseModel):
     Where ``hyperparameters`` are not given, validation resolves them.
     """
 
+    # A misspelled field would be ignored, and seeds: true be one seed
     model_config = ConfigDict(extra="forbid", strict=True)
 
     environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
@@ -112,6 +113,7 @@ class Plan(BaseModel):
             self.hyperparameters, self.n_timesteps, self.own_hyperparameters, self.params = resolved, None, False, []
         elif any(given):
             raise PlanError("n_timesteps, own_hyperparameters and params resolve hyperparameters: remove them or the latter")
+        # The file may have been edited
         for env, arm in product(self.environments, self.names):
             budget = self.hyperparameters.get(env, {}).get(arm, {}).get("n_timesteps", 0)
             if not isinstance(budget, int | float) or budget < 1:

@@ -122,6 +122,7 @@ def _traces(axes: Axes, updates: dict[int, pd.DataFrame], column: str, nothing: 
         shown = frame[(frame[column] > 0) & np.isfinite(frame[column])]  # what a logarithmic axis shows
         if len(shown):
             bins = shown.groupby(pd.cut(shown["timesteps"], min(N_BINS, shown["timesteps"].nunique())), observed=True)
+            # Quantiles: KL spreads over powers of ten, where a mean shows the largest update only
             low, middle, high = bins[column].quantile([0.1, 0.5, 0.9]).unstack().to_numpy().T
             _band(axes, i, bins["timesteps"].mean().to_numpy(), middle, low, high)
     if not axes.lines:

@@ -82,6 +82,7 @@ def number(value: float | None) -> str:
     """Format for reading, with three significant digits, or all digits of an integer part."""
     if value is None:
         return "–"
+    # #: without it, 20.0 would lose the zero that says how precise it is
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
 

@@ -69,17 +69,14 @@ def _row(result: Result) -> dict[str, Any]:
     run, summary = result.run, result.summary
     kl = _kl([result]) or {}
     return {
-        **{"env": run.env, "arm": run.arm, "algo": run.algo, "seed": run.seed},
-        "timesteps": summary["timesteps"],
+        **{key: getattr(run, key) for key in ("env", "arm", "algo", "seed")},
+        **{key: summary[key] for key in ("timesteps", "reward_threshold", "seconds", "machine")},
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
         "random_return": np.mean(summary["random_returns"]),
-        "reward_threshold": summary["reward_threshold"],
         "area": result.area,
         **{f"kl_{name}": value for name, value in kl.items()},
-        "seconds": summary["seconds"],
         "steps_per_second": summary["timesteps"] / summary["seconds"],
-        "machine": summary["machine"],
     }
 
 
@@ -102,6 +99,7 @@ def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
         # Computed per run, not from the curves: the bootstrap resamples every point of a curve independently
         "area": interval(intervals.mean, area) if complete else None,
         "reached": int(runs["steps_to_threshold"].count()),
+        # A run that never reaches it is slower than every other
         "steps_to_threshold": _finite(np.median(runs["steps_to_threshold"].fillna(np.inf))),
         "kl": _kl(results),
         "curve": {"timesteps": results[0].points.tolist(), "mean": curve} if complete else None,

@@ -67,6 +67,7 @@ class Result:
         ended = self.episodes["timesteps"].to_numpy()
         last = np.searchsorted(ended, self.points, side="right")
         first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
+        # Differences of cumulative sums, since the windows of neighboring points overlap
         sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"].to_numpy(dtype=float))])
         with np.errstate(invalid="ignore"):
             means = (sums[last] - sums[first]) / (last - first)
@@ -155,7 +156,7 @@ class Store:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(destination, ignore_errors=True)  # without run.json: damaged, or not written by us
         os.replace(unfinished, destination)
-        (self.folder / failure).unlink(missing_ok=True)
+        (self.folder / failure).unlink(missing_ok=True)  # of an earlier attempt
 
     def failures(self) -> dict[str, str]:
         """Failed run → its error in one line."""
