@@ -83,6 +83,7 @@ def test_html_report_is_self_contained_and_both_reports_are_complete(completed):
     page, text = (results / "report.html").read_text(), (results / "report.md").read_text()
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", page)
     assert "<script" not in page
+    assert "figure { margin: 0; max-width: 720px; }" in page  # a curve over the whole screen says no more
     assert 'class="open"' in page  # a verdict without a winner is not highlighted
     assert 'class="shown"' not in page
     for content in (page, text):

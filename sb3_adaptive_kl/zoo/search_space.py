@@ -19,12 +19,13 @@ def penalty_sampler(sample_ppo_params: Sampler) -> Sampler:
     """
 
     def sample_ppo_kl_params(trial: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def suggest_categorical(name: str, choices: list[Any]) -> Any:
+            return None if name == "clip_range" else trial.suggest_categorical(name, choices)
+
         # If only the result lost its clip range, the trial would still store one, and --trial-id would replay it
-        without_clip_range = copy(trial)
-        without_clip_range.suggest_categorical = lambda name, choices: (
-            None if name == "clip_range" else trial.suggest_categorical(name, choices)
-        )
-        hyperparams = sample_ppo_params(without_clip_range, *args, **kwargs)
+        trial_without_clip_range = copy(trial)
+        trial_without_clip_range.suggest_categorical = suggest_categorical
+        hyperparams = sample_ppo_params(trial_without_clip_range, *args, **kwargs)
         del hyperparams["clip_range"]
         # Around the paper's values: 0.01 and 1
         hyperparams["target_kl"] = trial.suggest_float("target_kl", 0.003, 0.1, log=True)
