@@ -46,7 +46,7 @@ class Ruler(BaseCallback):
             return
         start = time.perf_counter()
         (old_policy, kl_coef), self._before = self._before, None
-        kl = old_policy.divergence_on_rollout()
+        kl = old_policy.kl()
         model: Any = self.model
         # In PPO and TRPO, target_kl is a limit, and not a target
         target_kl = None
@@ -54,7 +54,7 @@ class Ruler(BaseCallback):
             target_kl = settings_at(model, model._current_progress_remaining).target_kl
         # Only an arm with a ceiling can shorten its steps
         step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
-        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, target_kl, step_scale))
+        self.updates.append((self.num_timesteps, kl.mean, kl.max, kl_coef, target_kl, step_scale))
         self.seconds += time.perf_counter() - start
 
     _on_rollout_start = _on_training_end = _measure
