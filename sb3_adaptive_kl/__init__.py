@@ -46,7 +46,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "sb3_contrib":
             raise
-        raise ImportError(f"{name} needs sb3-contrib: pip install sb3-contrib") from None
+        remedy = "pip install '.[contrib]' in the clone, or pip install sb3-contrib"
+        raise ImportError(f"{name} needs sb3-contrib: {remedy}") from None
     return getattr(module, name)
 
 

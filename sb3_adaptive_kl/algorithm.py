@@ -73,6 +73,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _undone_updates: int = 0
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
+    _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
     _adapter: PolicyAdapter = PolicyAdapter()
     _compiler: "Compiler | None" = None
@@ -98,14 +99,15 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
             self.clip_range = clip_range
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
+        self._versions = {}
         if self.compile:
             from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
 
             self._compiler = Compiler()
 
     def _excluded_save_params(self) -> list[str]:
-        # Compiled code cannot be saved, and _setup_model makes it anew
-        return [*super()._excluded_save_params(), "_compiler"]
+        # Compiled code and identities cannot be saved, and _setup_model makes them anew
+        return [*super()._excluded_save_params(), "_compiler", "_versions"]
 
     @classmethod
     def load(cls: type[SelfAlgorithm], path: Any, *args: Any, **kwargs: Any) -> SelfAlgorithm:
@@ -113,16 +115,15 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         Load a saved model as SB3 does.
 
         :param path: path to the file, or a file-like object
-        :param args: as for the host
-        :param kwargs: as for the host; arguments of the constructor replace the saved ones
+        :param kwargs: arguments of the constructor, which replace the saved ones
         """
         # SB3 sets whatever it is given, a misspelled name too
-        blank: Any = cls(next(iter(cls.policy_aliases)), None, _init_setup_model=False)
-        known = {*signature(super().load).parameters, *vars(blank), *STATE}
-        for name in kwargs.keys() - known:
-            nearest = get_close_matches(name, known, n=1)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-            warn_user(f"load({name}=...): {cls.__name__} has no such argument or attribute, it has no effect{hint}")
+        blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=None, _init_setup_model=False)
+        for name in kwargs.keys() - signature(super().load).parameters.keys():
+            if not hasattr(blank, name) and name not in STATE:
+                nearest = get_close_matches(name, vars(blank), n=1)
+                hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+                warn_user(f"load({name}=...) is not an argument of {cls.__name__}{hint}")
         return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> Parameters:

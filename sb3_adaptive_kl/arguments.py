@@ -25,7 +25,7 @@ from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
 MIN_SCHEDULED_TARGET_KL = 1e-12
-# Nobody who passes more means it
+# At 10 nats the actions that the policy takes were some e¹⁰ times less likely before
 MAX_SENSIBLE_TARGET_KL = 10.0
 # The clip range that follows the target
 OUTLIERS = "outliers"
@@ -55,7 +55,8 @@ def check_arguments(model: Any) -> None:
     for name, remedy in (("init_kl_coef", "move it or the bounds"), ("kl_coef", "pass load() a kl_coef that fits the bounds")):
         value = getattr(model, name, low)
         if not is_number(value) or not low <= value <= high:
-            raise ValueError(f"{name}={value!r} must be a finite number within kl_coef_bounds=({low:g}, {high:g}): {remedy}")
+            limits = f"within kl_coef_bounds=({low:g}, {high:g})"
+            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint_for_text(value)}")
     penalty_rule(model.kl_rule)
     learning_rate_rule(model.learning_rate_rule)
     check_settings(model)
@@ -78,9 +79,10 @@ def check_settings(model: Any) -> None:
         remedy = "a model of PPO has none, pass load() a target_kl, such as 0.01"
     _check_schedule("target_kl", model.target_kl, remedy)
     if isinstance(model.clip_range, str):
-        check_choice("clip_range", model.clip_range, (OUTLIERS,), ", a positive number, a schedule, or None for no clipping")
+        alternative = ", a positive number, a schedule, or None for no clipping" + _hint_for_text(model.clip_range)
+        check_choice("clip_range", model.clip_range, (OUTLIERS,), alternative)
     for name in ("clip_range", "clip_range_vf"):
-        if not isinstance(getattr(model, name), str | None):
+        if getattr(model, name) is not None and not (name == "clip_range" and isinstance(model.clip_range, str)):
             _check_schedule(name, getattr(model, name), "None deactivates clipping")
     for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
         # Before the first _setup_model() there is no β yet
@@ -208,7 +210,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     """
     if not isinstance(value, str) or value not in choices:
         nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
-        hint = _hint_for_text(value) or (f", did you mean {nearest[0]!r}?" if nearest else ".")
+        hint = f", did you mean {nearest[0]!r}?" if nearest else "."
         raise ValueError(f"{name}={value!r} is unknown{hint} Valid are {', '.join(map(repr, choices))}{alternative}")
 
 
@@ -271,15 +273,15 @@ def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
-        raise ValueError(f"{name}={value!r} must be a finite number {requirement}{_hint_for_text(value) or ':'} {remedy}")
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}{_hint_for_text(value)}")
 
 
-def _hint_for_text(value: Any) -> str | None:
+def _hint_for_text(value: Any) -> str:
     """Explain how to pass what a text means, if it means a number or one of the zoo's forms."""
     match = re.fullmatch(r"((?:clip_)?(?:lin_)?)\d*\.?\d+(?:e-?\d+)?", value) if isinstance(value, str) else None
     if match is None:
-        return None
-    return ": only the zoo's yml files and -params read this form." if match[1] else ": pass it without quotes."
+        return ""
+    return " (only the zoo's yml files and -params read this form)" if match[1] else " (pass a number without quotes)"
 
 
 def _check_schedule(name: str, value: Any, remedy: str) -> None:

@@ -1,5 +1,6 @@
 """The command `sb3-adaptive-kl`, a shortcut for the modules of this package that can be run."""
 
+import difflib
 import sys
 from importlib.metadata import version
 
@@ -35,6 +36,10 @@ def main() -> None:
             print(USAGE)
         else:
             print(USAGE, file=sys.stderr)
+            if command is not None:
+                close = difflib.get_close_matches(command, ("compare", "zoo", "--version", "--help"), n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                print(f"sb3-adaptive-kl: unknown command {command!r}{hint}", file=sys.stderr)
             sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:

@@ -1,9 +1,16 @@
-"""What the minibatches of an update did: their parts of the loss, KLs and gradient norms."""
+"""
+What an update did, and all log keys under ``train/``: SB3's keys where they mean the same, so that curves overlay.
+
+(``train/learning_rate`` is logged by SB3 itself, unless a rule moves it.)
+"""
+
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.logger import Logger
 
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
 
 class UpdateMetrics:
@@ -75,3 +82,34 @@ class UpdateMetrics:
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
+
+
+def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: float, kl: RolloutKL) -> None:
+    """
+    Log an update, under the β that it used.
+
+    :param model: the algorithm
+    :param metrics: of the update's minibatches
+    :param settings: the update's settings
+    :param raw_kl: d in nats before any step back
+    :param kl: what was measured in the end
+    """
+    record = model.logger.record
+    metrics.log(model.logger, settings)
+    record("train/kl", kl.mean)
+    record("train/kl_max", kl.max)
+    record("train/kl_over_target", kl.mean / settings.target_kl)
+    record("train/kl_coef", model.kl_coef)
+    if model.kl_ceiling is not None:
+        record("train/kl_raw", raw_kl)
+        record("train/step_scale", model.step_scale)
+    if model.learning_rate_rule is not None:  # SB3 has logged the schedule's value
+        record("train/learning_rate", model.policy.optimizer.param_groups[0]["lr"])
+        record("train/learning_rate_scale", model.learning_rate_scale)
+    record("train/undone_updates", model._undone_updates)
+    record("train/explained_variance", model._explained_variance())
+    if hasattr(model.policy, "log_std"):
+        record("train/std", th.exp(model.policy.log_std).mean().item())
+    record("train/n_updates", model._n_updates, exclude="tensorboard")
+    if model._compiler is not None:
+        model._compiler.log(model.logger)

@@ -24,7 +24,7 @@ MIN_FRACTION = 0.8  # accept a KL between this fraction and the limit
 # Each try sweeps the rollout. After these, take the longest step known to be allowed
 MAX_TRIES = 12
 MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(α)
-N_PROBED = 64  # transitions that tell the critic's parameters from the actor's
+CRITIC_PROBE_SIZE = 64  # transitions that tell the critic's parameters from the actor's
 
 
 class ShortenedStep(NamedTuple):
@@ -137,7 +137,7 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
     th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
     try:
         with preserve_random_state():
-            rollout_data, _ = next(in_order(old_policy.buffer, N_PROBED))
+            rollout_data, _ = next(in_order(old_policy.buffer, CRITIC_PROBE_SIZE))
             new = adapter.evaluate(policy, rollout_data, needs_distribution=False)
             by_value, by_action = (_reached(output.sum(), parameters) for output in (new.values, new.log_prob))
     finally:

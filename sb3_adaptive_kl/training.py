@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.utils import explained_variance
 
@@ -33,7 +34,7 @@ from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound
 from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
 from sb3_adaptive_kl.learning_rate import next_scale
 from sb3_adaptive_kl.messages import warn_user
-from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
 from sb3_adaptive_kl.rollout.minibatches import minibatches, preserve_random_state
@@ -84,7 +85,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self.step_scale = 1.0
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
         with without_validation(self.policy):
-            snapshot = Snapshot(self.policy)
+            snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence)
             if self._n_updates == 0:
                 warn_if_random(old_policy, settings.target_kl)
@@ -100,11 +101,11 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
             if not (math.isfinite(raw_kl) and metrics.finite() and snapshot.still_finite()):
-                problem = NOT_FINITE
+                problem = NOT_FINITE if old_policy.error is None else (f"{NOT_FINITE[0]} ({old_policy.error})", NOT_FINITE[1])
             elif raw_kl > limit:
                 critic = self._critic_parameters(old_policy)
                 self.step_scale, kl = shorten_step(snapshot, critic, partial(self._measure_kl, old_policy), raw_kl, limit)
-                # (Unless the target is 0: then the policy is the old one, and rounding is measured)
+                # Unless the target is 0: then the policy is the old one, and rounding is measured
                 if not kl.mean <= limit and settings.target_kl > MIN_SCHEDULED_TARGET_KL:
                     problem = ABOVE_CEILING
 
@@ -115,7 +116,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self.step_scale = 0.0
             self.kl_coef = settings.kl_coef  # discard what a rule did within the undone update
             self._undone_updates += 1
-        self._log_update(settings, metrics, raw_kl, kl)  # with the β that was used
+        log_update(self, metrics, settings, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         rule_kl = raw_kl if problem is None else math.inf
         self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
@@ -191,27 +192,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         n_transitions = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
         return self.n_epochs * math.ceil(n_transitions / (self.batch_size or n_transitions))
 
-    def _log_update(self, settings: Settings, metrics: UpdateMetrics, raw_kl: float, kl: RolloutKL) -> None:
-        """Log the update: under SB3's keys what means the same there, so that curves overlay."""
-        metrics.log(self.logger, settings)
-        self.logger.record("train/kl", kl.mean)
-        self.logger.record("train/kl_max", kl.max)  # at a single state
-        self.logger.record("train/kl_over_target", kl.mean / settings.target_kl)
-        self.logger.record("train/kl_coef", self.kl_coef)
-        if self.kl_ceiling is not None:
-            self.logger.record("train/kl_raw", raw_kl)
-            self.logger.record("train/step_scale", self.step_scale)
-        if self.learning_rate_rule is not None:  # SB3 has logged the schedule's value
-            self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
-            self.logger.record("train/learning_rate_scale", self.learning_rate_scale)
-        self.logger.record("train/undone_updates", self._undone_updates)
-        self.logger.record("train/explained_variance", self._explained_variance())
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self._compiler is not None:
-            self._compiler.log(self.logger)
-
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
         if self.learning_rate_rule is not None:
@@ -256,13 +236,15 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
 
 def warn_if_random(old_policy: OldPolicy, target_kl: float) -> None:
-    """Warn if two measurements of a policy before its first step, with other random numbers, differ."""
-    first = old_policy.kl().mean
+    """Warn if a policy that has not moved is another one whenever it is evaluated."""
+    first = old_policy.divergence_on_rollout()
     with preserve_random_state():
         th.rand(())
-        second = old_policy.kl().mean
-    if abs(second - first) > target_kl / 10:
+        np.random.random()
+        second = old_policy.divergence_on_rollout()
+    difference = (second - first).abs().mean().item()
+    if difference > target_kl / 10:  # enough to mislead a rule, whose band is the target times 1.5
         warn_user(
-            f"The policy's KL divergence from itself is {first:.2g} once and {second:.2g} the next time: it is random in eval "
-            "mode, too, as F.dropout(x) makes it (pass training=self.training), and its KL divergence cannot be controlled."
+            f"The policy's KL divergence from itself differs by {difference:.2g} between two evaluations: it is random in "
+            "eval mode, too, as F.dropout(x) makes it (pass training=self.training), and its KL cannot be controlled."
         )

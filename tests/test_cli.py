@@ -41,6 +41,13 @@ def test_missing_module_in_a_comparison_keeps_its_error(monkeypatch, missing):
         cli.main()
 
 
+def test_unknown_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl", "compar"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err.splitlines()[-1] == "sb3-adaptive-kl: unknown command 'compar', did you mean 'compare'?"
+
+
 def test_every_requirement_of_the_extras_is_known():
     modules: dict[str, set[str]] = {}
     for module, distributions in packages_distributions().items():

@@ -64,13 +64,17 @@ def test_command_writes_all_files(completed):
     results, child = completed
     for name in ("plan.yml", "command.json", "runs.csv", "statistics.json", "report.md", "report.html"):
         assert (results / name).stat().st_size > 0, name
-    for name in ("curves-CartPole-v1", "final_returns", "aggregates", "probability_of_improvement", "performance_profile"):
+    for name in ("curves-CartPole-v1", "final_returns"):
         for ending in (".png", ".svg", "-dark.png", "-dark.svg"):
             assert (results / "plots" / f"{name}{ending}").stat().st_size > 0, name + ending
     assert len((results / "runs.csv").read_text().splitlines()) == 1 + 4
     assert "Report: results/report.html" in child.stdout
     assert "Warning: 2 seeds" in child.stderr
-    assert len(re.findall(r"^\[\d/4\] ppo(_kl)? CartPole-v1 seed \d: return", child.stderr, flags=re.MULTILINE)) == 4
+    first, *lines = child.stderr.splitlines()
+    assert first == "2 arms × 1 environment × 2 seeds × 1,500 time steps = 4 runs"
+    assert len([line for line in lines if re.match(r"\[\d/4\] ppo(_kl)? CartPole-v1 seed \d: return", line)]) == 4
+    assert len([line for line in lines if re.search(r", \d+:\d\d:\d\d left$", line)]) == 3  # but for the last run
+    assert "- **CartPole-v1**: ppo_kl and ppo\n  - final policy: " in child.stdout
     assert not list(results.glob(".unfinished*"))
 
 
@@ -79,6 +83,7 @@ def test_html_report_is_self_contained_and_both_reports_are_complete(completed):
     page, text = (results / "report.html").read_text(), (results / "report.md").read_text()
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", page)
     assert "<script" not in page
+    assert "figure { margin: 0; max-width: 720px; }" in page  # a curve over the whole screen says no more
     assert 'class="open"' in page  # a verdict without a winner is not highlighted
     assert 'class="shown"' not in page
     for content in (page, text):
@@ -209,15 +214,16 @@ def until(condition, seconds=600):
         time.sleep(0.1)
 
 
-def test_failing_arm_does_not_stop_the_others(tmp_path):
-    """SAC does not support CartPole. The report contains its error, and the exit code is 1."""
-    options = "--env CartPole-v1 --algo sac ppo --seeds 1 -n 300 --n-eval-episodes 1 -o results"
+@pytest.mark.parametrize("arm", ["ppo:ent_coef=.nan"])
+def test_failing_arm_does_not_stop_the_others(tmp_path, arm):
+    """The network becomes NaN in the first update. The report contains the error, and the exit code is 1."""
+    options = f"--env CartPole-v1 --algo {arm} ppo --seeds 1 -n 300 --n-eval-episodes 1 -o results"
     child = compare(tmp_path, *options.split(), expect=1)
-    assert "failed: sac CartPole-v1 seed 0: AssertionError: The algorithm only supports" in child.stderr
+    assert f"failed: {arm} CartPole-v1 seed 0: ValueError: Expected parameter" in child.stderr
     statistics = json.loads(statistics_of(tmp_path / "results"))
     assert list(statistics["environments"]["CartPole-v1"]["arms"]) == ["ppo"]
     for name in ("report.html", "report.md"):
-        assert "AssertionError: The algorithm only supports" in (tmp_path / "results" / name).read_text()
+        assert "ValueError: Expected parameter" in (tmp_path / "results" / name).read_text()
     assert "Traceback" in next((tmp_path / "results" / "failures").iterdir()).read_text()
     assert (tmp_path / "results" / "runs/ppo/ppo/CartPole-v1_1/run.json").exists()
 
@@ -246,6 +252,13 @@ gym.register("Exiting-v0", Exiting, max_episode_steps=10)
         ("--env CartPole-v1 --algo ppo_kl:clip_rnage=1", "did you mean 'clip_range'"),
         ("--env CartPole-v1 --seeds 0", "seeds=0: Input should be greater than 0"),
         ("--env CartPole-v1 --seeds many", "--seeds: invalid int value"),
+        ("--env CartPole-v1 --seed 7", "unrecognized arguments: --seed 7"),
+        ("--env CartPole-v1 -n 1e4 --jobs 0", "jobs must be"),  # the budget is accepted
+        ("--env CartPole-v1 -n 1.5", "n_timesteps=1.5: Input should be a valid integer"),
+        ("--env CartPole-v1 --params n_evns=8", "did you mean 'n_envs'"),
+        ("--env CartPole-v1 --algo ppo_kl:n_epochs=three", "n_epochs='three' must be an integer"),
+        ("--plan plan.yml --params n_envs=8", "--plan cannot be combined with --params"),
+        ("--seeds 2", "the following arguments are required: --env"),
         ("--env CartPole-v1 --jobs 0", "jobs must be"),
         ("--plan nowhere.yml", "cannot be read"),
         ("--env CartPole-v1 -o occupied", "is neither empty nor a results folder"),
@@ -269,6 +282,36 @@ def test_invalid_input_is_reported_in_the_last_line_and_writes_nothing(tmp_path,
     assert message in line
     assert not usage or usage[0].startswith("usage: ")
     assert [path.name for path in tmp_path.rglob("*")] == ["occupied", "file"]
+
+
+def test_all_missing_arguments_are_named_at_once(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the following arguments are required: --env, -o")
+
+
+def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path, capsys, monkeypatch):
+    """As in an environment that never ends an episode, where the first evaluation never ends either."""
+    monkeypatch.setattr(cli, "PATIENCE", -1)
+    shown = []
+
+    class Bars(cli.Progress):
+        def update(self, task_id, **kwargs):
+            shown.append(kwargs["description"])
+            super().update(task_id, **kwargs)
+
+    def backend(runs):
+        for run in runs:
+            for timesteps in (0, 0, 512, 1536, 1536, 1536):
+                yield run, timesteps
+            yield run, "RuntimeError: killed"
+
+    monkeypatch.setattr(cli, "Progress", Bars)
+    cli.carry_out(Store.create(tmp_path / "results", Plan.create({**PLAN, "arms": ["ppo"], "seeds": 1}), {}), backend)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "If its environment never ends an episode" in line] == lines[1:2]
+    assert lines[2] == "[1/1] ppo CartPole-v1 seed 0: failed: RuntimeError: killed"
+    assert shown[::2] == ["ppo CartPole-v1 seed 0"] + ["ppo CartPole-v1 seed 0, evaluating"] * 4
 
 
 def test_folder_of_another_plan_is_rejected_with_the_difference(completed, capsys):

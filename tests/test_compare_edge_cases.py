@@ -70,16 +70,16 @@ def summarize(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "_render", collect)
     monkeypatch.setattr(intervals, "SAMPLES", 200)
 
-    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1):
+    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1, environments=(ENV,)):
         plan = Plan.create(
-            {"environments": [ENV], "arms": list(arms), "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1}
+            {"environments": list(environments), "arms": list(arms), "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1}
         )
-        store = Store.create(tmp_path / "results", plan, COMMAND)
+        store = Store.create(tmp_path / f"results-{len(environments)}", plan, COMMAND)
         for run in plan.runs():
             store.keep(run, outcome(run))
         exit_code = report.summarize(store)
-        text, runs_csv = ((tmp_path / "results" / name).read_text() for name in ("report.md", "runs.csv"))
-        assert (tmp_path / "results" / "report.html").is_file()
+        text, runs_csv = ((store.folder / name).read_text() for name in ("report.md", "runs.csv"))
+        assert (store.folder / "report.html").is_file()
         return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None)
 
     return summarize
@@ -184,6 +184,26 @@ def test_threshold_that_does_not_exist_is_not_counted(summarize):
     """Without gymnasium's threshold and an arm that beats random there is nothing to reach."""
     summary = summarize(lambda run: finished(run, final=5.0, threshold=None))
     assert "| ppo | 1 | 5.00 | 5.00 | 5.00 | 20.0 | – | – |" in summary.report
+    assert "- **CartPole-v1**: no arm is shown to beat a random policy, which gets 10.0" in summary.report
+
+
+def test_across_environments_is_reported_for_several_of_them(summarize, tmp_path):
+    summary = summarize(finished, seeds=2)
+    assert "## Across environments" not in summary.report
+    assert "no arm is shown to beat" not in summary.report
+    summary = summarize(finished, seeds=2, environments=(ENV, "Acrobot-v1"))
+    assert "## Across environments" in summary.report
+    for name in ("aggregates", "probability_of_improvement", "performance_profile"):
+        assert f"(plots/{name}.png)" in summary.report
+        for ending in (".png", ".svg", "-dark.png", "-dark.svg"):
+            assert (tmp_path / "results-2" / "plots" / f"{name}{ending}").is_file(), name + ending
+
+
+def test_values_in_the_zoos_notation_are_explained(summarize):
+    report = summarize(finished).report
+    assert "| target_kl | clip_lin_0.245 | None |" in report
+    assert "lin_0.2 decays linearly from 0.2 to 0" in report
+    assert "clip_lin_0.2 the same for a clip range that decays" in report
 
 
 def test_arm_whose_runs_all_failed_is_left_out(summarize):
@@ -217,7 +237,9 @@ def test_long_names_are_wrapped_and_short_ones_are_explained(summarize):
     long = (
         "ppo_kl:target_kl=clip,kl_rule=predictive,kl_ceiling=1.5,clip_range=outliers,kl_coef_bounds=[0.3,32],kl_stop_factor=4"
     )
-    summary = summarize(lambda run: finished(run), arms=(long, "held=ppo_kl:kl_ceiling=1.5", "ppo"), seeds=2)
+    summary = summarize(
+        lambda run: finished(run), arms=(long, "held=ppo_kl:kl_ceiling=1.5", "ppo"), seeds=2, environments=(ENV, "Acrobot-v1")
+    )
     assert [name.replace("\n", "") for name in summary.legend] == [long, "held", "ppo"]
     assert max(len(line) for name in summary.legend for line in name.split("\n")) <= plots.LEGEND_WIDTH
     assert "- `held=ppo_kl:kl_ceiling=1.5`" in summary.report
@@ -227,6 +249,8 @@ def test_long_names_are_wrapped_and_short_ones_are_explained(summarize):
 def test_budget_below_one_rollout_is_not_evaluated_at_every_step():
     hyperparameters = {"policy": "MlpPolicy", "n_steps": 1200, "batch_size": 100, "n_epochs": 1, "n_timesteps": 20}
     run = Run("CartPole-v1", "ppo_kl", "ppo_kl", 0, hyperparameters, 1, (), "runs/ppo_kl")
-    files = execute(run)
+    reported = []
+    files = execute(run, reported.append)
+    assert reported[-1] == 1200  # the driver says that it is evaluating
     evaluations = np.load(io.BytesIO(files["evaluations.npz"]))
     assert evaluations["timesteps"].tolist() == [500, 1000]

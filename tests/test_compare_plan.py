@@ -1,14 +1,18 @@
 """Plans: which hyperparameters arms share, which input is rejected, and that the file is complete."""
 
+import gc
 import re
 from importlib.resources import files
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import yaml
 
+from sb3_adaptive_kl.compare import arms
 from sb3_adaptive_kl.compare.arms import Arm, PlanError, effective
+from sb3_adaptive_kl.compare.execute import check
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing, shared
 
@@ -198,7 +202,7 @@ def test_run_folders_are_unique_and_follow_the_zoos_layout():
     assert folders[0] == "runs/ppo_kl-target_kl=0.1/ppo_kl/CartPole-v1_1"
     brackets = [Arm.parse(f"ppo:policy_kwargs=dict(net_arch={size})").folder for size in ("[8]", "(8)", "{8}")]
     assert len(set(brackets)) == 3
-    assert all(re.fullmatch(r"[\w.=,+-]+", folder) for folder in brackets)
+    assert all(re.fullmatch(r"[\w.=,+%-]+", folder) for folder in brackets)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +222,12 @@ def test_run_folders_are_unique_and_follow_the_zoos_layout():
         ({"arms": ["ppo:policy=A", "ppo:policy=a"]}, "given twice"),  # on a file system that ignores case
         ({"arms": ["ppo:n_timesteps=5"]}, "the budget is the same for all arms"),
         ({"arms": []}, "no arms to compare"),
+        ({"params": ["n_evns=8"]}, "ppo_kl has no hyperparameter 'n_evns', did you mean 'n_envs'"),
+        ({"arms": ["ppo", "a2c"], "params": ["n_epochs=3"]}, "a2c has no hyperparameter 'n_epochs'"),
         ({"arms": ["ppo:clip_range=[0.1"]}, r"clip_range=\[0.1': ParserError: "),
         (
             {"hyperparameters": {}, "n_timesteps": 5},
-            "n_timesteps and own_hyperparameters resolve hyperparameters: remove them",
+            "n_timesteps, own_hyperparameters and params resolve hyperparameters: remove them",
         ),
         ({"seeds": 0}, "seeds=0: Input should be greater than 0"),
         ({"seeds": 2.5}, "seeds=2.5: Input should be a valid integer"),
@@ -284,27 +290,84 @@ def test_damaged_plan_file_is_rejected(tmp_path, hyperparameters, message):
         Plan.load(tmp_path / "plan.yml")
 
 
+@pytest.fixture
+def register():
+    """Register an environment that has these observations, and remove it after the test."""
+    names = []
+
+    def register(space, name="Observing-v0"):
+        class Observing(gym.Env):
+            observation_space, action_space = space, gym.spaces.Discrete(2)
+
+            def reset(self, *, seed=None, options=None):
+                return self.observation_space.sample(), {}
+
+        gym.register(name, Observing)
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        del gym.registry[name]
+    arms._network.cache_clear()
+
+
+IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+VECTOR = gym.spaces.Box(-1.0, 1.0, (3,))
+
+
+@pytest.mark.parametrize(
+    ("space", "policy"),
+    [(VECTOR, "MlpPolicy"), (IMAGE, "CnnPolicy"), (gym.spaces.Dict(image=IMAGE, vector=VECTOR), "MultiInputPolicy")],
+)
+def test_policy_fits_the_observations_of_an_environment_without_an_entry(register, space, policy):
+    recurrent = policy.replace("Policy", "LstmPolicy")
+    plan = create([register(space)], ["ppo_kl", "ppo", "trpo", "ppo_lstm"], params=["n_steps=64"])
+    policies = [arm["policy"] for arm in plan.hyperparameters["Observing-v0"].values()]
+    assert policies == [policy, policy, policy, recurrent]
+    check(plan)
+
+
+def test_params_are_hyperparameters_of_all_arms_that_do_not_override_them(tmp_path):
+    plan = create(arms=["ppo_kl", "ppo:n_envs=2", "a2c"], params=["n_envs=4", "normalize=true"])
+    values = plan.hyperparameters["CartPole-v1"]
+    assert [arm["n_envs"] for arm in values.values()] == [4, 2, 4]
+    assert {arm["normalize"] for arm in values.values()} == {True}
+    (tmp_path / "plan.yml").write_text(plan.dump())
+    assert Plan.load(tmp_path / "plan.yml") == plan
+
+
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ("ppo_kl:kl_ceiling=0.5", "'ppo_kl:kl_ceiling=0.5': ValueError: kl_ceiling=0.5 must be a finite number >= 1"),
+        ("ppo_kl:kl_ceiling=0.5", "on CartPole-v1: ValueError: kl_ceiling=0.5 must be a finite number >= 1"),
         ("ppo_kl:target_kl=abc", "target_kl='abc': write lin_0.02"),
         ("ppo_kl_lstm:kl_rule=predict", "kl_rule='predict' is unknown, did you mean 'predictive'"),
         ("ppo_kl:clip_range=outlier", "clip_range='outlier' is unknown, did you mean 'outliers'"),
         ("ppo_kl:clip_range_vf=outliers", "clip_range_vf='outliers' must be a positive number or lin_0.2"),
+        ("ppo_kl:n_epochs='3'", "n_epochs='3' must be an integer, without quotes"),
+        ("ppo_kl:n_epochs=three", "n_epochs='three' must be an integer"),
+        ("ppo:n_epochs=3.5", "n_epochs=3.5 must be an integer"),
+        ("ppo:gamma=high", "gamma='high' must be a number"),
+        ("ppo:clip_range='0.2'", "clip_range='0.2' must be a number, without quotes"),
+        ("ppo_kl:target_kl='1e-2'", "target_kl='1e-2' must be a number, without quotes"),
+        ("ppo:n_envs='8'", "n_envs='8' must be a number, without quotes"),
+        ("ppo:policy=MultiInputPolicy", "'ppo:policy=MultiInputPolicy' on CartPole-v1: AttributeError: "),
+        ("sac", "'sac' on CartPole-v1: AssertionError: The algorithm only supports"),
     ],
 )
-def test_invalid_value_of_an_arm_is_found_before_the_first_run(arm, message):
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the zoo leaves the monitor files of its environments open
+def test_arm_that_cannot_be_built_is_found_before_the_first_run(arm, message):
     plan = create(arms=["ppo_kl:target_kl=clip,clip_range=None,kl_ceiling=1.5", arm])
     with pytest.raises(PlanError, match=re.escape(message)):
-        plan.check()
+        check(plan)
+    gc.collect()
 
 
 def test_environment_that_cannot_be_made_is_found_before_the_first_run():
     gym.register("Broken-v0", "no_such_module:Env")
     try:
-        plan = Plan.create({"environments": ["CartPole-v1", "Broken-v0"], "arms": ["ppo"], "seeds": 1})
         with pytest.raises(PlanError, match="Broken-v0 cannot be made: ModuleNotFoundError: No module named 'no_such_module'"):
-            plan.check()
+            create(["CartPole-v1", "Broken-v0"])
     finally:
         del gym.registry["Broken-v0"]

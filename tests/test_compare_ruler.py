@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch as th
-from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
-from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -26,7 +25,6 @@ ALGORITHMS = {
     "a2c": lambda: cartpole(A2C),
     "trpo": lambda: cartpole(TRPO, batch_size=64),
     "ppo_lstm": lambda: cartpole(RecurrentPPO, "MlpLstmPolicy"),
-    "ppo_mask": lambda: MaskablePPO("MlpPolicy", InvalidActionEnvDiscrete(dim=8, n_invalid_actions=4), n_steps=64, seed=0),
     "ppo_kl": lambda: cartpole(AdaptiveKLPPO),
     "ppo_kl_k3": lambda: cartpole(AdaptiveKLPPO, kl_divergence="k3"),
     "ppo_kl_lstm": lambda: cartpole(RecurrentAdaptiveKLPPO, "MlpLstmPolicy"),

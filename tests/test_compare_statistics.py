@@ -94,10 +94,13 @@ def computed(results):
     return statistics.compute(5, results)[0]
 
 
-def compute(make, arms, **kwargs):
-    """Compute the statistics of arms given as lists of final returns, one per seed."""
+def compute(make, arms, environments=("E",), **kwargs):
+    """Compute the statistics of arms given as lists of final returns, one per seed, the same on each environment."""
     results = [
-        make(final=(final,), arm=arm, seed=seed, **kwargs) for arm, finals in arms.items() for seed, final in enumerate(finals)
+        make(final=(final,), arm=arm, seed=seed, env=env, **kwargs)
+        for env in environments
+        for arm, finals in arms.items()
+        for seed, final in enumerate(finals)
     ]
     return computed(results)
 
@@ -192,15 +195,34 @@ def test_runs_without_a_finished_episode_have_neither_curve_nor_area(make):
     assert arm["reached"] == 0
 
 
-def test_threshold_is_none_if_no_arm_beats_random(make):
-    environment = compute(make, {"a": [1.0, 2.0]}, random=(5.0,))["environments"]["E"]
+@pytest.mark.parametrize(
+    "finals",
+    [[1.0, 2.0, 3.0], [5.1, 4.8, 5.4], [50.0]],
+    ids=["worse than random", "within the noise", "one seed, which shows nothing"],
+)
+def test_no_threshold_and_no_scores_if_no_arm_is_shown_to_beat_random(make, finals):
+    statistics = compute(make, {"a": finals, "b": [0.0, 1.0]}, environments=["E", "F"], random=(5.0,))
+    environment = statistics["environments"]["E"]
+    assert not environment["beats_random"]
     assert environment["threshold"] is None
+    assert environment["arms"]["a"]["reached"] == 0
     assert environment["arms"]["a"]["steps_to_threshold"] is None
+    assert statistics["across"] is None
+
+
+def test_arm_that_clearly_beats_random_is_enough(make):
+    environment = compute(make, {"a": [9.0, 9.5, 10.0], "b": [0.0, 1.0]}, random=(5.0,))["environments"]["E"]
+    assert environment["beats_random"]
+    assert environment["threshold"] == pytest.approx(5 + 0.9 * 4.5)
+
+
+def test_one_environment_is_not_aggregated(make):
+    assert compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"] is None
 
 
 def test_normalized_scores(make):
     """0 is a random policy and 1 the best arm, so the best arm's mean is 1."""
-    across = compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"]
+    across = compute(make, {"a": [98, 102], "b": [60, 60]}, environments=["E", "F"], random=(20.0,))["across"]
     assert across["arms"]["a"]["mean"][0] == pytest.approx(1.0)
     assert across["arms"]["b"]["mean"] == pytest.approx([0.5, 0.5, 0.5])
     assert across["arms"]["b"]["optimality_gap"][0] == pytest.approx(0.5)
@@ -208,10 +230,6 @@ def test_normalized_scores(make):
     at, profile = across["profile"]["at"], across["profile"]["arms"]["b"][0]
     assert [share for tau, share in zip(at, profile, strict=True) if tau < 0.49] == [1.0] * sum(tau < 0.49 for tau in at)
     assert profile[-1] == 0.0
-
-
-def test_environments_where_no_arm_beats_random_do_not_count(make):
-    assert compute(make, {"a": [1, 2], "b": [1, 1]}, random=(5.0,))["across"] is None
 
 
 def test_kl_statistics_relative_to_the_target(make):
@@ -284,7 +302,12 @@ def test_statistics_of_many_samples_are_those_of_each():
 def test_probability_of_improvement_while_learning(make):
     """Arm a learns faster on every seed, and ends worse."""
     final, learning = {"a": 1.0, "b": 2.0}, {"a": 5.0, "b": 4.0}
-    runs = [make([final[arm]], [(100, learning[arm])], arm=arm, seed=seed) for arm in "ab" for seed in (7, 8)]
+    runs = [
+        make([final[arm]], [(100, learning[arm])], env=env, arm=arm, seed=seed)
+        for env in "EF"
+        for arm in "ab"
+        for seed in (7, 8)
+    ]
     across = computed(runs)["across"]
     assert across["probability_of_improvement"][0]["probability"][0] == 0.0
     assert across["probability_of_improvement_while_learning"][0]["probability"][0] == 1.0
@@ -300,7 +323,7 @@ def test_only_seeds_that_finished_on_all_environments_count_across_them(make):
 
 def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):
     assert compute(make, {"a": [100.0]}, threshold=42.0)["environments"]["E"]["threshold"] == 42.0
-    assert compute(make, {"a": [100.0]}, random=(20.0,))["environments"]["E"]["threshold"] == pytest.approx(92.0)
+    assert compute(make, {"a": [99.0, 101.0]}, random=(20.0,))["environments"]["E"]["threshold"] == pytest.approx(92.0)
 
 
 def test_median_steps_to_threshold_includes_runs_that_never_reach_it(make):

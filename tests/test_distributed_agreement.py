@@ -145,12 +145,13 @@ def test_nan_on_one_rank_undoes_the_update_on_all(ranks: Ranks) -> None:
 class FailsOnOneRank(ActorCriticPolicy):
     """Cannot be evaluated on rank 1, in the second minibatch of the first update, as if its distributions were invalid."""
 
-    n_calls = 0
+    n_steps = n_failures = 0
 
     def evaluate_actions(self, *args: Any) -> Any:
-        self.n_calls += 1
-        # In a step, and in the sweep that then asks about the policy
-        if dist.get_rank() == 1 and self.n_calls in (3, 4):
+        self.n_steps += th.is_grad_enabled()
+        # In the second step, and in the sweep that then asks about the policy
+        if dist.get_rank() == 1 and self.n_steps == 2 and self.n_failures < 2:
+            self.n_failures += 1
             raise ValueError("invalid distribution")
         return super().evaluate_actions(*args)
 

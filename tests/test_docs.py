@@ -43,8 +43,20 @@ def test_log_key_table_is_complete():
         assert re.search(rf"^\| .*`{key}`.* \|", table, flags=re.MULTILINE), key
 
 
+WRAPPED = ("README.md", "index.md", "guide.md", "logs.md", "coming_from.md", "results.md", "zoo.md", "compare.md")
+
+
+@pytest.mark.parametrize("page", WRAPPED)
+def test_code_fits_the_sites_column(page):
+    path = next(path for path in PAGES if path.name == page)
+    for kind, block in re.findall(r"^```(.*?)\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+        assert kind.startswith("{") or max(map(len, block.splitlines())) <= 84, block
+
+
 def test_relative_links_lead_somewhere():
     for path in PAGES:
+        for picture in re.findall(r'(?:src|srcset)="([^"]+)"|^```{image} (.+)$', path.read_text(), flags=re.MULTILINE):
+            assert (path.parent / "".join(picture)).exists(), f"{path.name}: {picture}"
         for target, anchor in re.findall(r"\]\((?!https?:|#)([^)#\s]+)#?([^)\s]*)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
             if anchor:

@@ -5,11 +5,9 @@ import warnings
 
 import pytest
 import torch as th
-from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, objective, step
-from sb3_adaptive_kl.fast.eager import without_validation
 from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 
@@ -230,51 +228,25 @@ def test_nan_observation_is_caught_without_torchs_checks(case, kl_divergence):
     assert model.kl_coef == 2.0
 
 
-def validated_while_training(model):
-    """Whether torch's distributions validate their arguments in each evaluation of an update."""
-    seen, evaluate = [], model.policy.evaluate_actions
-
-    def watched(*args):
-        seen.append(th.distributions.Distribution._validate_args)
-        return evaluate(*args)
-
-    model.policy.evaluate_actions = watched
-    model.train()
-    return seen
-
-
 def test_checks_are_dropped_for_the_update_only():
+    """Of this policy, during train(), and in no other thread."""
     model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
-    assert set(validated_while_training(model)) == {False}
+    seen = []
+
+    def refused(*args):
+        with pytest.raises(ValueError, match="Expected parameter"):
+            th.distributions.Normal(th.tensor(math.nan), th.tensor(1.0))
+        seen.append(model.policy.action_dist.distribution._validate_args)
+        return 0.01
+
+    model.target_kl = refused
+    model.train()
+    assert type(model.policy.action_dist.distribution) is th.distributions.Categorical
+    assert model.policy.action_dist.distribution._validate_args is False
+    assert "proba_distribution" not in vars(model.policy.action_dist)
     assert th.distributions.Distribution._validate_args is True
     with pytest.raises(ValueError, match="Expected parameter"):
         model.policy.action_dist.proba_distribution(th.full((1, 4), math.nan))
-
-
-def test_checks_stay_as_the_user_has_set_them(monkeypatch):
-    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", False)
-    CASES["discrete"].build(AdaptiveKLPPO, **SMALL).learn(64)
-    assert th.distributions.Distribution._validate_args is False
-
-
-def test_checks_are_back_after_models_in_two_threads():
-    policies = [CASES["discrete"].build(AdaptiveKLPPO, **SMALL).policy for _ in range(2)]
-    first, second = map(without_validation, policies)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert th.distributions.Distribution._validate_args is True
-
-
-def test_distributions_of_the_user_are_validated():
-    class Own(CategoricalDistribution):
-        def proba_distribution(self, action_logits):
-            return super().proba_distribution(action_logits)
-
-    model = collect(CASES["discrete"].build(AdaptiveKLPPO, **SMALL))
-    model.policy.action_dist = Own(4)
-    assert set(validated_while_training(model)) == {True}
 
 
 def test_warnings_point_at_the_line_that_trains(monkeypatch):
@@ -292,10 +264,12 @@ class AlwaysRandom(FlattenExtractor):
         return th.nn.functional.dropout(super().forward(observations), 0.5)
 
 
-def test_a_policy_that_is_random_in_eval_mode_is_named():
-    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": AlwaysRandom}, **SMALL)
+@pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
+def test_a_policy_that_is_random_in_eval_mode_is_named(kl_divergence):
+    kwargs = {"policy_kwargs": {"features_extractor_class": AlwaysRandom}, "kl_divergence": kl_divergence, **SMALL}
+    model = CASES["box"].build(AdaptiveKLPPO, **kwargs)
     model.policy.action_net.weight.data *= 100
-    with pytest.warns(UserWarning, match=r"KL divergence from itself is .* random in eval mode.*F.dropout") as caught:
+    with pytest.warns(UserWarning, match=r"KL divergence from itself differs by .* random in eval mode.*F.dropout") as caught:
         model.learn(2 * 64)
     assert len(caught) == 1
 
@@ -306,3 +280,20 @@ def test_an_undone_update_is_told_once_before_the_error(monkeypatch):
     with pytest.warns(UserWarning, match="undone") as caught, pytest.raises(ValueError, match="5 updates in a row"):
         model.learn(64 * MAX_UNDONE_IN_A_ROW)
     assert len(caught) == 1
+
+
+class RaisesLater(FlattenExtractor):
+    calls = 0
+
+    def forward(self, observations):
+        RaisesLater.calls += len(observations) > 1  # not while it collects
+        if RaisesLater.calls > 8:
+            raise ValueError("the sensor is broken")
+        return super().forward(observations)
+
+
+def test_an_error_of_the_users_network_is_told():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": RaisesLater}, **SMALL)
+    with pytest.warns(UserWarning, match=r"was undone.*") as caught:
+        model.learn(64)
+    assert "the sensor is broken" in str(caught[0].message)

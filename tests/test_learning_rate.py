@@ -47,7 +47,7 @@ def test_invalid_numbers_are_rejected(wrong):
 
 def test_it_multiplies_the_users_schedule():
     model = CASES["box"].build(
-        AdaptiveKLPPO, learning_rate=LinearSchedule(3e-3, 1e-3, 1.0), learning_rate_rule="adaptive", target_kl=1e9, **SMALL
+        AdaptiveKLPPO, learning_rate=LinearSchedule(3e-3, 1e-3, 1.0), learning_rate_rule="adaptive", target_kl=10, **SMALL
     )
     model.learn(2 * 64)  # the second update is at the schedule's end; far below the target: × 1.5 after the first
     assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 1.5)
@@ -57,7 +57,7 @@ def test_it_multiplies_the_users_schedule():
 
 
 def test_it_is_saved_and_continued(tmp_path):
-    model = CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", target_kl=1e9, **SMALL).learn(64)
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", target_kl=10, **SMALL).learn(64)
     model.save(tmp_path / "model")
     loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env())
     assert loaded.learning_rate_scale == pytest.approx(1.5)

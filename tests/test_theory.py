@@ -72,8 +72,8 @@ def test_settings_on_the_page_are_the_defaults():
     rule, words = PredictivePenalty(), {10: "ten"}
     assert f"cuts an update into {words[rule.segments]} segments" in THEORY
     assert (rule.max_ratio, rule.gain) == (math.e, 0.5)
-    assert f"k + (k − k_before) · segments left,  {rule.floor:g} · k )" in THEORY
-    assert "clip( d̂ / d_targ, 1/e, e )^½" in THEORY
+    assert rf"k + (k - k_\text{{before}}) \cdot \text{{segments left}},\ {rule.floor:g} \, k" in THEORY
+    assert r"\mathrm{clip}\left( \frac{\hat d}{d_\text{targ}},\ \frac{1}{e},\ e \right)^{1/2}" in THEORY
     assert f"aims at {TARGET_FRACTION:g} times the ceiling" in THEORY
     assert f"d is between {MIN_FRACTION:g} times the ceiling and the ceiling" in THEORY
 

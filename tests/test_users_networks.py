@@ -1,5 +1,7 @@
 """Networks, hooks and distributions that users write: the update is PPO's, or a sentence says why it cannot be."""
 
+import math
+
 import gymnasium as gym
 import pytest
 import torch as th
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import action_distribution
-from sb3_adaptive_kl.rollout.old_policy import ACTIVATION_BYTES, N_PROBED
+from sb3_adaptive_kl.rollout.old_policy import ACTIVATION_BYTES, CHUNK_PROBE_SIZE
 from sb3_adaptive_kl.snapshot import Snapshot
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged, remember
 
@@ -62,16 +64,18 @@ def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
 
 
 def test_complex_weights_step_back():
-    kwargs = {"learning_rate": 1.0, "target_kl": 1e-3, "kl_ceiling": 1.5, **SMALL}
-    model = collect(CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": Fourier}, **kwargs))
-    weight = model.policy.features_extractor.weight
-    for parameter in model.policy.parameters():
-        parameter.requires_grad_(parameter is weight)
-    before = weight.detach().clone()
-    model.train()
-    assert 0 < model.step_scale < 1
-    assert logged(model)["kl"] <= 1.5e-3
-    assert not th.equal(weight, before)
+    """By the same factor as the others: without a ceiling, the same update takes the whole step."""
+    full_batch = {"n_steps": 64, "batch_size": 64, "n_epochs": 4}
+    kwargs = {"learning_rate": 0.05, "target_kl": 1e-3, "policy_kwargs": {"features_extractor_class": Fourier}, **full_batch}
+    shortened, whole = (
+        collect(CASES["box"].build(AdaptiveKLPPO, kl_ceiling=kl_ceiling, **kwargs)) for kl_ceiling in (1.5, None)
+    )
+    old = shortened.policy.features_extractor.weight.detach().clone()
+    shortened.train()
+    whole.train()
+    scaled, new = (model.policy.features_extractor.weight for model in (shortened, whole))
+    assert 0 < shortened.step_scale < 1
+    assert th.allclose(scaled, old + shortened.step_scale * (new - old), atol=1e-4)
 
 
 @pytest.mark.parametrize("listen", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -130,6 +134,14 @@ class Renamed(SquashedDiagGaussianDistribution):
         return super().log_prob(actions, gaussian_actions)
 
 
+class Rewritten(DiagGaussianDistribution):
+    """The textbook formula: other rounding, the same distribution."""
+
+    def log_prob(self, actions):
+        mean, std = self.distribution.mean, self.distribution.stddev
+        return (-0.5 * ((actions - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(dim=1)
+
+
 @pytest.mark.parametrize("family", [WithSecondAction, OwnFamily])
 def test_a_distribution_with_a_part_elsewhere_is_named(family):
     model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
@@ -138,10 +150,12 @@ def test_a_distribution_with_a_part_elsewhere_is_named(family):
         model.learn(64)
 
 
-def test_a_subclass_that_adds_nothing_is_trained():
-    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
-    model.policy.action_dist = Renamed(model.action_space.shape[0])
-    model.learn(64)
+@pytest.mark.parametrize("family", [Renamed, Rewritten])
+def test_a_subclass_that_adds_nothing_is_trained(family):
+    kwargs = {"n_steps": 1024, "batch_size": 1024, "n_epochs": 2, "policy_kwargs": {"log_std_init": -2.0}}
+    model = CASES["box"].build(AdaptiveKLPPO, **kwargs)
+    model.policy.action_dist = family(model.action_space.shape[0])
+    model.learn(1024)
     assert logged(model)["kl"] > 0
 
 
@@ -175,6 +189,23 @@ class Agents(Distribution):
         return actions, self.log_prob(actions)
 
 
+class ListOfAgents(Agents):
+    """The same with a distribution of torch for each."""
+
+    def proba_distribution(self, logits):
+        self.distribution = [th.distributions.Categorical(logits=part) for part in logits.view(-1, 3, 4).unbind(dim=1)]
+        return self
+
+    def log_prob(self, actions):
+        return sum(agent.log_prob(action) for agent, action in zip(self.distribution, actions.unbind(dim=1), strict=True))
+
+    def entropy(self):
+        return sum(agent.entropy() for agent in self.distribution)
+
+    def sample(self):
+        return th.stack([agent.sample() for agent in self.distribution], dim=1)
+
+
 class AgentsPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule):
         super()._build(lr_schedule)
@@ -196,6 +227,12 @@ class ThreeChoices(gym.Env):
 
     def step(self, action):
         return self.observation_space.sample(), float(action[0] == 1), self.np_random.random() < 0.1, False, {}
+
+
+def test_several_agents_in_a_list_of_distributions():
+    model = AdaptiveKLPPO(AgentsPolicy, ThreeChoices(), seed=0, device="cpu", **SMALL)
+    model.policy.action_dist = ListOfAgents()
+    assert logged(model.learn(64))["kl"] > 0
 
 
 def test_several_agents_in_one_distribution():
@@ -225,18 +262,51 @@ def test_a_sweep_of_a_wide_network_takes_few_transitions_at_a_time():
         sizes: list[int] = []
         model.policy.action_net.register_forward_hook(lambda _, args, __, sizes=sizes: sizes.append(len(args[0])))
         remember(model)
-        assert sizes[0] == N_PROBED
+        assert sizes[0] == CHUNK_PROBE_SIZE
         assert sizes[1] == (256 if features_dim == narrow else ACTIVATION_BYTES // (4 * wide))
         assert sum(sizes[1:]) == 256
 
 
-def test_frozen_parameters_are_not_copied():
+def test_frozen_parameters_are_not_copied_at_every_update():
+    """Only once, and when somebody has written to them since."""
     model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
-    for parameter in model.policy.value_net.parameters():
-        parameter.requires_grad_(False)
-    copied = set(map(id, Snapshot(model.policy).tensors))
-    assert copied.isdisjoint(map(id, model.policy.value_net.parameters()))
-    assert copied.issuperset(map(id, model.policy.action_net.parameters()))
+    frozen = model.policy.value_net.weight.requires_grad_(False)
+    versions: dict[int, int] = {}
+
+    def is_copied(parameter):
+        return any(tensor is parameter for tensor in Snapshot(model.policy, versions).tensors)
+
+    assert is_copied(frozen)
+    assert not is_copied(frozen)
+    assert is_copied(model.policy.action_net.weight)
+    frozen.mul_(2.0)
+    assert is_copied(frozen)
+
+
+class MovingAverage(Extractor):
+    """Frozen, but written to by every step of the optimizer."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.average = th.nn.Linear(observation_space.shape[0], 8).requires_grad_(False)
+
+    def forward(self, observations):
+        return super().forward(observations) + self.average(observations)
+
+
+def test_a_moving_average_is_undone_with_the_update():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": MovingAverage}, **SMALL)
+    extractor = model.policy.features_extractor
+    model.policy.optimizer.register_step_post_hook(
+        lambda *_: extractor.average.weight.lerp_(extractor.layer.weight.detach(), 0.5)
+    )
+    model.learn(64)
+    collect(model)
+    model.rollout_buffer.advantages[:] = th.nan
+    before = extractor.average.weight.clone()
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert th.equal(extractor.average.weight, before)
 
 
 @NEEDS_COMPILER

@@ -8,20 +8,23 @@ are specific to each algorithm.
 """
 
 import difflib
-import hashlib
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 import gymnasium as gym
 import yaml
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_adaptive_kl import zoo
 
@@ -75,57 +78,68 @@ class Arm:
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
         name, equals, definition = text.partition("=")
-        if not equals or ":" in name:
+        if not equals or ":" in name:  # the first = is that of an override
             name = definition = text
         elif not name.strip() or (name in ALGOS and definition != name):
             raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
         algo, _, assignments = definition.partition(":")
         if algo not in ALGOS:
             raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")
-        known = (arguments(algo) | ZOO_KEYS) - {"n_timesteps"}
-        overrides = {}
-        for assignment in _split_outside_brackets(assignments):
-            key, equals, value = assignment.partition("=")
-            if not equals:
-                raise PlanError(f"{text!r}: {assignment!r} is not of the form name=value")
-            if key == "n_timesteps":
-                raise PlanError(f"{text!r}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
-            if key not in known:
-                raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
-            with reported(f"{text!r}: {assignment!r}"):
-                overrides[key] = _value(value)
-            if overrides[key] == "clip" and algo not in zoo.ALGORITHMS:
-                raise PlanError(f"{text!r}: only {' and '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
-        return cls(name, algo, overrides)
-
-    def check_penalty(self) -> None:
-        """
-        Build the algorithm once with the overrides of the KL penalty, on an environment that is always there.
-
-        :raises PlanError: if a value is invalid
-        """
-        if self.algo in zoo.ALGORITHMS:
-            names = TRUST_REGION | {"clip_range_vf"} | arguments(self.algo) - arguments("ppo")
-            values = {name: value for name, value in self.overrides.items() if name in names and value != "clip"}
-            policy = "MlpLstmPolicy" if self.recurrent else "MlpPolicy"
-            with reported(repr(self.name)):
-                values = zoo.parse_trust_region(values)
-                algorithm: Any = ALGOS[self.algo]
-                algorithm(policy, "CartPole-v1", n_steps=8, batch_size=8, device="cpu", **values)
+        return cls(name, algo, parse_hyperparameters(algo, _split_outside_brackets(assignments)))
 
     @property
     def folder(self) -> str:
-        """Unique folder name: special characters are replaced, and a hash is added if there were any."""
-        name = self.name.replace(":", "-", 1)
-        safe = re.sub(r"[^\w.=,+-]", "-", name)
-        return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        """Folder name, unique because what a shell or a file system might not like is escaped."""
+        return quote(self.name.replace(":", "-", 1), safe="=,+")
 
     @property
     def recurrent(self) -> bool:
         return self.algo.endswith("_lstm")
 
 
-def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, own: bool) -> dict[str, Hyperparameters]:
+def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
+    """
+    Parse hyperparameters as written on the command line.
+
+    :param algo: the algorithm that gets them
+    :param assignments: ``name=value`` each, with values in yml
+    :raises PlanError: if the algorithm does not have one of them
+    """
+    known = (arguments(algo) | ZOO_KEYS) - {"n_timesteps"}
+    parsed: Hyperparameters = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise PlanError(f"{algo}: {assignment!r} is not of the form name=value")
+        if key == "n_timesteps":
+            raise PlanError(f"{algo}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
+        if key not in known:
+            raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
+        with reported(f"{algo}: {assignment!r}"):
+            parsed[key] = _value(value)
+        if parsed[key] == "clip" and algo not in zoo.ALGORITHMS:
+            raise PlanError(f"{algo}: only {' and '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
+    return parsed
+
+
+def check_numbers(algo: str, hyperparameters: Hyperparameters) -> None:
+    """
+    Reject text where a number belongs: some algorithms would notice only in the middle of their first update.
+
+    :raises ValueError: with the value and the remedy
+    """
+    parameters = inspect.signature(ALGOS[algo]).parameters
+    for key, value in hyperparameters.items():
+        hint = parameters[key].annotation if key in parameters else object
+        quoted = isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value)  # not lin_0.2, which is a schedule
+        if quoted or (hint in (int, float, bool) and not isinstance(value, int if hint is int else int | float)):
+            kind = "an integer" if hint is int else "a number"
+            raise ValueError(f"{key}={value!r} must be {kind}{', without quotes' if quoted else ''}")
+
+
+def resolve_hyperparameters(
+    arms: list[Arm], env: str, n_timesteps: int | None, own: bool, params: list[str]
+) -> dict[str, Hyperparameters]:
     """
     Determine all hyperparameters of every arm on an environment.
 
@@ -133,6 +147,7 @@ def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, 
     :param env: gymnasium id
     :param n_timesteps: the budget; None for the budget of PPO's entry
     :param own: give each arm the zoo's entry for its own algorithm, and share only the budget
+    :param params: ``name=value`` of every arm, unless it overrides the value
     :return: arm → hyperparameters of its runs
     :raises PlanError: if the zoo has no entry for an algorithm
     """
@@ -141,14 +156,15 @@ def resolve_hyperparameters(arms: list[Arm], env: str, n_timesteps: int | None, 
     resolved = {}
     for arm in arms:
         entry = _entry(arm.algo, env) if own or not issubclass(ALGOS[arm.algo], OnPolicyAlgorithm) else _shared(arm, base, env)
-        resolved[arm.name] = {**entry, **budget, **arm.overrides}
-        if arm.overrides.get("target_kl") == "clip":
+        resolved[arm.name] = {**entry, **budget, **parse_hyperparameters(arm.algo, params), **arm.overrides}
+        if resolved[arm.name].get("target_kl") == "clip":
             resolved[arm.name]["target_kl"] = f"clip_{_entry(base, env).get('clip_range', CLIP_RANGE)}"
     return resolved
 
 
 def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
     """Take from the base's entry every key that both algorithms have, and the rest from the arm's own entry."""
+    # PPO's policy has no memory, and a recurrent one is nothing to PPO
     own_keys = TRUST_REGION | ({"policy"} if arm.recurrent != base.endswith("_lstm") else set())
     common = (arguments(arm.algo) & arguments(base) | ZOO_KEYS) - own_keys
     shared = {key: value for key, value in _entry(base, env).items() if key in common}
@@ -167,6 +183,7 @@ def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, H
     :param given: arm → hyperparameters of its runs
     :return: arm → completed hyperparameters
     """
+    # Without this choice, the table would list every argument that only one algorithm has
     n_algorithms = Counter(key for algo in {arm.algo for arm in arms} for key in arguments(algo))
     compared = TRUST_REGION.union(*given.values(), (key for key, n in n_algorithms.items() if n > 1))
     added = {arm.name: {key: value for key, value in sorted(defaults(arm.algo).items()) if key in compared} for arm in arms}
@@ -176,6 +193,7 @@ def effective(arms: list[Arm], given: dict[str, Hyperparameters]) -> dict[str, H
 def defaults(algo: str) -> Hyperparameters:
     """Default values of the hyperparameters that have one."""
     parameters = inspect.signature(ALGOS[algo]).parameters
+    # Not classes and the like, which yml cannot hold
     values = {name: parameters[name].default for name in arguments(algo)}
     return {name: value for name, value in values.items() if value is None or isinstance(value, int | float | str)}
 
@@ -193,15 +211,37 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 def _entry(algo: str, env: str) -> Hyperparameters:
     """The zoo's tuned entry for an environment, or for its previous version: the zoo has no entries for MuJoCo's -v5."""
-    file = zoo.hyperparameter_file(algo) if algo in zoo.ALGORITHMS else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
-    entries = yaml.safe_load(file.read_text())
     base, _, version = env.rpartition("-v")
     previous = [f"{base}-v{number}" for number in (4, 2) if version == "5"]
     atari = ["atari"] if "AtariEnv" in str(gym.registry[env].entry_point) else []
-    candidates = [name for name in (env, *previous, *atari, "default") if name in entries]
-    if not candidates:
+    entries = _entries(algo)
+    name = next((name for name in (env, *previous, *atari, "default") if name in entries), None)
+    if name is None:
         raise PlanError(f"the zoo has neither hyperparameters of {algo} for {env} nor a default entry")
-    return dict(entries[candidates[0]])
+    entry = dict(entries[name])
+    if name == "default":  # its policy is for vectors of numbers, and without a memory even for ppo_lstm
+        network = _network(env) + ("Lstm" if algo.endswith("_lstm") else "")
+        entry["policy"] = re.sub("^Mlp(Lstm)?", network, entry["policy"])
+    return entry
+
+
+@cache  # a file takes yml's parser a noticeable time, and every arm asks on every environment
+def _entries(algo: str) -> dict[str, Hyperparameters]:
+    file = zoo.hyperparameter_file(algo) if algo in zoo.ALGORITHMS else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
+    return yaml.safe_load(file.read_text())  # type: ignore[no-any-return]
+
+
+@cache
+def _network(env: str) -> str:
+    """How the names of the policies that fit the environment's observations begin."""
+    # gymnasium warns of outdated versions here, and again in every run
+    with warnings.catch_warnings(), reported(f"{env} cannot be made"):
+        warnings.simplefilter("ignore")
+        made = gym.make(env)
+        made.close()
+    if isinstance(made.observation_space, gym.spaces.Dict):
+        return "MultiInput"
+    return "Cnn" if is_image_space(made.observation_space) else "Mlp"
 
 
 def _value(text: str) -> Any:

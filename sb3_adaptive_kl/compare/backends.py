@@ -76,6 +76,7 @@ def loky(jobs: int) -> Backend:
             reported = {run.folder: Path(folder, str(i)) for i, run in enumerate(runs)}
             try:
                 while waiting or active:
+                    # Not all at once: a process that waits would hold hundreds of megabytes of imported modules
                     while waiting and len(active) < jobs:
                         run = waiting.pop(0)
                         # An executor for each run, so that a killed process does not break other runs
@@ -88,6 +89,7 @@ def loky(jobs: int) -> Backend:
                             executors.pop(run.folder).shutdown(kill_workers=True)
                         yield run, event
             finally:
+                # After Ctrl-C: a worker would first finish its run
                 for executor in executors.values():
                     executor.shutdown(kill_workers=True)
 
@@ -122,6 +124,7 @@ def ray(jobs: int, address: str | None = None) -> Backend:
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     cluster = {"address": address} if address else {"address": "local", "num_cpus": jobs, "include_dashboard": False}
+    # The dashboard is a web server, which nobody who compares has asked for
     with reported(f"no Ray cluster at {address}" if address else "cannot start a Ray cluster"):
         library.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
 

@@ -12,11 +12,13 @@ Besides the zoo's files, the folder holds
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
@@ -34,7 +36,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
-from sb3_adaptive_kl.compare.plan import Run
+from sb3_adaptive_kl.compare.arms import check_numbers, reported
+from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.ruler import Ruler
 
 N_EVALUATIONS = 10  # the zoo's evaluations during training, for its plots
@@ -60,6 +63,44 @@ class Recorder(BaseCallback):
             self._report(self.num_timesteps)
         return True
 
+    def _on_training_end(self) -> None:
+        self._report(self.num_timesteps)  # the driver shows that the evaluation begins
+
+
+def check(plan: Plan) -> None:
+    """
+    Build every arm on every environment, so that a mistake is found before the first run, and not hours later.
+
+    :raises PlanError: if an environment cannot be made, or an algorithm rejects it or a hyperparameter
+    """
+    for run in plan.runs():
+        if run.seed == plan.first_seed:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), reported(f"{run.arm!r} on {run.env}"):
+                warnings.simplefilter("ignore")
+                with contextlib.redirect_stdout(io.StringIO()):  # the zoo prints the hyperparameters, which the plan holds
+                    build(run, Path(folder))[1].env.close()
+
+
+def build(run: Run, folder: Path) -> tuple[ExperimentManager, Any]:
+    """Return the zoo's manager of a run, which writes below the folder, and the untrained model."""
+    check_numbers(run.algo, run.hyperparameters)
+    config = folder / "hyperparameters.yml"
+    config.write_text(yaml.safe_dump({run.env: run.hyperparameters}))
+    manager = ExperimentManager(
+        # The zoo's other scripts read these from the args.yml of an agent
+        argparse.Namespace(**asdict(run), n_timesteps=run.budget, env_kwargs=None, device="cpu"),
+        run.algo,
+        run.env,
+        str(folder),
+        seed=run.seed,
+        eval_freq=max(run.budget // N_EVALUATIONS, MIN_EVAL_FREQ),
+        verbose=0,
+        log_interval=-2,  # disables the zoo's logging
+        device="cpu",
+        config=str(config),
+    )
+    return manager, manager.setup_experiment()[0]  # type: ignore[index]  # None only when the zoo optimizes hyperparameters
+
 
 def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) -> dict[str, bytes]:
     """
@@ -83,23 +124,7 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
 
 
 def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[ExperimentManager, dict[str, Any]]:
-    config = folder / "hyperparameters.yml"
-    config.write_text(yaml.safe_dump({run.env: run.hyperparameters}))
-    # The zoo's other scripts read these from the args.yml of an agent
-    args = argparse.Namespace(**asdict(run), n_timesteps=run.budget, env_kwargs=None, device="cpu")
-    manager = ExperimentManager(
-        args,
-        run.algo,
-        run.env,
-        str(folder),
-        seed=run.seed,
-        eval_freq=max(run.budget // N_EVALUATIONS, MIN_EVAL_FREQ),
-        verbose=0,
-        log_interval=-2,  # disables the zoo's logging
-        device="cpu",
-        config=str(config),
-    )
-    model: Any = manager.setup_experiment()[0]  # type: ignore[index]  # None only when the zoo optimizes hyperparameters
+    manager, model = build(run, folder)
     recorder, ruler = Recorder(report), Ruler()
     measurable = isinstance(model, OnPolicyAlgorithm)
     manager.callbacks.extend([recorder, ruler] if measurable else [recorder])
@@ -134,10 +159,10 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
     env = manager.create_envs(1, eval_env=True, no_log=True)
     env.seed(EVAL_SEED + run.seed)
     if model is None:
-        env.action_space.seed(EVAL_SEED + run.seed)
+        env.action_space.seed(EVAL_SEED + run.seed)  # the same zero for all arms
         model = SimpleNamespace(predict=lambda *_, **__: (np.array([env.action_space.sample()]), None))
     else:
-        sync_envs_normalization(model.get_env(), env)
+        sync_envs_normalization(model.get_env(), env)  # else the policy would see observations that it does not know
     returns, _ = evaluate_policy(
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )

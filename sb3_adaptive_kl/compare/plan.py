@@ -4,7 +4,6 @@ Plan of a comparison: environments, arms and seeds, with every hyperparameter re
 The resolved plan is written into the results folder. A run depends on nothing else.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ class Plan(BaseModel):
     Where ``hyperparameters`` are not given, validation resolves them.
     """
 
+    # A misspelled field would be ignored, and seeds: true be one seed
     model_config = ConfigDict(extra="forbid", strict=True)
 
     environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
@@ -64,10 +64,11 @@ class Plan(BaseModel):
     hyperparameters: dict[str, dict[str, Hyperparameters]] = {}
     # Choose arms on some seeds, and judge them on others
     first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
-    # These two resolve the hyperparameters. In yml, 1.0e6 is a float
+    # These three resolve the hyperparameters. In yml, 1.0e6 is a float
     n_timesteps: PositiveInt | None = Field(
         None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
     )
+    params: list[str] = Field([], exclude=True, description="hyperparameters of all arms, such as n_envs=8 normalize=true")
     own_hyperparameters: bool = Field(False, exclude=True, description="give each algorithm the entry tuned for it, not PPO's")
 
     @classmethod
@@ -106,12 +107,13 @@ class Plan(BaseModel):
         for env in self.environments:
             with reported(f"unknown environment {env!r} (--gym-packages names a package that registers your own)"):
                 gym.spec(env)
-        given = self.n_timesteps, self.own_hyperparameters
+        given = self.n_timesteps, self.own_hyperparameters, self.params
         if "hyperparameters" not in self.model_fields_set:
             resolved = {env: resolve_hyperparameters(self.parsed_arms, env, *given) for env in self.environments}
-            self.hyperparameters, self.n_timesteps, self.own_hyperparameters = resolved, None, False
+            self.hyperparameters, self.n_timesteps, self.own_hyperparameters, self.params = resolved, None, False, []
         elif any(given):
-            raise PlanError("n_timesteps and own_hyperparameters resolve hyperparameters: remove them, or the hyperparameters")
+            raise PlanError("n_timesteps, own_hyperparameters and params resolve hyperparameters: remove them or the latter")
+        # The file may have been edited
         for env, arm in product(self.environments, self.names):
             budget = self.hyperparameters.get(env, {}).get(arm, {}).get("n_timesteps", 0)
             if not isinstance(budget, int | float) or budget < 1:
@@ -120,20 +122,6 @@ class Plan(BaseModel):
         if n > 1:  # also on file systems that ignore case
             raise PlanError(f"an environment or an arm is given twice: {n} runs would be written to {folder}")
         return self
-
-    def check(self) -> None:
-        """
-        Make every environment and every arm's penalty once, so that a missing dependency or an invalid value is found before
-        the first run, and not hours later.
-
-        :raises PlanError: if one cannot be made
-        """
-        for env in self.environments:
-            with warnings.catch_warnings(), reported(f"{env} cannot be made"):
-                warnings.simplefilter("ignore")
-                gym.make(env).close()
-        for arm in self.parsed_arms:
-            arm.check_penalty()
 
     def dump(self) -> str:
         """Serialize to yml; ``load`` restores an equal plan."""

@@ -9,8 +9,7 @@ An arm has the color of its number in the plan: ``C0`` is the first color of the
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -41,43 +40,42 @@ def write(store: Store, statistics: dict[str, Any], results: Sequence[Result]) -
 
     :return: file names without suffix and extension
     """
-    figures = pictures(store.plan.names, statistics, results)
+    names: dict[str, None] = {}  # an ordered set
     for suffix, style in STYLES.items():
         with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
-            for name, draw in figures.items():
-                figure = draw()
+            # A generator: a figure takes its colors from the style in which it is drawn
+            for name, figure in pictures(store.plan.names, statistics, results):
+                names[name] = None
                 for format in ("svg", "png"):
                     store.write(f"{FOLDER}/{name}{suffix}.{format}", _render(figure, format))
-    return list(figures)
+    return list(names)
 
 
-def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Result]) -> dict[str, Callable[[], Figure]]:
-    """File name → function that draws the figure."""
+def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
+    """Yield the file name and the figure of each picture."""
     number = {arm: i for i, arm in enumerate(arms)}
-    figures: dict[str, Callable[[], Figure]] = {}
     finals: dict[str, list[Row]] = {}
     for env, environment in statistics["environments"].items():
         of_arm = {arm: [r for r in results if (r.run.env, r.run.arm) == (env, arm)] for arm in environment["arms"]}
-        figures[curves_name(env)] = partial(_curves, env, environment, number, of_arm)
+        yield curves_name(env), _curves(env, environment, number, of_arm)
         means = {arm: entry["final"]["mean"] for arm, entry in environment["arms"].items()}
         finals[env] = [(arm, number[arm], mean, [r.final for r in of_arm[arm]]) for arm, mean in means.items()]
     if finals:
-        figures["final_returns"] = partial(_rows, finals, "return of the final policy")
+        yield "final_returns", _rows(finals, "return of the final policy")
     if across := statistics["across"]:
         scores: dict[str, list[Row]] = {
             title: [(arm, number[arm], entry[key], []) for arm, entry in across["arms"].items()]
             for key, title in AGGREGATES.items()
         }
-        figures["aggregates"] = partial(_rows, scores, "normalized score: 0 a random policy, 1 the best arm")
+        yield "aggregates", _rows(scores, "normalized score: 0 a random policy, 1 the best arm")
         improvements: dict[str, list[Row]] = {
             title: [(" > ".join(pair["arms"]), number[pair["arms"][0]], pair["probability"], []) for pair in across[key]]
             for key, title in IMPROVEMENTS.items()
             if across[key]
         }
         if improvements:
-            figures["probability_of_improvement"] = partial(_rows, improvements, "probability to be better", middle=0.5)
-        figures["performance_profile"] = partial(_profile, across["profile"], number)
-    return figures
+            yield "probability_of_improvement", _rows(improvements, "probability to be better", middle=0.5)
+        yield "performance_profile", _profile(across["profile"], number)
 
 
 def curves_name(env: str) -> str:
@@ -124,6 +122,7 @@ def _traces(axes: Axes, updates: dict[int, pd.DataFrame], column: str, nothing: 
         shown = frame[(frame[column] > 0) & np.isfinite(frame[column])]  # what a logarithmic axis shows
         if len(shown):
             bins = shown.groupby(pd.cut(shown["timesteps"], min(N_BINS, shown["timesteps"].nunique())), observed=True)
+            # Quantiles: KL spreads over powers of ten, where a mean shows the largest update only
             low, middle, high = bins[column].quantile([0.1, 0.5, 0.9]).unstack().to_numpy().T
             _band(axes, i, bins["timesteps"].mean().to_numpy(), middle, low, high)
     if not axes.lines:
@@ -150,8 +149,7 @@ def _rows(panels: dict[str, list[Row]], xlabel: str, middle: float | None = None
         axes.set_title(title, fontsize="medium")
         for y, (_, i, (estimate, low, high), values) in enumerate(rows):
             axes.plot(values, [y + 0.22] * len(values), "o", ms=4, alpha=0.6, mew=0, color=f"C{i}")
-            if low is not None:
-                axes.plot([low, high], [y, y], lw=3, color=f"C{i}", solid_capstyle="round")
+            axes.plot([low, high], [y, y], lw=3, color=f"C{i}", solid_capstyle="round")  # nothing, if they are None
             axes.plot(estimate, y, "D", color=mpl.rcParams["text.color"], ms=5)
         if middle is not None:
             axes.axvline(middle, color=mpl.rcParams["text.color"], lw=0.8, ls=":")

@@ -12,7 +12,6 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sb3_adaptive_kl.compare import plots, statistics
@@ -23,10 +22,11 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 
 def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
-    results = store.results()
-    computed, runs = statistics.compute(store.plan.seeds, results)
+    plan, results, failures = store.plan, store.results(), store.failures()
+    computed, runs = statistics.compute(plan.seeds, results)
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
+    # StrictUndefined: a statistic that was renamed must not become an empty cell
     environment = Environment(
         loader=PackageLoader("sb3_adaptive_kl.compare"),
         autoescape=select_autoescape(),
@@ -35,22 +35,9 @@ def summarize(store: Store) -> int:
         lstrip_blocks=True,
     )
     environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing, shared)})
-    content = gather(store, computed, runs, plots.write(store, computed, results))
-    for name in ("report.md", "report.html"):
-        store.write(name, environment.get_template(name).render(content))
-    if warning := seeds_warning(store.plan.seeds):
-        print(f"Warning: {warning}", file=sys.stderr)
-    failures = store.failures()
-    for run, line in failures.items():
-        print(f"failed: {run}: {line}", file=sys.stderr)
-    print(f"Report: {store.folder / 'report.html'}")
-    return 1 if failures else 0
-
-
-def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures: list[str]) -> dict[str, Any]:
-    """Collect the variables of the templates."""
-    plan, command = store.plan, json.loads((store.folder / COMMAND_FILE).read_text())
-    return {
+    command = json.loads((store.folder / COMMAND_FILE).read_text())
+    warning = f"{count(plan.seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little; a single run has none"
+    content = {
         "plan": plan,
         "statistics": computed,
         "timings": runs.groupby(["env", "arm"], sort=False)[["seconds", "steps_per_second"]].mean() if len(runs) else runs,
@@ -58,19 +45,25 @@ def gather(store: Store, computed: dict[str, Any], runs: pd.DataFrame, pictures:
         "command_line": shlex.join(command["command"]),
         "n_runs": len(list(plan.runs())),
         "n_finished": len(runs),
-        "failures": store.failures(),
-        "seeds_warning": seeds_warning(plan.seeds),
+        "failures": failures,
+        "seeds_warning": warning if plan.seeds < FEW_SEEDS else None,
         "hyperparameters": {env: effective(plan.parsed_arms, plan.hyperparameters[env]) for env in plan.environments},
         "plots": plots,
-        "pictures": pictures,
+        "pictures": plots.write(store, computed, results),
+        # Inlined, so that report.html can be shared as one file
         "svg": lambda name, suffix="": b64encode((store.folder / plots.FOLDER / f"{name}{suffix}.svg").read_bytes()).decode(),
     }
-
-
-def seeds_warning(seeds: int) -> str | None:
-    """Warn about the width of the intervals; None if there are enough seeds."""
-    warning = f"{count(seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little; a single run has none"
-    return warning if seeds < FEW_SEEDS else None
+    texts = {name: environment.get_template(name).render(content) for name in ("report.md", "report.html")}
+    for name, text in texts.items():
+        store.write(name, text)
+    print(texts["report.md"].partition("## In short\n")[2].partition("\n## ")[0].strip())
+    # Last, where they are seen
+    if plan.seeds < FEW_SEEDS:
+        print(f"Warning: {warning}", file=sys.stderr)
+    for run, line in failures.items():
+        print(f"failed: {run}: {line}", file=sys.stderr)
+    print(f"Report: {store.folder / 'report.html'}")
+    return 1 if failures else 0
 
 
 def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -89,6 +82,7 @@ def number(value: float | None) -> str:
     """Format for reading, with three significant digits, or all digits of an integer part."""
     if value is None:
         return "–"
+    # #: without it, 20.0 would lose the zero that says how precise it is
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
 

@@ -8,20 +8,12 @@ import copy
 import time
 from typing import Any
 
-from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_adaptive_kl.arguments import settings_at
-from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter, PolicyAdapter, RecurrentPolicyAdapter
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, RecurrentPolicyAdapter
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-
-# How each algorithm's policy is evaluated; the first that fits
-ADAPTERS: tuple[tuple[type, PolicyAdapter], ...] = (
-    (RecurrentPPO, RecurrentPolicyAdapter()),
-    (MaskablePPO, MaskablePolicyAdapter()),
-    (OnPolicyAlgorithm, PolicyAdapter()),
-)
 
 
 class Ruler(BaseCallback):
@@ -45,7 +37,7 @@ class Ruler(BaseCallback):
         buffer = copy.copy(model.rollout_buffer)
         if isinstance(buffer.observations, dict):
             buffer.observations = dict(buffer.observations)
-        adapter = next(adapter for algorithm, adapter in ADAPTERS if isinstance(model, algorithm))
+        adapter = RecurrentPolicyAdapter() if isinstance(model, RecurrentPPO) else PolicyAdapter()
         self._before = OldPolicy(model.policy, buffer, adapter), getattr(model, "kl_coef", None)
         self.seconds += time.perf_counter() - start
 
@@ -54,7 +46,7 @@ class Ruler(BaseCallback):
             return
         start = time.perf_counter()
         (old_policy, kl_coef), self._before = self._before, None
-        kl = old_policy.divergence_on_rollout()
+        kl = old_policy.kl()
         model: Any = self.model
         # In PPO and TRPO, target_kl is a limit, and not a target
         target_kl = None
@@ -62,7 +54,7 @@ class Ruler(BaseCallback):
             target_kl = settings_at(model, model._current_progress_remaining).target_kl
         # Only an arm with a ceiling can shorten its steps
         step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
-        self.updates.append((self.num_timesteps, kl.mean().item(), kl.max().item(), kl_coef, target_kl, step_scale))
+        self.updates.append((self.num_timesteps, kl.mean, kl.max, kl_coef, target_kl, step_scale))
         self.seconds += time.perf_counter() - start
 
     _on_rollout_start = _on_training_end = _measure

@@ -44,7 +44,9 @@ def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
     references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
     references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
     random, given, best = references["random_return"], references["reward_threshold"], references["best"]
-    scale = (best - random).where(best > random)
+    # Where no arm is shown to have learned, a share of the way to the best one would be noise
+    beaten = pd.Series({env: _beats_random(rows) for env, rows in runs.groupby("env")})
+    scale = (best - random).where(beaten)
     threshold = given.fillna(random + THRESHOLD_SHARE * scale)
     runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
@@ -52,6 +54,7 @@ def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
         env: {
             "random": random[env],
             "best": best[env],
+            "beats_random": bool(beaten[env]),
             "threshold": _finite(threshold[env]),
             "threshold_source": "gymnasium" if given[env] == threshold[env] else "best arm",
             "arms": {arm: _arm(of_arm, [results[i] for i in of_arm.index]) for arm, of_arm in rows.groupby("arm", sort=False)},
@@ -66,21 +69,24 @@ def _row(result: Result) -> dict[str, Any]:
     run, summary = result.run, result.summary
     kl = _kl([result]) or {}
     return {
-        **{"env": run.env, "arm": run.arm, "algo": run.algo, "seed": run.seed},
-        "timesteps": summary["timesteps"],
+        **{key: getattr(run, key) for key in ("env", "arm", "algo", "seed")},
+        **{key: summary[key] for key in ("timesteps", "reward_threshold", "seconds", "machine")},
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
         "random_return": np.mean(summary["random_returns"]),
-        "reward_threshold": summary["reward_threshold"],
         "area": result.area,
         **{f"kl_{name}": value for name, value in kl.items()},
-        "seconds": summary["seconds"],
         "steps_per_second": summary["timesteps"] / summary["seconds"],
-        "machine": summary["machine"],
     }
 
 
 # ---------------------------------------------------------------- one environment
+
+
+def _beats_random(runs: pd.DataFrame) -> bool:
+    """Whether some arm's Student's t interval of the difference from a random policy lies above 0: never with one seed."""
+    gains = (runs["final_return"] - runs["random_return"]).groupby(runs["arm"])
+    return any((_student(gain.tolist())[0] or 0) > 0 for _, gain in gains)
 
 
 def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
@@ -93,6 +99,7 @@ def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
         # Computed per run, not from the curves: the bootstrap resamples every point of a curve independently
         "area": interval(intervals.mean, area) if complete else None,
         "reached": int(runs["steps_to_threshold"].count()),
+        # A run that never reaches it is slower than every other
         "steps_to_threshold": _finite(np.median(runs["steps_to_threshold"].fillna(np.inf))),
         "kl": _kl(results),
         "curve": {"timesteps": results[0].points.tolist(), "mean": curve} if complete else None,
@@ -174,11 +181,12 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
-    Only environments where some arm is better than random count, and for each arm only the seeds it finished on all of them.
+    Only environments where some arm is shown to beat random count, and for each arm only the seeds it finished on all of
+    them. One environment alone says it all in its own units.
     """
     counted = runs[runs["score"].notna()]
     scores = _matrices(counted, "score")
-    if not scores:
+    if not scores or counted["env"].nunique() == 1:
         return None
     profile = partial(intervals.profile, at=PROFILE_AT)
     return {

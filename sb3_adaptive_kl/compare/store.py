@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -66,6 +67,7 @@ class Result:
         ended = self.episodes["timesteps"].to_numpy()
         last = np.searchsorted(ended, self.points, side="right")
         first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
+        # Differences of cumulative sums, since the windows of neighboring points overlap
         sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"].to_numpy(dtype=float))])
         with np.errstate(invalid="ignore"):
             means = (sums[last] - sums[first]) / (last - first)
@@ -89,16 +91,12 @@ def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:
     return pd.concat(frames) if frames else None
 
 
+@dataclass(frozen=True)
 class Store:
-    """
-    Reads and writes a results folder.
+    """Reads and writes a results folder."""
 
-    :param folder: the folder
-    :param plan: its plan
-    """
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
+    folder: Path
+    plan: Plan
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -141,9 +139,8 @@ class Store:
 
     def results(self) -> list[Result]:
         """Read the finished runs, sorted by environment, arm and seed."""
-        environments, arms = self.plan.environments, self.plan.names
-        runs = [run for run in self.plan.runs() if self.finished(run)]
-        runs.sort(key=lambda run: (environments.index(run.env), arms.index(run.arm)))
+        order = list(product(self.plan.environments, self.plan.names))
+        runs = sorted(filter(self.finished, self.plan.runs()), key=lambda run: order.index((run.env, run.arm)))
         return [Result.read(run, self.folder / run.folder) for run in runs]
 
     def keep(self, run: Run, outcome: Outcome) -> None:
@@ -159,7 +156,7 @@ class Store:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(destination, ignore_errors=True)  # without run.json: damaged, or not written by us
         os.replace(unfinished, destination)
-        (self.folder / failure).unlink(missing_ok=True)
+        (self.folder / failure).unlink(missing_ok=True)  # of an earlier attempt
 
     def failures(self) -> dict[str, str]:
         """Failed run → its error in one line."""

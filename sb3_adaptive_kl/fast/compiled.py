@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import fast_collection
+from sb3_adaptive_kl.fast.eager import fast_collection, unvalidated
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
@@ -57,9 +57,9 @@ class Compiler:
         :return: a context with a function that computes the same up to rounding
         """
         plain = partial(compute_gradients, policy, adapter, old_policy)
-        if listened := listened_parameter(policy):
+        if hooked := hooked_parameter(policy):
             if not self._warned:
-                self.compilation.warn(f"only backward() calls the hooks on {listened}: training runs uncompiled")
+                self.compilation.warn(f"only backward() calls the hooks on {hooked}: training runs uncompiled")
             self._warned = True
             yield plain
             return
@@ -180,7 +180,7 @@ def clipped_gradients(
     return list(map(in_layout_of, parameters, clipped)), metrics, norm
 
 
-def listened_parameter(policy: ActorCriticPolicy) -> str | None:
+def hooked_parameter(policy: ActorCriticPolicy) -> str | None:
     """Name a parameter with hooks on its gradient, which ``th.autograd.grad`` would not call."""
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
     for parameter in optimized_parameters(policy.optimizer):
@@ -191,8 +191,8 @@ def listened_parameter(policy: ActorCriticPolicy) -> str | None:
 
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:
     """
-    Copy a policy for torch's compiler: it shares networks and distribution, and expects preprocessed observations, since SB3's
-    ``preprocess_obs`` reads NumPy arrays.
+    Copy a policy for torch's compiler: it shares the networks, does not validate its distributions, and expects preprocessed
+    observations, since SB3's ``preprocess_obs`` reads NumPy arrays.
 
     :param policy: the policy
     :param methods: the methods that will be called, ``ACTING`` or ``EVALUATING``
@@ -207,6 +207,7 @@ def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tupl
     if not all(is_stock(policy, name) for name in methods):
         return policy, lambda observations: observations
     twin = copy.copy(policy)
+    twin.action_dist = unvalidated(action_dist)
     space = policy.observation_space
     keys = space.spaces if isinstance(space, spaces.Dict) else None
     twin.observation_space = PREPROCESSED if keys is None else spaces.Dict(dict.fromkeys(keys, PREPROCESSED))

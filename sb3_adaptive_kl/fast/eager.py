@@ -1,18 +1,19 @@
 """
 Less work around the arithmetic of uncompiled training: no argument validation, all parameters in one optimizer kernel.
 
-Each context changes one setting for a time. Only code written in SB3 or sb3-contrib is treated this way: a method of the
-user's may rely on what would be left out.
+Each context changes one object of the model for a time. Only code written in SB3 or sb3-contrib is treated this way: a method
+of the user's may rely on what would be left out.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.distributions import Distribution
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_adaptive_kl.rollout.distributions import is_stock
@@ -72,20 +73,55 @@ def nan_error(policy: ActorCriticPolicy) -> ValueError:
 @contextmanager
 def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     """
-    Let torch's distributions skip the validation of their arguments, which costs as much as evaluating them.
+    Replace ``policy.action_dist`` by one that does not validate its arguments.
 
-    :param policy: the model's policy. A distribution of the user's may rely on being validated. The caller checks for NaN
+    :param policy: the model's policy; the caller checks for NaN
     """
-    is_stocks = is_stock(getattr(policy, "action_dist", None), "proba_distribution")
-    # Where it is off, it stays off. (To restore what was found would leave it off if models in two threads overlap)
-    if not is_enabled() or not is_stocks or not Distribution._validate_args:
+    action_dist = getattr(policy, "action_dist", None)
+    if action_dist is None or not is_enabled():
         yield
         return
-    Distribution.set_default_validate_args(False)
+    policy.action_dist = lenient = unvalidated(action_dist)
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(True)
+        if policy.action_dist is lenient:  # a callback may have set another one, which stays
+            policy.action_dist = action_dist
+
+
+def unvalidated(action_dist: Any) -> Any:
+    """
+    Make torch's distributions skip their argument validation, which costs as much as evaluating them.
+
+    torch's own switch is global. Here one method looks up ``Normal`` and its like in a namespace of its own.
+
+    :param action_dist: ``policy.action_dist``
+    :return: another object with the same ``__dict__``, or ``action_dist`` itself if it is not SB3's or sb3-contrib's
+    """
+    if not is_stock(action_dist, "proba_distribution"):
+        return action_dist
+    lenient: Any = object.__new__(_unvalidated_family(type(action_dist)))  # type: ignore[arg-type]
+    lenient.__dict__ = action_dist.__dict__  # shared: gSDE draws its matrices into the original
+    return lenient
+
+
+@cache
+def _unvalidated_family(family: type) -> type:
+    make = family.proba_distribution  # type: ignore[attr-defined]
+    namespace = {
+        name: partial(value, validate_args=False)
+        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
+        else value
+        for name, value in make.__globals__.items()
+        if name != "__name__"  # torch's compiler would look up the original by it
+    }
+    method = FunctionType(make.__code__, namespace, closure=make.__closure__)
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        # A copy that a callback makes or pickles during a rollout is of the family itself
+        return object.__new__, (family,), vars(self)
+
+    return type(family.__name__, (family,), {"proba_distribution": method, "__reduce__": reduce})
 
 
 @contextmanager
@@ -110,6 +146,7 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     can_fuse = type(optimizer) in (th.optim.Adam, th.optim.AdamW) and all(
         parameter.device.type == "cpu"
         and parameter.is_floating_point()
+        and not parameter._post_accumulate_grad_hooks  # they may leave another layout
         and all(state[name].stride() == parameter.stride() for name in MOMENTS if name in state)
         for parameter, state in zip(parameters, states, strict=True)
     )

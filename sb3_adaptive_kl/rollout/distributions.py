@@ -133,24 +133,26 @@ def no_closed_form_error(distribution: Distribution | None) -> ValueError:
     )
 
 
-def closed_form_log_prob(distribution: Distribution, actions: th.Tensor) -> th.Tensor:
+def closed_form_log_prob(distribution: Distribution, actions: th.Tensor) -> th.Tensor | None:
     """
     Compute the log-probability of actions under the distributions that ``action_distribution`` compares.
 
     :param distribution: of SB3, of sb3-contrib, or of the user's, evaluated for B states
     :param actions: shape (B, ...)
-    :return: shape (B,), or NaN if only the user's code can tell
+    :return: shape (B,); ``None`` if the user has changed a family of torch's
     """
     held = torch_distribution(distribution)
     families = held if isinstance(held, list) else [held]
-    # A subclass of the user's may add a part, such as a second action, to what its base computes, or change torch's family
+    if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for family in families):
+        return None
+    # What SB3 computes: a subclass of the user's may add a part to it, such as a second action
     bases: Any = type(distribution).__mro__
     stock = next(base for base in bases if base.__module__.startswith(STOCK_PACKAGES) or base is object)
-    if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for family in families):
-        return actions.new_full((len(actions),), th.nan, dtype=th.float32)
-    log_prob: th.Tensor
-    log_prob = held.log_prob(actions) if stock in (Distribution, object) else stock.log_prob(distribution, actions)
-    return log_prob.flatten(1).sum(dim=1) if log_prob.dim() > 1 else log_prob
+    if stock not in (Distribution, object):
+        return stock.log_prob(distribution, actions)  # type: ignore[no-any-return]
+    chosen = actions.unbind(dim=1) if isinstance(held, list) else [actions]
+    log_probs = [family.log_prob(part) for family, part in zip(families, chosen, strict=True)]
+    return sum(log_prob.reshape(len(actions), -1).sum(dim=1) for log_prob in log_probs)  # type: ignore[no-any-return]
 
 
 def torch_distribution(distribution: Distribution | None) -> Any:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.nn.modules.module import register_module_forward_hook
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.objective import Evaluation
@@ -27,8 +26,8 @@ from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state,
 # returns below ACTIVATION_BYTES
 SWEEP_CHUNK_SIZE = 2048
 SEQUENCES_CHUNK_SIZE = 256
-ACTIVATION_BYTES = 2**23
-N_PROBED = 64  # transitions that tell how much that is
+ACTIVATION_BYTES = 2**23  # 64 transitions of 64 × 512 numbers: some minibatch, with its graph, takes more
+CHUNK_PROBE_SIZE = 64  # transitions that tell how much a module returns
 
 
 class RolloutKL(NamedTuple):
@@ -63,9 +62,11 @@ class OldPolicy:
         self.needs_distribution = self._divergence.needs_distribution
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
+        self.error: ValueError | None = None  # of the last measurement that failed
+        self._chunk_size = chunk_size_of(policy, buffer, adapter)
         before = torch_distribution(getattr(policy, "action_dist", None))
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
-        with closing(sweep(policy, buffer, adapter, self.needs_distribution)) as evaluations:
+        with closing(sweep(policy, buffer, adapter, self.needs_distribution, self._chunk_size)) as evaluations:
             for rollout_data, index, new in evaluations:
                 if not self.needs_distribution:
                     continue
@@ -92,7 +93,7 @@ class OldPolicy:
         :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
         """
         divergence = None
-        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution)) as evaluations:
+        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution, self._chunk_size)) as evaluations:
             for _, index, new in evaluations:
                 part = self.divergence(index, new)
                 if divergence is None:
@@ -105,7 +106,8 @@ class OldPolicy:
         """Measure the policy, as it is now, on the whole rollout: NaN where its distributions are not valid any more."""
         try:
             divergence = self.divergence_on_rollout()
-        except ValueError:  # before the update they were, in this very sweep
+        except ValueError as error:  # before the update they were, in this very sweep
+            self.error = error
             return RolloutKL(math.nan, math.nan)
         return RolloutKL(divergence.mean().item(), divergence.max().item())
 
@@ -119,16 +121,23 @@ class OldPolicy:
 
         def agrees(log_prob: th.Tensor) -> bool:
             valid = self.adapter.valid(rollout_data)
-            return bool(th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, equal_nan=True).all())
+            # Another way to the same number may round otherwise; a part elsewhere changes it by far more
+            close = th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, 1e-4, 1e-4, equal_nan=True)
+            return bool(close.all())
 
-        if torch_distribution(action_dist) is not before and agrees(closed_form_log_prob(action_dist, actions)):
-            return
-        known = torch_distribution(action_dist) is not before and agrees(action_dist.log_prob(actions))
-        raise no_closed_form_error(action_dist) if known else hidden_distribution_error(self.policy)
+        if torch_distribution(action_dist) is before or not agrees(action_dist.log_prob(actions)):
+            raise hidden_distribution_error(self.policy)
+        closed_form = closed_form_log_prob(action_dist, actions)
+        if closed_form is None or not agrees(closed_form):
+            raise no_closed_form_error(action_dist)
 
 
 def sweep(
-    policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter, needs_distribution: bool
+    policy: ActorCriticPolicy,
+    buffer: RolloutBuffer,
+    adapter: PolicyAdapter,
+    needs_distribution: bool,
+    chunk_size: int = CHUNK_PROBE_SIZE,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
     """
     Evaluate the policy as it acts (eval mode) on every transition of the rollout, in order, without drawing random numbers.
@@ -139,13 +148,13 @@ def sweep(
     :param buffer: a full rollout buffer
     :param adapter: evaluates the policy
     :param needs_distribution: whether to extract the parameters of the action distributions
+    :param chunk_size: transitions per forward pass
     :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
     """
     was_training = policy.training
     policy.set_training_mode(False)
     try:
         with th.no_grad(), preserve_random_state():
-            chunk_size = SEQUENCES_CHUNK_SIZE if adapter.keep_sequences_whole else chunk_size_of(policy, buffer, adapter)
             for rollout_data, index in in_order(buffer, chunk_size, adapter.keep_sequences_whole):
                 yield rollout_data, index, adapter.evaluate(policy, rollout_data, needs_distribution)
     finally:
@@ -154,6 +163,11 @@ def sweep(
 
 def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter) -> int:
     """Find how many transitions a forward pass of a sweep may take."""
+    if adapter.keep_sequences_whole:
+        return SEQUENCES_CHUNK_SIZE
+    fitting = min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
+    if fitting <= CHUNK_PROBE_SIZE:
+        return fitting
     largest = 0
 
     def note(module: th.nn.Module, args: Any, output: Any) -> None:
@@ -161,11 +175,11 @@ def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: Pol
         if isinstance(output, th.Tensor):
             largest = max(largest, output.numel() * output.element_size())
 
-    rollout_data, index = next(in_order(buffer, N_PROBED))
-    hook = register_module_forward_hook(note)
+    hooks = [module.register_forward_hook(note) for module in policy.modules()]
     try:
-        adapter.evaluate(policy, rollout_data, needs_distribution=False)
+        with closing(sweep(policy, buffer, adapter, needs_distribution=False)) as evaluations:
+            _, index, _ = next(evaluations)
     finally:
-        hook.remove()
-    fitting = ACTIVATION_BYTES * len(index) // max(largest, 1)
-    return max(min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer), fitting), 1)
+        for hook in hooks:
+            hook.remove()
+    return max(min(fitting, ACTIVATION_BYTES * len(index) // max(largest, 1)), 1)

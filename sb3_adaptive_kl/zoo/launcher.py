@@ -27,4 +27,5 @@ def main() -> None:
         sys.exit(USAGE)
     for name in REGISTRIES:
         complete_registry(import_module(name))  # changes nothing if the hook has done it
+    # As if it had been started with -m: the scripts read sys.argv, and torchrun is recognized by the name of __main__
     runpy.run_module(f"rl_zoo3.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)

@@ -28,6 +28,7 @@ def complete_registry(module: ModuleType) -> None:
     """
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
+            # The user may have registered an algorithm of this name
             module.ALGOS.setdefault(algo, getattr(sb3_adaptive_kl, class_name))
         # All scripts import this module first. __main__ cannot tell yet which one runs: Python imports the package before it
         if "rl_zoo3.record_training" in " ".join(sys.orig_argv):

@@ -1,0 +1,72 @@
+"""
+Draw docs/judged.svg and docs/judged-dark.svg, the first figure of docs/results.md, from docs/study/judged.csv.
+
+    python docs/draw_results.py
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sb3_adaptive_kl.compare.intervals import interval, probability_of_improvement
+
+DOCS = Path(__file__).parent
+STYLES = {"": "light", "-dark": "dark"}  # suffix of the file's name → style of compare's pictures
+# Arms as the plan names them, and as the page does
+HELD, PPO, PAPER = "held_farther", "ppo", "paper"
+NAMES = {PPO: "PPO", PAPER: "paper 0.01", HELD: "held 0.03 + clip"}
+MEASURES = {"area": "while learning", "final_return": "final policy"}
+
+
+def probabilities(runs: pd.DataFrame) -> dict[str, list[float]]:
+    """Return the probability, with its interval, that a run of the held arm is better than one of each other arm."""
+    found = {}
+    for column, measure in MEASURES.items():
+        wide = runs.pivot(index=["arm", "seed"], columns="env", values=column)
+        for other in (PPO, PAPER):
+            better = interval(probability_of_improvement, wide.loc[HELD].to_numpy(), wide.loc[other].to_numpy())
+            found[f"than {NAMES[other]},\n{measure}"] = better
+    return found
+
+
+def shares_near_target(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of updates within a factor of 1.5 of the target: a row for each environment, a column for each arm."""
+    shares = runs[runs["arm"] != PPO].pivot_table(index="env", columns="arm", values="kl_in_band")
+    return shares.loc[runs["env"].unique()]
+
+
+def draw(runs: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    better = probabilities(runs)
+    for y, (estimate, low, high) in enumerate(better.values()):
+        left.plot([low, high], [y, y], lw=3, color="C0", solid_capstyle="round")
+        left.plot(estimate, y, "D", color=mpl.rcParams["text.color"], ms=5)
+    left.axvline(0.5, color=mpl.rcParams["text.color"], lw=0.8, ls=":")
+    left.set(title=f"a run of {NAMES[HELD]} is better …", xlabel="probability, and its 95 % interval", xlim=(0.25, 1))
+    left.set_yticks(range(len(better)), list(better))
+    left.set_ylim(len(better) - 0.5, -0.5)
+
+    shares = shares_near_target(runs)
+    for arm, color, marker in ((HELD, "C0", "o"), (PAPER, "C1", "s")):
+        right.plot(shares[arm], range(len(shares)), marker, color=color, label=NAMES[arm])
+    right.set(title="updates near their target", xlabel="within a factor of 1.5", xlim=(0, 1.03))
+    right.set_yticks(range(len(shares)), list(shares.index))
+    right.set_ylim(len(shares) - 0.5, -0.5)
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.legend(loc="upper right", bbox_to_anchor=(1, -0.2), ncols=2, frameon=False)
+    return figure
+
+
+def main() -> None:
+    runs = pd.read_csv(DOCS / "study" / "judged.csv")
+    for suffix, style in STYLES.items():
+        with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
+            draw(runs).savefig(DOCS / f"judged{suffix}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

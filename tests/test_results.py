@@ -1,0 +1,61 @@
+"""Recompute the tables of docs/results.md from the runs in docs/study."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pd = pytest.importorskip("pandas")
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "results.md").read_text()
+# First cell of a table → column of the runs, and its unit
+TABLES = {
+    "return while learning": ("area", 1),
+    "return of the final policy": ("final_return", 1),
+    "near the target": ("kl_in_band", 100),
+}
+
+
+def table(first_cell, number=0):
+    """Read the table with this first cell, or the next of them: the other cells of its head, and its rows."""
+    lines = re.findall(rf"^\| {first_cell} .*\n(?:\|.*\n)+", PAGE, flags=re.MULTILINE)[number].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return head[1:], rows
+
+
+ARMS = {name: plan.strip("`") for name, _, plan in table("name")[1]}
+
+
+@pytest.mark.parametrize(
+    ("file", "first_cell", "number"),
+    [
+        *(("judged.csv", first_cell, 0) for first_cell in ("return while learning", "return of the final policy")),
+        *(("seven_environments.csv", first_cell, 1) for first_cell in ("return while learning", "return of the final policy")),
+        ("seven_environments.csv", "near the target", 0),
+    ],
+)
+def test_means_are_those_of_the_runs(file, first_cell, number):
+    runs = pd.read_csv(DOCS / "study" / file)
+    column, unit = TABLES[first_cell]
+    means = runs.groupby(["env", "arm"])[column].mean() * unit
+    head, rows = table(first_cell, number)
+    assert len(rows) == runs["env"].nunique()
+    for env, *cells in rows:
+        for name, cell in zip(head, cells, strict=True):
+            printed = float(cell.split()[0].replace(",", "").replace("−", "-"))
+            assert printed == pytest.approx(means[env, ARMS[name]], abs=0.5 + 1e-9), (env, name)
+
+
+def test_control_of_the_judged_runs():
+    runs = pd.read_csv(DOCS / "study" / "judged.csv")
+    runs = {arm: rows.groupby("env") for arm, rows in runs.groupby("arm")}
+    held, paper = runs["held_farther"], runs["paper"]
+    for env, near, paper_near, above_and_largest, *_ in table("environment")[1]:
+        above, largest = above_and_largest.replace(" %", "").split(", ")
+        assert [int(near[:-2]), int(paper_near[:-2]), int(above)] == [
+            round(100 * rows[column].mean()[env])
+            for rows, column in ((held, "kl_in_band"), (paper, "kl_in_band"), (paper, "kl_above_band"))
+        ]
+        assert float(largest) == pytest.approx(paper["kl_worst_overshoot"].max()[env], rel=2e-3)
+        assert held["kl_worst_overshoot"].max()[env] <= 1.5 * (1 + 1e-4)
