@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sb3_adaptive_kl.clip_range import clip_equivalent_target
-from sb3_adaptive_kl.learning_rate import AdaptiveLearningRate, LearningRateRule
+from sb3_adaptive_kl.learning_rate import AdaptiveLearningRate, BalancedLearningRate, LearningRateRule
 from sb3_adaptive_kl.penalty import (
     AdaptivePenalty,
     FixedPenalty,
@@ -25,6 +25,7 @@ __all__ = [
     "AdaptiveKLPPO",
     "AdaptiveLearningRate",
     "AdaptivePenalty",
+    "BalancedLearningRate",
     "FixedPenalty",
     "LearningRateRule",
     "PenaltyRule",

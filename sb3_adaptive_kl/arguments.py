@@ -17,10 +17,16 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import DIVERGENCES
-from sb3_adaptive_kl.learning_rate import LEARNING_RATE_RULES, FunctionLearningRate, LearningRateRule
+from sb3_adaptive_kl.learning_rate import (
+    LEARNING_RATE_RULES,
+    AdaptiveLearningRate,
+    BalancedLearningRate,
+    FunctionLearningRate,
+    LearningRateRule,
+)
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.penalty import RULES, FunctionPenalty, PenaltyRule
+from sb3_adaptive_kl.penalty import RULES, FixedPenalty, FunctionPenalty, PenaltyRule
 
 # A schedule may end at 0 (a linear decay does). "Do not move at all" is then meant, but a rule may divide by its target:
 # this stands for 0, far below any divergence that float32 can tell from it
@@ -57,9 +63,18 @@ def check_arguments(model: Any) -> None:
         if not is_number(value) or not low <= value <= high:
             limits = f"within kl_coef_bounds=({low:g}, {high:g})"
             raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint_for_text(value)}")
-    penalty_rule(model.kl_rule)
-    learning_rate_rule(model.learning_rate_rule)
     check_settings(model)
+    rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
+    if isinstance(actuator, BalancedLearningRate) and (isinstance(rule, FixedPenalty) or not model.normalize_advantage):
+        raise ValueError(
+            f"learning_rate_rule={model.learning_rate_rule!r} follows β, over the range it has with normalized advantages: it "
+            "needs normalize_advantage=True, and a kl_rule that moves β, such as 'predictive'"
+        )
+    if isinstance(actuator, AdaptiveLearningRate) and not isinstance(rule, FixedPenalty):
+        warn_user(
+            "learning_rate_rule='adaptive' and kl_rule answer the same error, both at once: pass kl_rule='fixed', or "
+            "learning_rate_rule='balanced', which follows β"
+        )
     if is_number(model.target_kl) and model.target_kl > MAX_SENSIBLE_TARGET_KL:
         warn_user(
             f"target_kl={model.target_kl:g} nats restrains nothing: 0.02 corresponds to PPO's clip range, and beyond "

@@ -1,5 +1,5 @@
 """
-A learning rate that follows the KL divergence: the "adaptive KL" of robotics.
+A learning rate that follows the KL divergence, or the coefficient β that it takes to hold it.
 
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), Table 4, adapts Adam's step size to the KL of the updates. rsl_rl,
 rl_games, skrl and brax do it by a factor of 1.5, and most of them after every minibatch. But the KL is 0 at the beginning of
@@ -71,11 +71,7 @@ class AdaptiveLearningRate(LearningRateRule):
             raise ValueError(
                 f"low={self.low} and high={self.high} must satisfy 0 < low <= 1 <= high < inf: they bracket the target"
             )
-        if not 0 < self.lowest <= 1 <= self.highest < math.inf:
-            raise ValueError(
-                f"lowest={self.lowest} and highest={self.highest} must satisfy 0 < lowest <= 1 <= highest < inf: "
-                "they bracket the user's learning rate"
-            )
+        check_scales(self.lowest, self.highest)
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         if kl > self.high * target_kl:
@@ -88,27 +84,40 @@ class AdaptiveLearningRate(LearningRateRule):
 @dataclass(frozen=True)
 class BalancedLearningRate(LearningRateRule):
     """
-    Keep β in its working range: the second actuator, next to a rule that holds the KL by β.
+    A second actuator, next to a rule that holds the KL by β: keep β within a working range.
 
     The length of Adam's step does not depend on the loss. Where the learning rate is too high, it takes a large β to hold the
-    KL, and the KL is spent on noise; where it is too low, no β is small enough to reach the target.
+    KL, and a part of the KL is noise; where it is too low, no β is small enough to reach the target. pat-coady's trpo
+    (https://github.com/pat-coady/trpo) moves both, too. The range is that of normalized advantages; within an update the
+    learning rate is lowered after each segment, so that the first updates are not lost to a rate that is far too high.
 
-    :param low: multiply the learning rate by ``increase`` after an update, if β is below this
-    :param high: divide it by ``decrease`` after an update if β is above this, and within an update by a part of it
-    :param decrease: > 1
+    :param low: below this β, the learning rate is multiplied by ``increase`` after the update, > 0
+    :param high: above this β, it is divided by ``decrease`` after the update, > low
     :param increase: > 1
-    :param within: share of ``decrease``, as an exponent, that each segment of an update applies
-    :param lowest: smallest factor of the user's learning rate, in (0, 1]
-    :param highest: largest factor, ≥ 1
+    :param decrease: > 1
+    :param decrease_within: by how much it is divided after each segment of an update that leaves β above ``high``, ≥ 1
+    :param lowest: smallest scale, in (0, 1]
+    :param highest: largest scale, ≥ 1
+    :raises ValueError: if a number is out of its range
     """
 
     low: float = 0.15
     high: float = 0.6
-    decrease: float = 1.5
     increase: float = 1.3
-    within: float = 0.35
+    decrease: float = 1.5
+    decrease_within: float = 1.15
     lowest: float = 1e-3
     highest: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low < high < inf: they are values of β")
+        if not (1 < self.increase < math.inf and 1 < self.decrease < math.inf and 1 <= self.decrease_within < math.inf):
+            raise ValueError(
+                f"increase={self.increase} and decrease={self.decrease} must be above 1, and decrease_within="
+                f"{self.decrease_within} at least 1, otherwise the learning rate moves away from its equilibrium"
+            )
+        check_scales(self.lowest, self.highest)
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         if kl_coef > self.high:
@@ -118,7 +127,7 @@ class BalancedLearningRate(LearningRateRule):
         return min(max(scale, self.lowest), self.highest)
 
     def within_update(self, scale: float, kl_coef: float) -> float:
-        return max(scale / self.decrease**self.within, self.lowest) if kl_coef > self.high else scale
+        return max(scale / self.decrease_within, self.lowest) if kl_coef > self.high else scale
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,15 @@ class FunctionLearningRate(LearningRateRule):
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         return self.function(scale, kl, target_kl, kl_coef)
+
+
+def check_scales(lowest: float, highest: float) -> None:
+    """Raise ValueError unless the limits of the scale bracket the user's learning rate."""
+    if not 0 < lowest <= 1 <= highest < math.inf:
+        raise ValueError(
+            f"lowest={lowest} and highest={highest} must satisfy 0 < lowest <= 1 <= highest < inf: they bracket the user's "
+            "learning rate"
+        )
 
 
 # The rules that ``learning_rate_rule`` can name

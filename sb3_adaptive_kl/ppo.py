@@ -74,10 +74,12 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         1.5 is the upper edge of the paper's band (``None``: never). The critic keeps its step; see
         :func:`~sb3_adaptive_kl.step_back.shorten_step`. The rules for β and the learning rate are given the KL of the whole
         step.
-    :param learning_rate_rule: How a factor of ``learning_rate`` follows the KL, once per update: ``None`` (default: not at
-        all), ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, as in robotics), or any
-        ``LearningRateRule``. Combine it with ``kl_rule="fixed"``, or two controllers answer the same error. The running factor
-        is the attribute ``learning_rate_scale``, which ``save`` keeps.
+    :param learning_rate_rule: How a factor of ``learning_rate`` moves: ``None`` (default: not at all); ``"balanced"``, the
+        second actuator next to a rule for β (lowered while it takes a large β to hold the KL, raised while β is small);
+        ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, once per update, as in robotics;
+        with ``kl_rule="fixed"``, or two controllers answer the same error); with other numbers as a mapping; any
+        ``LearningRateRule``, or a function of the factor, the KL, its target and β. The running factor is the attribute
+        ``learning_rate_scale``, which ``save`` keeps.
     :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
         exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − 2 · target_kl)², ≥ 0 (0: none)

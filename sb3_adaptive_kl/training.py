@@ -200,7 +200,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                     group["lr"] *= self.learning_rate_scale
 
     def _scale_learning_rate(self, scale: float) -> None:
-        """Change ``learning_rate_scale`` within an update."""
+        """Change ``learning_rate_scale``, and the learning rate with it, within an update."""
         for group in self.policy.optimizer.param_groups:
             group["lr"] *= scale / self.learning_rate_scale
         self.learning_rate_scale = scale

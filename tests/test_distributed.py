@@ -81,10 +81,11 @@ HINGE = {"kl_cutoff_coef": 1000.0, "target_kl": 1e-6, "init_kl_coef": 0.05, "kl_
     ("algorithm", "arguments"),
     [
         ("AdaptiveKLPPO", {"kl_rule": "predictive", "clip_range": "outliers", "target_kl": 1e-4}),
+        ("AdaptiveKLPPO", {"kl_rule": "predictive", "learning_rate_rule": "balanced", "target_kl": 1e-4}),
         ("AdaptiveKLPPO", {"kl_rule": "fixed", "init_kl_coef": 0.05, "kl_ceiling": 1.0, "target_kl": 1e-6}),
         ("AdaptiveKLPPO", HINGE),
         ("AdaptiveKLPPO", {"kl_stop_factor": 1.0, "normalize_advantage": False, "target_kl": 1e-4}),
-        ("AdaptiveKLPPO", {"kl_divergence": "k3", "learning_rate_rule": "adaptive"}),
+        ("AdaptiveKLPPO", {"kl_divergence": "k3", "learning_rate_rule": "adaptive", "kl_rule": "fixed"}),
         pytest.param("AdaptiveKLPPO", {"compile": True, **HINGE}, marks=NEEDS_COMPILER),
         ("MaskableAdaptiveKLPPO", {"ent_coef": 0.01}),
         ("RecurrentAdaptiveKLPPO", {"kl_rule": "predictive", "kl_ceiling": 1.5}),

@@ -35,7 +35,7 @@ def test_all_arguments_are_documented():
 
 
 def test_log_key_table_is_complete():
-    options = {"kl_ceiling": 1.5, "learning_rate_rule": "adaptive"}
+    options = {"kl_ceiling": 1.5, "learning_rate_rule": "balanced"}
     ours = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, **options).learn(64)
     theirs = CASES["discrete"].build(PPO, n_steps=64).learn(64)
     table = (REPOSITORY / "docs" / "logs.md").read_text()

@@ -1,15 +1,17 @@
 """The learning rate that follows the KL: its rule, its bounds, and what it does to the user's schedule."""
 
 import math
+import warnings
 
 import pytest
 import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, objective
-from tests.conftest import CASES, collect, logged
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, objective
+from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
+ADAPTIVE = {"learning_rate_rule": "adaptive", "kl_rule": "fixed", **SMALL}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
     ],
 )
 def test_rule(scale, kl, expected):
-    assert AdaptiveLearningRate()(scale, kl, 0.01) == pytest.approx(expected)
+    assert AdaptiveLearningRate()(scale, kl, 0.01, 1.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,7 @@ def test_invalid_numbers_are_rejected(wrong):
 
 
 def test_it_multiplies_the_users_schedule():
-    model = CASES["box"].build(
-        AdaptiveKLPPO, learning_rate=LinearSchedule(3e-3, 1e-3, 1.0), learning_rate_rule="adaptive", target_kl=10, **SMALL
-    )
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=LinearSchedule(3e-3, 1e-3, 1.0), target_kl=10, **ADAPTIVE)
     model.learn(2 * 64)  # the second update is at the schedule's end; far below the target: × 1.5 after the first
     assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 1.5)
     assert logged(model)["learning_rate"] == pytest.approx(1e-3 * 1.5)
@@ -57,7 +57,7 @@ def test_it_multiplies_the_users_schedule():
 
 
 def test_it_is_saved_and_continued(tmp_path):
-    model = CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", target_kl=10, **SMALL).learn(64)
+    model = CASES["box"].build(AdaptiveKLPPO, target_kl=10, **ADAPTIVE).learn(64)
     model.save(tmp_path / "model")
     loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env())
     assert loaded.learning_rate_scale == pytest.approx(1.5)
@@ -73,7 +73,7 @@ def test_without_a_rule_nothing_is_logged_or_changed():
 
 def test_an_update_that_was_undone_lowers_it(monkeypatch):
     monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
-    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **ADAPTIVE))
     with pytest.warns(UserWarning, match="undone"):
         model.train()
     assert model.learning_rate_scale == pytest.approx(1 / 1.5)
@@ -81,15 +81,15 @@ def test_an_update_that_was_undone_lowers_it(monkeypatch):
 
 def test_it_sees_the_whole_step():
     """After a step back to at most 1.5 times the target, the learning rate would never be lowered."""
-    kwargs = {"learning_rate": 0.03, "target_kl": 1e-3, "kl_ceiling": 1.5, "learning_rate_rule": "adaptive"}
-    model = collect(CASES["box"].build(AdaptiveKLPPO, **kwargs, **SMALL))
+    kwargs = {"learning_rate": 0.03, "target_kl": 1e-3, "kl_ceiling": 1.5}
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **kwargs, **ADAPTIVE))
     model.train()
     assert logged(model)["kl"] <= 1.5e-3 < 2e-3 < logged(model)["kl_raw"]
     assert model.learning_rate_scale == pytest.approx(1 / 1.5)
 
 
 def test_every_group_of_the_optimizer_is_scaled():
-    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **ADAPTIVE))
     model.policy.optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(1))]})
     model.learning_rate_scale = 0.5
     model._update_learning_rate(model.policy.optimizer)
@@ -97,7 +97,7 @@ def test_every_group_of_the_optimizer_is_scaled():
 
 
 def test_a_factor_is_forgotten_without_its_rule():
-    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL))
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **ADAPTIVE))
     model.learning_rate_scale, model.learning_rate_rule = 0.5, None
     model.train()
     assert model.policy.optimizer.param_groups[0]["lr"] == 3e-4
@@ -128,7 +128,7 @@ def test_instead_of_the_penalty():
 
 @pytest.mark.parametrize("returned", [0.0, -1.0, math.nan, math.inf, None])
 def test_users_rule_that_returns_no_factor_is_named(returned):
-    def broken(scale, kl, target_kl):
+    def broken(scale, kl, target_kl, kl_coef):
         return returned
 
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=broken, **SMALL))
@@ -139,9 +139,77 @@ def test_users_rule_that_returns_no_factor_is_named(returned):
 def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
     monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
 
-    def rule(scale, kl, target_kl):
+    def rule(scale, kl, target_kl, kl_coef):
         return scale * (target_kl / kl) ** 0.5
 
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=rule, **SMALL))
     with pytest.raises(ValueError, match=r"returned 0.0 for kl=inf: .* also for inf, which stands for an undone update"):
         model.train()
+
+
+@pytest.mark.parametrize(
+    ("kl_coef", "scale", "expected"),
+    [
+        (0.61, 1.0, 1 / 1.5),
+        (0.6, 1.0, 1.0),  # within the working range nothing moves
+        (0.15, 1.0, 1.0),
+        (0.149, 1.0, 1.3),
+        (32.0, 1.2e-3, 1e-3),
+        (0.1, 9.0, 10.0),
+    ],
+)
+def test_balanced_rule(kl_coef, scale, expected):
+    for kl in (0.0, math.inf):  # it follows β alone
+        assert BalancedLearningRate()(scale, kl, 0.01, kl_coef) == pytest.approx(expected)
+
+
+def test_balanced_rule_within_an_update_only_lowers():
+    rule = BalancedLearningRate(decrease_within=2.0)
+    assert rule.within_update(1.0, kl_coef=0.7) == 0.5
+    assert rule.within_update(1.0, kl_coef=0.1) == 1.0
+    assert rule.within_update(1.5e-3, kl_coef=0.7) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"low": 0.7}, {"high": math.inf}, {"increase": 1.0}, {"decrease": 0.5}, {"decrease_within": 0.9}, {"lowest": 2.0}],
+)
+def test_invalid_numbers_of_the_balanced_rule_are_rejected(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BalancedLearningRate(**wrong)
+
+
+BALANCED = {"learning_rate_rule": "balanced", "kl_rule": "predictive", "n_steps": 256, "batch_size": 32, "n_epochs": 4}
+
+
+@pytest.mark.parametrize(("learning_rate", "direction"), [(0.03, -1), (1e-6, 1)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_balanced_learning_rate_goes_where_beta_can_hold_the_kl(learning_rate, direction, compiled):
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=learning_rate, compile=compiled, **BALANCED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # β reaches its bounds on the way
+        model.learn(8 * 256)
+    assert direction * math.log(model.learning_rate_scale) > math.log(1.3**3)
+
+
+def test_balanced_learning_rate_reacts_within_the_first_update():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate=0.03, **BALANCED))
+    model.train()
+    used = model.policy.optimizer.param_groups[0]["lr"]
+    assert used < 0.03 / 1.15
+    assert logged(model)["learning_rate"] == used
+    n_lowered = math.log(logged(model)["learning_rate_scale"]) / math.log(1 / 1.15)
+    assert n_lowered == pytest.approx(round(n_lowered))
+    # After it, once more if β has ended above its range
+    assert model.learning_rate_scale == pytest.approx(used / 0.03 / (1.5 if model.kl_coef > 0.6 else 1.0))
+
+
+@pytest.mark.parametrize("wrong", [{"kl_rule": "fixed"}, {"normalize_advantage": False}])
+def test_balanced_learning_rate_needs_a_beta_that_moves_in_its_range(wrong):
+    with pytest.raises(ValueError, match=r"learning_rate_rule='balanced' follows β"):
+        CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, **wrong})
+
+
+def test_two_controllers_of_one_error_are_told():
+    with pytest.warns(UserWarning, match=r"learning_rate_rule='adaptive' and kl_rule answer the same error"):
+        CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL)
