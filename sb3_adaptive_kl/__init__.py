@@ -13,6 +13,7 @@ from sb3_adaptive_kl.penalty import (
     ProportionalPenalty,
 )
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
+from sb3_adaptive_kl.presets import HELD
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
@@ -22,6 +23,7 @@ __version__ = "0.2.0"
 
 # Without the variants: `from sb3_adaptive_kl import *` has to work where sb3-contrib is not installed
 __all__ = [
+    "HELD",
     "AdaptiveKLPPO",
     "AdaptiveLearningRate",
     "AdaptivePenalty",

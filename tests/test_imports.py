@@ -46,7 +46,7 @@ def imports(module: str) -> set[str]:
 
 # From the bottom up: a module may import those of the layers below it
 LAYERS = (
-    ("messages", "penalty", "learning_rate", "clip_range", "divergences"),
+    ("messages", "presets", "penalty", "learning_rate", "clip_range", "divergences"),
     ("objective", "control", "rollout.distributions"),
     ("arguments", "rollout.adapters"),
     ("rollout.minibatches", "fast.compilation"),
