@@ -87,7 +87,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         target, > 0 (``None``: never). β is still adapted to the KL measured in the end.
     :param compile: Whether to compile the policy's ``forward`` and the gradients of a minibatch with ``torch.compile``, which
         takes seconds to a minute in the first iteration. Where that fails, or torch is older than 2.13, training goes on
-        uncompiled, with one warning.
+        uncompiled, with one warning. In a callback, ``policy.action_dist`` then holds no distribution:
+        ``policy.get_distribution(observations)`` gives it.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """
