@@ -297,6 +297,7 @@ def test_missing_conf_file_is_an_error(tmp_path):
     assert "missing.yml" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "n_timesteps", "least"),
     [
