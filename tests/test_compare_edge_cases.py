@@ -70,10 +70,9 @@ def summarize(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "_render", collect)
     monkeypatch.setattr(intervals, "SAMPLES", 200)
 
-    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1, environments=(ENV,)):
-        plan = Plan.create(
-            {"environments": list(environments), "arms": list(arms), "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1}
-        )
+    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1, environments=(ENV,), **fields):
+        lists = {"environments": list(environments), "arms": list(arms)}
+        plan = Plan.create({**lists, "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1, **fields})
         store = Store.create(tmp_path / f"results-{len(environments)}", plan, COMMAND)
         for run in plan.runs():
             store.keep(run, outcome(run))
@@ -199,6 +198,14 @@ def test_across_environments_is_reported_for_several_of_them(summarize, tmp_path
             assert (tmp_path / "results-2" / "plots" / f"{name}{ending}").is_file(), name + ending
 
 
+def test_scores_of_the_papers_protocol_are_reported(summarize):
+    summary = summarize(lambda run: finished(run, episodes=[(100, 20.0 + run.seed)]), seeds=2, protocol="ppo-paper")
+    assert "| ppo | 2 | 0.955 [0.909, 1.00] | 1.00 [0.952, 1.05] |" in summary.report
+    assert "Environments: CartPole-v1." in summary.report
+    summary = summarize(finished, environments=(ENV, "Acrobot-v1"))
+    assert "Scores as in the paper" not in summary.report
+
+
 def test_values_in_the_zoos_notation_are_explained(summarize):
     report = summarize(finished).report
     assert "| target_kl | clip_lin_0.245 | None |" in report
@@ -254,3 +261,14 @@ def test_budget_below_one_rollout_is_not_evaluated_at_every_step():
     assert reported[-1] == 1200  # the driver says that it is evaluating
     evaluations = np.load(io.BytesIO(files["evaluations.npz"]))
     assert evaluations["timesteps"].tolist() == [500, 1000]
+
+
+def test_episodes_have_raw_returns_where_rewards_are_normalized():
+    """CartPole pays 1 a step, so a raw return is the length of its episode."""
+    hyperparameters = {"policy": "MlpPolicy", "n_steps": 256, "n_epochs": 1, "n_timesteps": 256, "normalize": True}
+    files = execute(Run("CartPole-v1", "ppo", "ppo", 0, hyperparameters, 1, (), "runs/ppo"))
+    _, *episodes = files["episodes.csv"].decode().split()
+    assert len(episodes) > 2
+    for episode in episodes:
+        _, value, length = map(float, episode.split(","))
+        assert value == length

@@ -104,6 +104,15 @@ def test_seeds_can_be_counted_from_another_one(tmp_path):
             create(first_seed=wrong)
 
 
+def test_protocol_can_be_changed_after_the_runs():
+    plan = create(protocol="ppo-paper")
+    assert create().protocol is None
+    assert plan.difference(create()) == []
+    assert list(plan.runs()) == list(create().runs())
+    with pytest.raises(PlanError, match="protocol='ppo': Input should be 'ppo-paper'"):
+        create(protocol="ppo")
+
+
 def test_target_kl_is_not_shared_between_algorithms():
     arms = create(arms=["ppo_kl:target_kl=0.05", "ppo", "trpo"]).hyperparameters["CartPole-v1"]
     assert arms["ppo_kl:target_kl=0.05"]["target_kl"] == 0.05

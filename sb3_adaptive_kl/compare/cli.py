@@ -31,7 +31,12 @@ PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "g
 # Options whose names are not those of the fields of the plan
 FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
 # Type of a field → how its option is parsed; the other, the budget, may be written as 1e6
-KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}, int: {"type": int}}
+KINDS: dict[Any, dict[str, Any]] = {
+    list[str]: {"nargs": "+"},
+    bool: {"action": "store_true"},
+    int: {"type": int},
+    Plan.model_fields["protocol"].annotation: {"choices": ["ppo-paper"]},
+}
 PATIENCE = 300  # seconds without a time step: longer than the update of a large network
 HINT = "If its environment never ends an episode, neither does the evaluation: register it with max_episode_steps."
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import pandas as pd
@@ -64,6 +64,8 @@ class Plan(BaseModel):
     hyperparameters: dict[str, dict[str, Hyperparameters]] = {}
     # Choose arms on some seeds, and judge them on others
     first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
+    # Part of the evaluation alone, so it can be changed after the runs
+    protocol: Literal["ppo-paper"] | None = Field(None, description="also score as in a paper: that of PPO, section 6.1")
     # These three resolve the hyperparameters. In yml, 1.0e6 is a float
     n_timesteps: PositiveInt | None = Field(
         None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
@@ -145,7 +147,8 @@ class Plan(BaseModel):
 
     def difference(self, other: "Plan") -> list[str]:
         """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
-        ours, theirs = (pd.json_normalize(plan.model_dump()).iloc[0].to_dict() for plan in (self, other))
+        # Another protocol does not need other runs
+        ours, theirs = (pd.json_normalize(plan.model_dump(exclude={"protocol"})).iloc[0].to_dict() for plan in (self, other))
         keys = [str(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
         return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]

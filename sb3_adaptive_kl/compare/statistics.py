@@ -15,7 +15,8 @@ import pandas as pd
 import scipy.stats
 
 from sb3_adaptive_kl.compare import intervals
-from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval
+from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval, matrices
+from sb3_adaptive_kl.compare.protocol import LAST_EPISODES, ppo_paper
 from sb3_adaptive_kl.compare.store import Result, updates_of
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
@@ -28,18 +29,19 @@ ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
 
-def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
 
     :param seeds: number of seeds of the plan
     :param results: its finished runs, sorted by environment and arm
+    :param protocol: its protocol
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
     settings = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
-        return {**settings, "environments": {}, "across": None}, pd.DataFrame()
+        return {**settings, "environments": {}, "across": None, "protocol": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
     references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
     references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
@@ -62,7 +64,8 @@ def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
         }
         for env, rows in runs.groupby("env", sort=False)
     }
-    return {**settings, "environments": environments, "across": _across(runs)}, runs
+    paper = ppo_paper(runs) if protocol == "ppo-paper" else None
+    return {**settings, "environments": environments, "across": _across(runs), "protocol": paper}, runs
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def _row(result: Result) -> dict[str, Any]:
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
         "random_return": np.mean(summary["random_returns"]),
+        "last_return": result.last_return(LAST_EPISODES),
         "area": result.area,
         **{f"kl_{name}": value for name, value in kl.items()},
         "steps_per_second": summary["timesteps"] / summary["seconds"],
@@ -185,7 +189,7 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
     them. One environment alone says it all in its own units.
     """
     counted = runs[runs["score"].notna()]
-    scores = _matrices(counted, "score")
+    scores = matrices(counted, "score")
     if not scores or counted["env"].nunique() == 1:
         return None
     profile = partial(intervals.profile, at=PROFILE_AT)
@@ -196,15 +200,9 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
             for arm, matrix in scores.items()
         },
         "probability_of_improvement": _improvements(scores),
-        "probability_of_improvement_while_learning": _improvements(_matrices(counted, "area")),
+        "probability_of_improvement_while_learning": _improvements(matrices(counted, "area")),
         "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(profile, matrix) for arm, matrix in scores.items()}},
     }
-
-
-def _matrices(runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
-    """Arm → a column of its runs, shape (seeds, environments), of the seeds that have a value on all environments."""
-    wide = runs.pivot(index=["arm", "seed"], columns="env", values=column).dropna()
-    return {arm: wide.loc[arm].to_numpy() for arm in runs["arm"].unique() if arm in wide.index}
 
 
 def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
