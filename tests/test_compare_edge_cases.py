@@ -167,6 +167,19 @@ def test_one_seed_does_not_have_intervals(summarize):
         assert "1 seed: with fewer than 5, the intervals say little; a single run has none" in text
 
 
+def test_report_says_what_the_number_of_seeds_can_show(summarize):
+    summary = summarize(lambda run: finished(run, final=20.0 + run.seed * (run.arm == "ppo")), seeds=3)
+    assert "(ppo_kl − ppo = −1.00 [−2.00, 0.00], Student's t [−3.48, 1.48], p = 0.225, 3 seeds)." in summary.report
+    assert "With 3 seeds, a single comparison shows a difference of 3.26 standard deviations" in summary.report
+    assert "the first of" not in summary.report
+    summary = summarize(finished, seeds=3, environments=(ENV, "Acrobot-v1"))
+    assert "with a probability of 80 %, and the first of 2 comparisons one of 4.62." in summary.report
+    assert (
+        "Fewer than three seeds never show a difference."
+        in summarize(finished, environments=(ENV, "Acrobot-v1", "Pendulum-v1")).report
+    )
+
+
 def test_one_episode_is_counted_in_the_singular(summarize):
     assert "scored over\n1 episode, " in summarize(finished).report
 

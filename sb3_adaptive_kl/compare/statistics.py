@@ -7,17 +7,16 @@ Timings are in `runs.csv` alone, so the statistics of a plan are the same on eve
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from sb3_adaptive_kl.compare import intervals
 from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval, matrices
 from sb3_adaptive_kl.compare.protocol import LAST_EPISODES, ppo_paper
 from sb3_adaptive_kl.compare.store import Result, updates_of
+from sb3_adaptive_kl.compare.verdicts import call_winners, detectable, difference, student
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
 # as it is (Schulman et al. 2017, section 4)
@@ -39,7 +38,7 @@ def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) 
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
-    settings = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
+    settings: dict[str, Any] = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
         return {**settings, "environments": {}, "across": None, "protocol": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
@@ -65,6 +64,13 @@ def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) 
         for env, rows in runs.groupby("env", sort=False)
     }
     paper = ppo_paper(runs) if protocol == "ppo-paper" else None
+    pairs = [pair for environment in environments.values() for pair in environment["pairs"]]
+    comparisons = {kind: call_winners([(pair["arms"], pair[kind]) for pair in pairs]) for kind in ("final", "area")}
+    settings |= {
+        "comparisons": comparisons,
+        "detectable": detectable(seeds),
+        "detectable_corrected": detectable(seeds, max(1, *comparisons.values())),
+    }
     return {**settings, "environments": environments, "across": _across(runs), "protocol": paper}, runs
 
 
@@ -90,7 +96,7 @@ def _row(result: Result) -> dict[str, Any]:
 def _beats_random(runs: pd.DataFrame) -> bool:
     """Whether some arm's Student's t interval of the difference from a random policy lies above 0: never with one seed."""
     gains = (runs["final_return"] - runs["random_return"]).groupby(runs["arm"])
-    return any((_student(gain.tolist())[0] or 0) > 0 for _, gain in gains)
+    return any((student(gain.tolist())[0] or 0) > 0 for _, gain in gains)
 
 
 def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
@@ -144,38 +150,9 @@ def _pairs(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Compare every two arms on the seeds that both finished."""
     final, area = (runs.pivot(index="seed", columns="arm", values=column) for column in ("final_return", "area"))
     return [
-        {"arms": [a, b], "final": _difference(a, b, final[a] - final[b]), "area": _difference(a, b, area[a] - area[b])}
+        {"arms": [a, b], "final": difference(final[a] - final[b]), "area": difference(area[a] - area[b])}
         for a, b in combinations(runs["arm"].unique(), 2)
     ]
-
-
-def _difference(a: str, b: str, by_seed: pd.Series) -> dict[str, Any] | None:
-    """
-    Mean difference a − b with two intervals: bootstrap and Student's t.
-
-    An arm is the winner only if 0 lies outside both intervals, because the bootstrap's is too narrow with few seeds. Two seeds
-    never show a winner.
-    """
-    differences = by_seed.dropna().tolist()
-    if not differences:
-        return None
-    mean, student = interval(intervals.mean, np.array(differences)[:, None]), _student(differences)
-    shown = len(differences) > 2 and all(low > 0 or high < 0 for low, high in (mean[1:], student))
-    return {
-        "seeds": len(differences),
-        "differences": differences,
-        "mean": mean,
-        "student": student,
-        "winner": (a if mean[0] > 0 else b) if shown else None,
-    }
-
-
-def _student(differences: list[float]) -> list[Any]:
-    """Limits of Student's t interval for the mean."""
-    if len(differences) < 2:
-        return [None, None]
-    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * scipy.stats.sem(differences))
-    return [fmean(differences) - half, fmean(differences) + half]
 
 
 # ---------------------------------------------------------------- across environments
