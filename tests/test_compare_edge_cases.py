@@ -47,6 +47,7 @@ class Summary:
     stderr: str
     runs_csv: str
     curves: Figure | None
+    figures: list[Figure]
 
     @property
     def notes(self):
@@ -79,7 +80,7 @@ def summarize(tmp_path, capsys, monkeypatch):
         exit_code = report.summarize(store)
         text, runs_csv = ((store.folder / name).read_text() for name in ("report.md", "runs.csv"))
         assert (store.folder / "report.html").is_file()
-        return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None)
+        return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None, figures)
 
     return summarize
 
@@ -217,6 +218,36 @@ def test_scores_of_the_papers_protocol_are_reported(summarize):
     assert "Environments: CartPole-v1." in summary.report
     summary = summarize(finished, environments=(ENV, "Acrobot-v1"))
     assert "Scores as in the paper" not in summary.report
+
+
+def test_sweep_is_reported_and_drawn(summarize):
+    """One arm, and at one of its values no finished run: nothing is compared."""
+
+    def outcome(run):
+        rate = run.hyperparameters["learning_rate"]
+        return FAILURE if rate == 1e-2 else finished(run, final=11.0 + 1e4 * rate + run.seed / 10)
+
+    summary = summarize(outcome, arms=["ppo"], seeds=2, sweep="learning_rate=1e-2,1e-3,1e-4")
+    assert summary.report.startswith("# ppo\n")
+    assert "- each with learning_rate = 0.01, 0.001, 0.0001" in summary.report
+    assert "Fewer than two arms have finished runs with the same value" in summary.report
+    assert "## Sensitivity to learning_rate" in summary.report
+    assert "| ppo | 0.001 | 1.00 [0.995, 1.00] | 0.00 [0.00, 0.00] | 0.001 |" in summary.report
+    assert "(plots/sweep-CartPole-v1.png)" in summary.report
+    final, learning = summary.figures[-1].axes
+    assert final.get_xscale() == "log"
+    assert list(final.lines[0].get_xdata()) == [1e-4, 1e-3]
+    assert list(final.lines[0].get_ydata()) == pytest.approx([12.05, 21.05])
+    assert list(learning.lines[0].get_ydata()) == [20.0, 20.0]
+
+
+def test_sweep_without_intervals_or_training_episodes_is_drawn(summarize):
+    summary = summarize(lambda run: finished(run, final=5.0, episodes=()), sweep="n_epochs=0,1")
+    assert "Not computed: no arm is shown to beat a random policy." in summary.report
+    final, learning = summary.figures[-1].axes
+    assert final.get_xscale() == "linear"  # 0 is not on a logarithmic axis
+    assert len(final.lines) == 4
+    assert not learning.lines
 
 
 def test_values_in_the_zoos_notation_are_explained(summarize):

@@ -36,6 +36,7 @@ KINDS: dict[Any, dict[str, Any]] = {
     bool: {"action": "store_true"},
     int: {"type": int},
     Plan.model_fields["protocol"].annotation: {"choices": ["ppo-paper"]},
+    Plan.model_fields["sweep"].annotation: {"metavar": "NAME=VALUE,…"},
 }
 PATIENCE = 300  # seconds without a time step: longer than the update of a large network
 HINT = "If its environment never ends an episode, neither does the evaluation: register it with max_episode_steps."
@@ -129,7 +130,8 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # On stderr, so that stdout has the result alone; and names of arms may look like rich's markup: [0.1, 3]
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    sizes = ((len(plan.arms), "arm"), (len(plan.environments), "environment"), (plan.seeds, "seed"))
+    values = [(len(values), "value") for values in plan.sweep.values()]
+    sizes = ((len(plan.arms), "arm"), *values, (len(plan.environments), "environment"), (plan.seeds, "seed"))
     budgets = " or ".join(f"{budget:,}" for budget in sorted({run.budget for run in runs}))
     console.print(f"{' × '.join(report.count(*size) for size in sizes)} × {budgets} time steps = {len(runs)} runs")
     if n_finished:

@@ -7,6 +7,7 @@ Timings are in `runs.csv` alone, so the statistics of a plan are the same on eve
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ import pandas as pd
 from sb3_adaptive_kl.compare import intervals
 from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval, matrices
 from sb3_adaptive_kl.compare.protocol import LAST_EPISODES, ppo_paper
+from sb3_adaptive_kl.compare.sensitivity import Families, sensitivity
 from sb3_adaptive_kl.compare.store import Result, updates_of
 from sb3_adaptive_kl.compare.verdicts import call_winners, detectable, difference, student
+
+Pairs = Sequence[tuple[str, str]]  # of arms
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
 # as it is (Schulman et al. 2017, section 4)
@@ -28,19 +32,25 @@ ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
 
-def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(
+    seeds: int,
+    results: Sequence[Result],
+    protocol: str | None = None,
+    families: Families = MappingProxyType({}),
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
 
     :param seeds: number of seeds of the plan
     :param results: its finished runs, sorted by environment and arm
     :param protocol: its protocol
+    :param families: its arms by family and swept value. Only arms with the same value are compared.
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
     settings: dict[str, Any] = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
-        return {**settings, "environments": {}, "across": None, "protocol": None}, pd.DataFrame()
+        return {**settings, "environments": {}, "across": None, "protocol": None, "sensitivity": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
     references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
     references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
@@ -51,6 +61,8 @@ def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) 
     threshold = given.fillna(random + THRESHOLD_SHARE * scale)
     runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
+    value = {arm: value for arms in families.values() for value, arm in arms.items()}
+    compared = [(a, b) for a, b in combinations(runs["arm"].unique(), 2) if value.get(a) == value.get(b)]
     environments = {
         env: {
             "random": random[env],
@@ -59,11 +71,15 @@ def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) 
             "threshold": _finite(threshold[env]),
             "threshold_source": "gymnasium" if given[env] == threshold[env] else "best arm",
             "arms": {arm: _arm(of_arm, [results[i] for i in of_arm.index]) for arm, of_arm in rows.groupby("arm", sort=False)},
-            "pairs": _pairs(rows),
+            "pairs": _pairs(rows, compared),
         }
         for env, rows in runs.groupby("env", sort=False)
     }
-    paper = ppo_paper(runs) if protocol == "ppo-paper" else None
+    found = {
+        "across": _across(runs, compared),
+        "protocol": ppo_paper(runs) if protocol == "ppo-paper" else None,
+        "sensitivity": sensitivity(families, runs) if families else None,
+    }
     pairs = [pair for environment in environments.values() for pair in environment["pairs"]]
     comparisons = {kind: call_winners([(pair["arms"], pair[kind]) for pair in pairs]) for kind in ("final", "area")}
     settings |= {
@@ -71,7 +87,7 @@ def compute(seeds: int, results: Sequence[Result], protocol: str | None = None) 
         "detectable": detectable(seeds),
         "detectable_corrected": detectable(seeds, max(1, *comparisons.values())),
     }
-    return {**settings, "environments": environments, "across": _across(runs), "protocol": paper}, runs
+    return {**settings, "environments": environments, **found}, runs
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -146,19 +162,20 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _pairs(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Compare every two arms on the seeds that both finished."""
+def _pairs(runs: pd.DataFrame, compared: Pairs) -> list[dict[str, Any]]:
+    """Compare two arms on the seeds that both finished."""
     final, area = (runs.pivot(index="seed", columns="arm", values=column) for column in ("final_return", "area"))
     return [
         {"arms": [a, b], "final": difference(final[a] - final[b]), "area": difference(area[a] - area[b])}
-        for a, b in combinations(runs["arm"].unique(), 2)
+        for a, b in compared
+        if a in final and b in final
     ]
 
 
 # ---------------------------------------------------------------- across environments
 
 
-def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
+def _across(runs: pd.DataFrame, compared: Pairs) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
@@ -176,15 +193,16 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
             arm: {"seeds": len(matrix), **{name: interval(statistic, matrix) for name, statistic in AGGREGATES.items()}}
             for arm, matrix in scores.items()
         },
-        "probability_of_improvement": _improvements(scores),
-        "probability_of_improvement_while_learning": _improvements(matrices(counted, "area")),
+        "probability_of_improvement": _improvements(scores, compared),
+        "probability_of_improvement_while_learning": _improvements(matrices(counted, "area"), compared),
         "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(profile, matrix) for arm, matrix in scores.items()}},
     }
 
 
-def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Probability that a run of one arm beats a run of another, averaged over the environments, for every pair of arms."""
+def _improvements(scores: dict[str, np.ndarray], compared: Pairs) -> list[dict[str, Any]]:
+    """Probability that a run of one arm beats a run of another, averaged over the environments."""
     return [
         {"arms": [a, b], "probability": interval(intervals.probability_of_improvement, scores[a], scores[b])}
-        for a, b in combinations(scores, 2)
+        for a, b in compared
+        if a in scores and b in scores
     ]
