@@ -266,6 +266,8 @@ gym.register("Exiting-v0", Exiting, max_episode_steps=10)
         ("--env CartPole-v1 -o occupied/file/below", "cannot write to occupied/file/below: NotADirectoryError"),
         ("--plan plan.yml --seeds 3", "--plan cannot be combined with --seeds"),
         ("--env CartPole-v1 --ray-address there", "--ray-address requires --backend ray"),
+        ("--env CartPole-v1 --sweep gamma=0.9", "sweep.gamma=['0.9']: List should have at least 2 items"),
+        ("--env CartPole-v1 --protocol ppo", "argument --protocol: invalid choice: 'ppo'"),
     ],
 )
 def test_invalid_input_is_reported_in_the_last_line_and_writes_nothing(tmp_path, arguments, message, capsys, monkeypatch):

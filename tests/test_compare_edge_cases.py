@@ -47,6 +47,7 @@ class Summary:
     stderr: str
     runs_csv: str
     curves: Figure | None
+    figures: list[Figure]
 
     @property
     def notes(self):
@@ -70,17 +71,16 @@ def summarize(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "_render", collect)
     monkeypatch.setattr(intervals, "SAMPLES", 200)
 
-    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1, environments=(ENV,)):
-        plan = Plan.create(
-            {"environments": list(environments), "arms": list(arms), "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1}
-        )
+    def summarize(outcome, arms=("ppo_kl", "ppo"), seeds=1, environments=(ENV,), **fields):
+        lists = {"environments": list(environments), "arms": list(arms)}
+        plan = Plan.create({**lists, "seeds": seeds, "n_timesteps": 256, "n_eval_episodes": 1, **fields})
         store = Store.create(tmp_path / f"results-{len(environments)}", plan, COMMAND)
         for run in plan.runs():
             store.keep(run, outcome(run))
         exit_code = report.summarize(store)
         text, runs_csv = ((store.folder / name).read_text() for name in ("report.md", "runs.csv"))
         assert (store.folder / "report.html").is_file()
-        return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None)
+        return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None, figures)
 
     return summarize
 
@@ -168,6 +168,19 @@ def test_one_seed_does_not_have_intervals(summarize):
         assert "1 seed: with fewer than 5, the intervals say little; a single run has none" in text
 
 
+def test_report_says_what_the_number_of_seeds_can_show(summarize):
+    summary = summarize(lambda run: finished(run, final=20.0 + run.seed * (run.arm == "ppo")), seeds=3)
+    assert "(ppo_kl − ppo = −1.00 [−2.00, 0.00], Student's t [−3.48, 1.48], p = 0.225, 3 seeds)." in summary.report
+    assert "With 3 seeds, a single comparison shows a difference of 3.26 standard deviations" in summary.report
+    assert "the first of" not in summary.report
+    summary = summarize(finished, seeds=3, environments=(ENV, "Acrobot-v1"))
+    assert "with a probability of 80 %, and the first of 2 comparisons one of 4.62." in summary.report
+    assert (
+        "Fewer than three seeds never show a difference."
+        in summarize(finished, environments=(ENV, "Acrobot-v1", "Pendulum-v1")).report
+    )
+
+
 def test_one_episode_is_counted_in_the_singular(summarize):
     assert "scored over\n1 episode, " in summarize(finished).report
 
@@ -197,6 +210,44 @@ def test_across_environments_is_reported_for_several_of_them(summarize, tmp_path
         assert f"(plots/{name}.png)" in summary.report
         for ending in (".png", ".svg", "-dark.png", "-dark.svg"):
             assert (tmp_path / "results-2" / "plots" / f"{name}{ending}").is_file(), name + ending
+
+
+def test_scores_of_the_papers_protocol_are_reported(summarize):
+    summary = summarize(lambda run: finished(run, episodes=[(100, 20.0 + run.seed)]), seeds=2, protocol="ppo-paper")
+    assert "| ppo | 2 | 0.955 [0.909, 1.00] | 1.00 [0.952, 1.05] |" in summary.report
+    assert "Environments: CartPole-v1." in summary.report
+    summary = summarize(finished, environments=(ENV, "Acrobot-v1"))
+    assert "Scores as in the paper" not in summary.report
+
+
+def test_sweep_is_reported_and_drawn(summarize):
+    """One arm, and at one of its values no finished run: nothing is compared."""
+
+    def outcome(run):
+        rate = run.hyperparameters["learning_rate"]
+        return FAILURE if rate == 1e-2 else finished(run, final=11.0 + 1e4 * rate + run.seed / 10)
+
+    summary = summarize(outcome, arms=["ppo"], seeds=2, sweep="learning_rate=1e-2,1e-3,1e-4")
+    assert summary.report.startswith("# ppo\n")
+    assert "- each with learning_rate = 0.01, 0.001, 0.0001" in summary.report
+    assert "Fewer than two arms have finished runs with the same value" in summary.report
+    assert "## Sensitivity to learning_rate" in summary.report
+    assert "| ppo | 0.001 | 1.00 [0.995, 1.00] | 0.00 [0.00, 0.00] | 0.001 |" in summary.report
+    assert "(plots/sweep-CartPole-v1.png)" in summary.report
+    final, learning = summary.figures[-1].axes
+    assert final.get_xscale() == "log"
+    assert list(final.lines[0].get_xdata()) == [1e-4, 1e-3]
+    assert list(final.lines[0].get_ydata()) == pytest.approx([12.05, 21.05])
+    assert list(learning.lines[0].get_ydata()) == [20.0, 20.0]
+
+
+def test_sweep_without_intervals_or_training_episodes_is_drawn(summarize):
+    summary = summarize(lambda run: finished(run, final=5.0, episodes=()), sweep="n_epochs=0,1")
+    assert "Not computed: no arm is shown to beat a random policy." in summary.report
+    final, learning = summary.figures[-1].axes
+    assert final.get_xscale() == "linear"  # 0 is not on a logarithmic axis
+    assert len(final.lines) == 4
+    assert not learning.lines
 
 
 def test_values_in_the_zoos_notation_are_explained(summarize):
@@ -254,3 +305,14 @@ def test_budget_below_one_rollout_is_not_evaluated_at_every_step():
     assert reported[-1] == 1200  # the driver says that it is evaluating
     evaluations = np.load(io.BytesIO(files["evaluations.npz"]))
     assert evaluations["timesteps"].tolist() == [500, 1000]
+
+
+def test_episodes_have_raw_returns_where_rewards_are_normalized():
+    """CartPole pays 1 a step, so a raw return is the length of its episode."""
+    hyperparameters = {"policy": "MlpPolicy", "n_steps": 256, "n_epochs": 1, "n_timesteps": 256, "normalize": True}
+    files = execute(Run("CartPole-v1", "ppo", "ppo", 0, hyperparameters, 1, (), "runs/ppo"))
+    _, *episodes = files["episodes.csv"].decode().split()
+    assert len(episodes) > 2
+    for episode in episodes:
+        _, value, length = map(float, episode.split(","))
+        assert value == length

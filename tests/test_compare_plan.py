@@ -104,6 +104,67 @@ def test_seeds_can_be_counted_from_another_one(tmp_path):
             create(first_seed=wrong)
 
 
+def test_protocol_can_be_changed_after_the_runs():
+    plan = create(protocol="ppo-paper")
+    assert create().protocol is None
+    assert plan.difference(create()) == []
+    assert list(plan.runs()) == list(create().runs())
+    with pytest.raises(PlanError, match="protocol='ppo': Input should be 'ppo-paper'"):
+        create(protocol="ppo")
+
+
+RATES = [1e-4, 3e-4, 1e-3]
+
+
+@pytest.mark.parametrize(
+    "given", ["learning_rate=1e-4,3e-4,1e-3", {"learning_rate": RATES}, {"learning_rate": ["1e-4", 3e-4, 1e-3]}]
+)
+def test_sweep_gives_every_arm_every_value(tmp_path, given):
+    """From the command line, and from a file, where yml reads 1e-4 as a string."""
+    plan = create(arms=["held=ppo_kl:target_kl=0.05", "ppo:n_epochs=2", "ppo"], params=["learning_rate=0.1"], sweep=given)
+    assert plan.families == {
+        "held": {value: f"held:learning_rate={value}" for value in RATES},
+        "ppo:n_epochs=2": {value: f"ppo:n_epochs=2,learning_rate={value}" for value in RATES},
+        "ppo": {value: f"ppo:learning_rate={value}" for value in RATES},
+    }
+    assert plan.names == [name for family in plan.families.values() for name in family.values()]
+    resolved = plan.hyperparameters["CartPole-v1"]
+    assert [resolved[name]["learning_rate"] for name in plan.names] == 3 * RATES
+    assert [resolved[name]["n_epochs"] for name in plan.families["ppo:n_epochs=2"].values()] == [2, 2, 2]
+    assert len({run.folder for run in plan.runs()}) == 3 * 3 * 2
+    (tmp_path / "plan.yml").write_text(plan.dump())
+    loaded = Plan.load(tmp_path / "plan.yml")
+    assert loaded == plan
+    assert list(loaded.runs()) == list(plan.runs())
+
+
+def test_runs_of_a_sweep_are_those_of_arms_with_overrides():
+    swept, given = create(arms=["ppo"], sweep="n_epochs=2,4"), create(arms=["ppo:n_epochs=2", "ppo:n_epochs=4"])
+    assert list(swept.runs()) == list(given.runs())
+    assert given.families == {}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("learning_rates=1,2", "ppo_kl has no hyperparameter 'learning_rates', did you mean 'learning_rate'"),
+        ("n_timesteps=1,2", "ppo_kl: the budget is the same for all arms"),
+        ("learning_rate=1e-3", "sweep.learning_rate=.*should have at least 2 items"),
+        ("learning_rate=1e-3,lin_1e-3", "Input should be a valid number"),
+        ("learning_rate=1e-3,.inf", "Input should be a finite number"),
+        ("learning_rate=true,false", "Input should be a valid"),
+        ("learning_rate", "sweep='learning_rate' is not of the form name=value,value"),
+        (["learning_rate=1,2"], "Input should be a valid dictionary"),
+        ({"gamma": [0.9, 0.99], "n_epochs": [1, 2]}, "should have at most 1 item"),
+        ("target_kl=0.1,0.2", "'held' overrides target_kl, which is swept: remove one of them"),
+        ("gamma=0.9,0.90", "is given twice"),
+    ],
+)
+def test_invalid_sweeps_are_rejected(sweep, message):
+    with pytest.raises(PlanError, match=message):
+        create(arms=["ppo_kl", "held=ppo_kl:target_kl=0.05"], sweep=sweep)
+
+
 def test_target_kl_is_not_shared_between_algorithms():
     arms = create(arms=["ppo_kl:target_kl=0.05", "ppo", "trpo"]).hyperparameters["CartPole-v1"]
     assert arms["ppo_kl:target_kl=0.05"]["target_kl"] == 0.05

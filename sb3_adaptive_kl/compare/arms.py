@@ -87,6 +87,17 @@ class Arm:
             raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")
         return cls(name, algo, parse_hyperparameters(algo, _split_outside_brackets(assignments)))
 
+    def at(self, key: str, value: float) -> "Arm":
+        """
+        Return this arm with another value of a hyperparameter, and the name of an arm with this override.
+
+        :raises PlanError: if the algorithm does not have the hyperparameter, or the arm overrides it itself
+        """
+        if key in self.overrides:
+            raise PlanError(f"{self.name!r} overrides {key}, which is swept: remove one of them")
+        name = f"{self.name}{',' if ':' in self.name else ':'}{key}={value}"
+        return Arm(name, self.algo, {**self.overrides, **parse_hyperparameters(self.algo, [f"{key}={value}"])})
+
     @property
     def folder(self) -> str:
         """Folder name, unique because what a shell or a file system might not like is escaped."""
@@ -116,7 +127,7 @@ def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
         if key not in known:
             raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
         with reported(f"{algo}: {assignment!r}"):
-            parsed[key] = _value(value)
+            parsed[key] = parse_value(value)
         if parsed[key] == "clip" and algo not in zoo.ALGORITHMS:
             raise PlanError(f"{algo}: only {' and '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
     return parsed
@@ -244,7 +255,7 @@ def _network(env: str) -> str:
     return "Cnn" if is_image_space(made.observation_space) else "Mlp"
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Parse yml, but read 3e-4 as a number and None as null: in yml 1.1 they are strings."""
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)

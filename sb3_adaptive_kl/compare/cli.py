@@ -31,7 +31,13 @@ PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "g
 # Options whose names are not those of the fields of the plan
 FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
 # Type of a field → how its option is parsed; the other, the budget, may be written as 1e6
-KINDS: dict[Any, dict[str, Any]] = {list[str]: {"nargs": "+"}, bool: {"action": "store_true"}, int: {"type": int}}
+KINDS: dict[Any, dict[str, Any]] = {
+    list[str]: {"nargs": "+"},
+    bool: {"action": "store_true"},
+    int: {"type": int},
+    Plan.model_fields["protocol"].annotation: {"choices": ["ppo-paper"]},
+    Plan.model_fields["sweep"].annotation: {"metavar": "NAME=VALUE,…"},
+}
 PATIENCE = 300  # seconds without a time step: longer than the update of a large network
 HINT = "If its environment never ends an episode, neither does the evaluation: register it with max_episode_steps."
 
@@ -124,7 +130,8 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # On stderr, so that stdout has the result alone; and names of arms may look like rich's markup: [0.1, 3]
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    sizes = ((len(plan.arms), "arm"), (len(plan.environments), "environment"), (plan.seeds, "seed"))
+    values = [(len(values), "value") for values in plan.sweep.values()]
+    sizes = ((len(plan.arms), "arm"), *values, (len(plan.environments), "environment"), (plan.seeds, "seed"))
     budgets = " or ".join(f"{budget:,}" for budget in sorted({run.budget for run in runs}))
     console.print(f"{' × '.join(report.count(*size) for size in sizes)} × {budgets} time steps = {len(runs)} runs")
     if n_finished:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 
 Statistic = Callable[..., Any]
@@ -37,6 +38,12 @@ def interval(statistic: Statistic, *scores: np.ndarray) -> list[Any]:
     drawn = [generator.integers(len(matrix), size=(SAMPLES, *matrix.shape)) for matrix in scores]
     samples = statistic(*(matrix[rows, np.arange(matrix.shape[1])] for matrix, rows in zip(scores, drawn, strict=True)))
     return [estimate, *np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0).tolist()]
+
+
+def matrices(runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+    """Arm → a column of its runs, shape (seeds, environments), of the seeds that have a value on all environments."""
+    wide = runs.pivot(index=["arm", "seed"], columns="env", values=column).dropna()
+    return {arm: wide.loc[arm].to_numpy() for arm in runs["arm"].unique() if arm in wide.index}
 
 
 mean: Statistic = partial(np.mean, axis=(-2, -1))

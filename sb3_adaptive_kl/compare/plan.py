@@ -10,18 +10,49 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, PlanError, reported, resolve_hyperparameters, suggestion
+from sb3_adaptive_kl.compare.arms import (
+    Arm,
+    Hyperparameters,
+    PlanError,
+    parse_value,
+    reported,
+    resolve_hyperparameters,
+    suggestion,
+)
 
 FEW_SEEDS = 5  # with fewer seeds the intervals say little
 ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
+
+# In yml, 1e-3 is a string
+Number = Annotated[int | FiniteFloat, BeforeValidator(lambda given: parse_value(given) if isinstance(given, str) else given)]
+
+
+def _sweep(given: Any) -> Any:
+    """Split the text of the command line; leave the field of a file as it is."""
+    if not isinstance(given, str):
+        return given
+    name, equals, values = given.partition("=")
+    if not equals:
+        raise PlanError(f"sweep={given!r} is not of the form name=value,value")
+    return {name: values.split(",")}
 
 
 @dataclass(frozen=True)
@@ -64,6 +95,11 @@ class Plan(BaseModel):
     hyperparameters: dict[str, dict[str, Hyperparameters]] = {}
     # Choose arms on some seeds, and judge them on others
     first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
+    sweep: Annotated[dict[str, Annotated[list[Number], Field(min_length=2)]], BeforeValidator(_sweep)] = Field(
+        {}, max_length=1, description="numbers that every arm gets for a hyperparameter: learning_rate=1e-4,3e-4,1e-3"
+    )
+    # Part of the evaluation alone, so it can be changed after the runs
+    protocol: Literal["ppo-paper"] | None = Field(None, description="also score as in a paper: that of PPO, section 6.1")
     # These three resolve the hyperparameters. In yml, 1.0e6 is a float
     n_timesteps: PositiveInt | None = Field(
         None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
@@ -129,7 +165,14 @@ class Plan(BaseModel):
 
     @property
     def parsed_arms(self) -> list[Arm]:
-        return [Arm.parse(arm) for arm in self.arms]
+        given = [Arm.parse(arm) for arm in self.arms]
+        return [arm.at(key, value) for key, values in self.sweep.items() for arm in given for value in values] or given
+
+    @property
+    def families(self) -> dict[str, dict[float, str]]:
+        """Arm as it was given → swept value → name of the arm with it. Empty without a sweep."""
+        given = [Arm.parse(arm) for arm in self.arms]
+        return {arm.name: {n: arm.at(key, n).name for n in values} for key, values in self.sweep.items() for arm in given}
 
     @property
     def names(self) -> list[str]:
@@ -145,7 +188,8 @@ class Plan(BaseModel):
 
     def difference(self, other: "Plan") -> list[str]:
         """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
-        ours, theirs = (pd.json_normalize(plan.model_dump()).iloc[0].to_dict() for plan in (self, other))
+        # Another protocol does not need other runs
+        ours, theirs = (pd.json_normalize(plan.model_dump(exclude={"protocol"})).iloc[0].to_dict() for plan in (self, other))
         keys = [str(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
         return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]

@@ -11,6 +11,7 @@ import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import chain
 from typing import Any
 
 import matplotlib as mpl
@@ -20,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.sensitivity import Families
 from sb3_adaptive_kl.compare.store import Result, Store, updates_of
 
 FOLDER = "plots"
@@ -44,7 +47,8 @@ def write(store: Store, statistics: dict[str, Any], results: Sequence[Result]) -
     for suffix, style in STYLES.items():
         with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
             # A generator: a figure takes its colors from the style in which it is drawn
-            for name, figure in pictures(store.plan.names, statistics, results):
+            drawn = chain(pictures(store.plan.names, statistics, results), sweeps(store.plan, statistics))
+            for name, figure in drawn:
                 names[name] = None
                 for format in ("svg", "png"):
                     store.write(f"{FOLDER}/{name}{suffix}.{format}", _render(figure, format))
@@ -81,6 +85,18 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
 def curves_name(env: str) -> str:
     """File name of an environment's figure, without suffix and extension."""
     return f"curves-{env.replace('/', '-')}"
+
+
+def sweeps(plan: Plan, statistics: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Yield the file name and the figure of each environment's returns over the swept hyperparameter."""
+    for hyperparameter, values in plan.sweep.items():
+        for env, environment in statistics["environments"].items():
+            yield sweep_name(env), _sweep(env, hyperparameter, sorted(values), plan.families, environment["arms"])
+
+
+def sweep_name(env: str) -> str:
+    """File name of an environment's returns over the swept hyperparameter, without suffix and extension."""
+    return f"sweep-{env.replace('/', '-')}"
 
 
 # ---------------------------------------------------------------- figures
@@ -127,6 +143,28 @@ def _traces(axes: Axes, updates: dict[int, pd.DataFrame], column: str, nothing: 
             _band(axes, i, bins["timesteps"].mean().to_numpy(), middle, low, high)
     if not axes.lines:
         _note(axes, nothing)
+
+
+def _sweep(env: str, hyperparameter: str, values: list[float], families: Families, arms: dict[str, Any]) -> Figure:
+    figure = _figure_with_legend(5.2, {family: i for i, family in enumerate(families)})
+    panels = figure.subplots(2, 1, sharex=True)
+    if values[0] > 0 and values[-1] >= 10 * values[0]:
+        panels[1].set_xscale("log")
+    panels[1].set_xticks(values, [f"{value:g}" for value in values])
+    panels[1].minorticks_off()
+    for i, of_family in enumerate(families.values()):
+        finished = [(value, arms[arm]) for value, arm in sorted(of_family.items()) if arm in arms]
+        for axes, returns in (
+            (panels[0], {value: entry["final"]["mean"] for value, entry in finished}),
+            (panels[1], {value: entry["area"] for value, entry in finished if entry["area"] is not None}),
+        ):
+            if returns:
+                middle, low, high = np.array(list(returns.values()), dtype=float).T  # NaN: a single run has no interval
+                _band(axes, i, list(returns), middle, low, high)
+                axes.plot(list(returns), middle, "o", ms=4, color=f"C{i}")
+    panels[0].set(title=env, ylabel="return of the final policy")
+    panels[1].set(xlabel=hyperparameter, ylabel="mean return while learning")
+    return figure
 
 
 def _profile(profile: dict[str, Any], number: dict[str, int]) -> Figure:

@@ -23,7 +23,7 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
     plan, results, failures = store.plan, store.results(), store.failures()
-    computed, runs = statistics.compute(plan.seeds, results)
+    computed, runs = statistics.compute(plan.seeds, results, plan.protocol, plan.families)
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
     # StrictUndefined: a statistic that was renamed must not become an empty cell
@@ -40,6 +40,7 @@ def summarize(store: Store) -> int:
     content = {
         "plan": plan,
         "statistics": computed,
+        "given_names": list(plan.families or plan.names),
         "timings": runs.groupby(["env", "arm"], sort=False)[["seconds", "steps_per_second"]].mean() if len(runs) else runs,
         "command": command,
         "command_line": shlex.join(command["command"]),

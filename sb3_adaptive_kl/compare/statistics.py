@@ -7,16 +7,20 @@ Timings are in `runs.csv` alone, so the statistics of a plan are the same on eve
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
-from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from sb3_adaptive_kl.compare import intervals
-from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval
+from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval, matrices
+from sb3_adaptive_kl.compare.protocol import LAST_EPISODES, ppo_paper
+from sb3_adaptive_kl.compare.sensitivity import Families, sensitivity
 from sb3_adaptive_kl.compare.store import Result, updates_of
+from sb3_adaptive_kl.compare.verdicts import call_winners, detectable, difference, student
+
+Pairs = Sequence[tuple[str, str]]  # of arms
 
 # The KL is within the band from target / BAND to BAND · target, for every arm with a target: where the paper's rule leaves β
 # as it is (Schulman et al. 2017, section 4)
@@ -28,18 +32,25 @@ ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
 
-def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(
+    seeds: int,
+    results: Sequence[Result],
+    protocol: str | None = None,
+    families: Families = MappingProxyType({}),
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
 
     :param seeds: number of seeds of the plan
     :param results: its finished runs, sorted by environment and arm
+    :param protocol: its protocol
+    :param families: its arms by family and swept value. Only arms with the same value are compared.
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
-    settings = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
+    settings: dict[str, Any] = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
-        return {**settings, "environments": {}, "across": None}, pd.DataFrame()
+        return {**settings, "environments": {}, "across": None, "protocol": None, "sensitivity": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
     references = runs.groupby("env")[["random_return", "reward_threshold"]].mean()
     references["best"] = runs.groupby(["env", "arm"])["final_return"].mean().groupby("env").max()
@@ -50,6 +61,8 @@ def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
     threshold = given.fillna(random + THRESHOLD_SHARE * scale)
     runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
+    value = {arm: value for arms in families.values() for value, arm in arms.items()}
+    compared = [(a, b) for a, b in combinations(runs["arm"].unique(), 2) if value.get(a) == value.get(b)]
     environments = {
         env: {
             "random": random[env],
@@ -58,11 +71,23 @@ def compute(seeds: int, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
             "threshold": _finite(threshold[env]),
             "threshold_source": "gymnasium" if given[env] == threshold[env] else "best arm",
             "arms": {arm: _arm(of_arm, [results[i] for i in of_arm.index]) for arm, of_arm in rows.groupby("arm", sort=False)},
-            "pairs": _pairs(rows),
+            "pairs": _pairs(rows, compared),
         }
         for env, rows in runs.groupby("env", sort=False)
     }
-    return {**settings, "environments": environments, "across": _across(runs)}, runs
+    found = {
+        "across": _across(runs, compared),
+        "protocol": ppo_paper(runs) if protocol == "ppo-paper" else None,
+        "sensitivity": sensitivity(families, runs) if families else None,
+    }
+    pairs = [pair for environment in environments.values() for pair in environment["pairs"]]
+    comparisons = {kind: call_winners([(pair["arms"], pair[kind]) for pair in pairs]) for kind in ("final", "area")}
+    settings |= {
+        "comparisons": comparisons,
+        "detectable": detectable(seeds),
+        "detectable_corrected": detectable(seeds, max(1, *comparisons.values())),
+    }
+    return {**settings, "environments": environments, **found}, runs
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -74,6 +99,7 @@ def _row(result: Result) -> dict[str, Any]:
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
         "random_return": np.mean(summary["random_returns"]),
+        "last_return": result.last_return(LAST_EPISODES),
         "area": result.area,
         **{f"kl_{name}": value for name, value in kl.items()},
         "steps_per_second": summary["timesteps"] / summary["seconds"],
@@ -86,7 +112,7 @@ def _row(result: Result) -> dict[str, Any]:
 def _beats_random(runs: pd.DataFrame) -> bool:
     """Whether some arm's Student's t interval of the difference from a random policy lies above 0: never with one seed."""
     gains = (runs["final_return"] - runs["random_return"]).groupby(runs["arm"])
-    return any((_student(gain.tolist())[0] or 0) > 0 for _, gain in gains)
+    return any((student(gain.tolist())[0] or 0) > 0 for _, gain in gains)
 
 
 def _arm(runs: pd.DataFrame, results: list[Result]) -> dict[str, Any]:
@@ -136,48 +162,20 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _pairs(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Compare every two arms on the seeds that both finished."""
+def _pairs(runs: pd.DataFrame, compared: Pairs) -> list[dict[str, Any]]:
+    """Compare two arms on the seeds that both finished."""
     final, area = (runs.pivot(index="seed", columns="arm", values=column) for column in ("final_return", "area"))
     return [
-        {"arms": [a, b], "final": _difference(a, b, final[a] - final[b]), "area": _difference(a, b, area[a] - area[b])}
-        for a, b in combinations(runs["arm"].unique(), 2)
+        {"arms": [a, b], "final": difference(final[a] - final[b]), "area": difference(area[a] - area[b])}
+        for a, b in compared
+        if a in final and b in final
     ]
-
-
-def _difference(a: str, b: str, by_seed: pd.Series) -> dict[str, Any] | None:
-    """
-    Mean difference a − b with two intervals: bootstrap and Student's t.
-
-    An arm is the winner only if 0 lies outside both intervals, because the bootstrap's is too narrow with few seeds. Two seeds
-    never show a winner.
-    """
-    differences = by_seed.dropna().tolist()
-    if not differences:
-        return None
-    mean, student = interval(intervals.mean, np.array(differences)[:, None]), _student(differences)
-    shown = len(differences) > 2 and all(low > 0 or high < 0 for low, high in (mean[1:], student))
-    return {
-        "seeds": len(differences),
-        "differences": differences,
-        "mean": mean,
-        "student": student,
-        "winner": (a if mean[0] > 0 else b) if shown else None,
-    }
-
-
-def _student(differences: list[float]) -> list[Any]:
-    """Limits of Student's t interval for the mean."""
-    if len(differences) < 2:
-        return [None, None]
-    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * scipy.stats.sem(differences))
-    return [fmean(differences) - half, fmean(differences) + half]
 
 
 # ---------------------------------------------------------------- across environments
 
 
-def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
+def _across(runs: pd.DataFrame, compared: Pairs) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
@@ -185,7 +183,7 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
     them. One environment alone says it all in its own units.
     """
     counted = runs[runs["score"].notna()]
-    scores = _matrices(counted, "score")
+    scores = matrices(counted, "score")
     if not scores or counted["env"].nunique() == 1:
         return None
     profile = partial(intervals.profile, at=PROFILE_AT)
@@ -195,21 +193,16 @@ def _across(runs: pd.DataFrame) -> dict[str, Any] | None:
             arm: {"seeds": len(matrix), **{name: interval(statistic, matrix) for name, statistic in AGGREGATES.items()}}
             for arm, matrix in scores.items()
         },
-        "probability_of_improvement": _improvements(scores),
-        "probability_of_improvement_while_learning": _improvements(_matrices(counted, "area")),
+        "probability_of_improvement": _improvements(scores, compared),
+        "probability_of_improvement_while_learning": _improvements(matrices(counted, "area"), compared),
         "profile": {"at": PROFILE_AT.tolist(), "arms": {arm: interval(profile, matrix) for arm, matrix in scores.items()}},
     }
 
 
-def _matrices(runs: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
-    """Arm → a column of its runs, shape (seeds, environments), of the seeds that have a value on all environments."""
-    wide = runs.pivot(index=["arm", "seed"], columns="env", values=column).dropna()
-    return {arm: wide.loc[arm].to_numpy() for arm in runs["arm"].unique() if arm in wide.index}
-
-
-def _improvements(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Probability that a run of one arm beats a run of another, averaged over the environments, for every pair of arms."""
+def _improvements(scores: dict[str, np.ndarray], compared: Pairs) -> list[dict[str, Any]]:
+    """Probability that a run of one arm beats a run of another, averaged over the environments."""
     return [
         {"arms": [a, b], "probability": interval(intervals.probability_of_improvement, scores[a], scores[b])}
-        for a, b in combinations(scores, 2)
+        for a, b in compared
+        if a in scores and b in scores
     ]

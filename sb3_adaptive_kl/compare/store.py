@@ -56,6 +56,10 @@ class Result:
         """Mean return of the final policy."""
         return fmean(self.summary["final_returns"])
 
+    def last_return(self, n: int) -> float:
+        """Mean return of the last ``n`` training episodes, or of all if there are fewer. NaN if there are none."""
+        return float(self.episodes["return"].tail(n).mean())
+
     @property
     def points(self) -> np.ndarray:
         """Time steps of the learning curve; the last is the end of the budget."""
