@@ -324,6 +324,7 @@ def test_folder_of_another_plan_is_rejected_with_the_difference(completed, capsy
     assert "hyperparameters.CartPole-v1.ppo_kl.n_timesteps: 1500 → 1600" in line
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray emits many warnings of its own
 def test_runs_of_a_lost_ray_node_are_repeated_on_another(completed, tmp_path, monkeypatch):
     """The statistics equal those of the loky backend."""

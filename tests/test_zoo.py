@@ -127,6 +127,7 @@ def test_recurrent_algorithm_trains_and_plays(tmp_path):
     assert "Mean reward: " in output or "Episode Reward" in output
 
 
+@pytest.mark.slow
 def test_trial_of_a_search_can_be_trained(tmp_path):
     """Two processes share one Optuna journal. A trial has the penalty, not a clip range, and can be trained."""
     storage = "--storage study.log --study-name kl"
