@@ -86,6 +86,15 @@ def test_plan_of_the_papers_table_is_valid():
         assert differing(plan.hyperparameters[env])["clip_range"] == {"clip_0.2": 0.2, "adaptive_0.01": None}
 
 
+def test_plan_of_the_sensitivity_is_valid():
+    """Four values of one hyperparameter, and the trust region is all else that its arms differ in."""
+    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "sensitivity.yml")
+    assert len(list(plan.runs())) == 4 * 3 * 4 * 3
+    trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling", "learning_rate_rule", "compile", "learning_rate"}
+    for env in plan.environments:
+        assert set(differing(plan.hyperparameters[env])) == trust_region, env
+
+
 @pytest.mark.parametrize("arm", ["=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"])
 def test_names_of_arms_do_not_mislead(arm):
     with pytest.raises(PlanError, match="cannot be the name of an arm, choose one that is not an algorithm's"):
