@@ -200,6 +200,24 @@ def test_threshold_that_does_not_exist_is_not_counted(summarize):
     assert "- **CartPole-v1**: no arm is shown to beat a random policy, which gets 10.0" in summary.report
 
 
+def test_wall_clock_time_is_reported_and_drawn(summarize):
+    """Each run takes 1 second for 256 steps. One of three seeds never reaches the threshold."""
+
+    def outcome(run):
+        return finished(
+            run, episodes=[(128 if run.seed else 32, 100.0 if run.seed < 2 or run.arm == "ppo" else 0.0)], threshold=90.0
+        )
+
+    summary = summarize(outcome, seeds=3)
+    assert "| CartPole-v1 | ppo_kl | 1.00 | 256 | 0.500 |" in summary.report
+    assert "(plots/clock-CartPole-v1.png)" in summary.report
+    (axes,) = summary.figures[2].axes  # every figure is rendered as svg and as png
+    assert axes.lines[0].get_xdata()[-1] == pytest.approx(1.0)
+    summary = summarize(lambda run: finished(run, episodes=()), environments=(ENV, "Acrobot-v1"))
+    assert "| CartPole-v1 | ppo_kl | 1.00 | 256 | – |" in summary.report
+    assert "clock-" not in summary.report
+
+
 def test_across_environments_is_reported_for_several_of_them(summarize, tmp_path):
     summary = summarize(finished, seeds=2)
     assert "## Across environments" not in summary.report

@@ -398,6 +398,14 @@ def test_median_steps_to_threshold_includes_runs_that_never_reach_it(make):
     assert arm["steps_to_threshold"] is None
 
 
+def test_time_to_the_threshold_is_that_of_its_steps(make):
+    """Each run takes 1 second for 1000 steps."""
+    runs = [make(episodes=ended, seed=seed, threshold=0.9) for seed, ended in enumerate([[(100, 1.0)], [(100, 0.0)]])]
+    reached, never = statistics.compute(5, runs)[1]["seconds_to_threshold"]
+    assert reached == pytest.approx(0.1)
+    assert np.isnan(never)
+
+
 def test_statistics_contain_neither_nan_nor_timings(make):
     content = json.dumps(compute(make, {"a": [1.0, 2.0], "b": [2.0]}))
     assert "NaN" not in content

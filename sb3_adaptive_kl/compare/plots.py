@@ -62,6 +62,8 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
     for env, environment in statistics["environments"].items():
         of_arm = {arm: [r for r in results if (r.run.env, r.run.arm) == (env, arm)] for arm in environment["arms"]}
         yield curves_name(env), _curves(env, environment, number, of_arm)
+        if any(entry["curve"] for entry in environment["arms"].values()):
+            yield clock_name(env), _clock(env, environment, number, of_arm)
         means = {arm: entry["final"]["mean"] for arm, entry in environment["arms"].items()}
         finals[env] = [(arm, number[arm], mean, [r.final for r in of_arm[arm]]) for arm, mean in means.items()]
     if finals:
@@ -99,6 +101,11 @@ def sweep_name(env: str) -> str:
     return f"sweep-{env.replace('/', '-')}"
 
 
+def clock_name(env: str) -> str:
+    """File name of an environment's learning curves over wall-clock time, without suffix and extension."""
+    return f"clock-{env.replace('/', '-')}"
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -129,6 +136,20 @@ def _curves(env: str, environment: dict[str, Any], number: dict[str, int], resul
         panels[2].set_ylabel("coefficient β")
         panels[2].set_yscale("log", base=2)
         _traces(panels[2], penalized, "kl_coef", "β is 0")
+    return figure
+
+
+def _clock(env: str, environment: dict[str, Any], number: dict[str, int], results: dict[str, list[Result]]) -> Figure:
+    """Plot the learning curves over the mean time of the runs, as if every time step took the same time."""
+    figure = _figure_with_legend(2.9, {arm: number[arm] for arm in results})
+    axes = figure.subplots()
+    axes.set(title=env, xlabel="seconds", ylabel="mean return")
+    for arm, entry in environment["arms"].items():
+        if entry["curve"] is not None:
+            per_step = np.mean([result.summary["seconds"] / result.summary["timesteps"] for result in results[arm]])
+            _band(axes, number[arm], per_step * np.array(entry["curve"]["timesteps"]), *entry["curve"]["mean"])
+    if environment["threshold"] is not None:
+        axes.axhline(environment["threshold"], color=mpl.rcParams["text.color"], lw=0.8, ls=":")
     return figure
 
 

@@ -6,6 +6,7 @@ content.
 """
 
 import json
+import math
 import shlex
 import sys
 from base64 import b64encode
@@ -35,13 +36,16 @@ def summarize(store: Store) -> int:
         lstrip_blocks=True,
     )
     environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing, shared)})
+    if len(runs):
+        runs = runs.fillna({"seconds_to_threshold": math.inf})  # never
+    timed = {"seconds": "mean", "steps_per_second": "mean", "seconds_to_threshold": "median"}
     command = json.loads((store.folder / COMMAND_FILE).read_text())
     warning = f"{count(plan.seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little; a single run has none"
     content = {
         "plan": plan,
         "statistics": computed,
         "given_names": list(plan.families or plan.names),
-        "timings": runs.groupby(["env", "arm"], sort=False)[["seconds", "steps_per_second"]].mean() if len(runs) else runs,
+        "timings": runs.groupby(["env", "arm"], sort=False).agg(timed) if len(runs) else runs,
         "command": command,
         "command_line": shlex.join(command["command"]),
         "n_runs": len(list(plan.runs())),
@@ -81,7 +85,7 @@ def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def number(value: float | None) -> str:
     """Format for reading, with three significant digits, or all digits of an integer part."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     # #: without it, 20.0 would lose the zero that says how precise it is
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")

@@ -60,6 +60,8 @@ def compute(
     scale = (best - random).where(beaten)
     threshold = given.fillna(random + THRESHOLD_SHARE * scale)
     runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
+    # As if every time step took the same time: a run stores only its total
+    runs["seconds_to_threshold"] = runs["steps_to_threshold"] / runs["steps_per_second"]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
     value = {arm: value for arms in families.values() for value, arm in arms.items()}
     compared = [(a, b) for a, b in combinations(runs["arm"].unique(), 2) if value.get(a) == value.get(b)]
