@@ -99,6 +99,13 @@ def check_settings(model: Any) -> None:
     for name in ("clip_range", "clip_range_vf"):
         if getattr(model, name) is not None and not (name == "clip_range" and isinstance(model.clip_range, str)):
             _check_schedule(name, getattr(model, name), "None deactivates clipping")
+    for name in ("ent_coef", "vf_coef"):
+        value = getattr(model, name)
+        if not callable(value) and not is_number(value):
+            raise ValueError(
+                f"{name}={value!r} must be a finite number or a schedule (a function of the remaining progress)"
+                f"{_hint_for_text(value)}"
+            )
     for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
         # Before the first _setup_model() there is no β yet
         value = getattr(model, name, model.init_kl_coef)
@@ -150,8 +157,11 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
         clip_range_vf=None
         if model.clip_range_vf is None
         else _value_at("clip_range_vf", model.clip_range_vf, progress_remaining),
-        vf_coef=model.vf_coef,
-        ent_coef=model.ent_coef or None,
+        vf_coef=_value_at("vf_coef", model.vf_coef, progress_remaining, -math.inf),
+        # None for a constant 0, so that a zero gradient is not computed; a schedule that reaches 0 is not compiled again
+        ent_coef=_value_at("ent_coef", model.ent_coef, progress_remaining, -math.inf)
+        if model.ent_coef or callable(model.ent_coef)
+        else None,
         max_grad_norm=model.max_grad_norm,
         normalize_advantage=bool(model.normalize_advantage),
         kl_cutoff_coef=model.kl_cutoff_coef or None,
@@ -274,12 +284,13 @@ def _rule(
     return rule
 
 
-def _value_at(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
+def _value_at(name: str, schedule: float | Schedule, progress_remaining: float, least: float = 0.0) -> float:
     value = schedule(progress_remaining) if callable(schedule) else schedule
-    if not is_number(value) or value < 0:
+    if not is_number(value) or value < least:
+        at_least = "" if least == -math.inf else f" >= {least:g}"
         raise ValueError(
-            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number >= 0: check the schedule "
-            "over [0, 1]"
+            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number{at_least}: check the "
+            "schedule over [0, 1]"
         )
     return float(value)
 

@@ -106,6 +106,9 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
     if model.learning_rate_rule is not None:  # SB3 has logged the schedule's value
         record("train/learning_rate", model.policy.optimizer.param_groups[0]["lr"])
         record("train/learning_rate_scale", model.learning_rate_scale)
+    for name in ("ent_coef", "vf_coef"):
+        if callable(getattr(model, name)):
+            record(f"train/{name}", getattr(settings, name))
     record("train/undone_updates", model._undone_updates)
     record("train/explained_variance", model._explained_variance())
     if hasattr(model.policy, "log_std"):

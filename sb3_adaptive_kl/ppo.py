@@ -42,8 +42,9 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param clip_range_vf: Clipping parameter for the value function, in units of the return: a positive number, or a
         function of the current progress remaining (from 1 to 0). ``None`` (default): no clipping.
     :param normalize_advantage: Whether to normalize or not the advantage. Without it, β carries the unit of the rewards.
-    :param ent_coef: Entropy coefficient for the loss calculation
-    :param vf_coef: Value function coefficient for the loss calculation
+    :param ent_coef: Entropy coefficient for the loss calculation, it can be a function of the current progress remaining
+        (from 1 to 0)
+    :param vf_coef: Value function coefficient for the loss calculation, it can be a function of the current progress remaining
     :param max_grad_norm: The maximum value for the gradient clipping
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
         instead of action noise exploration (default: False)
@@ -106,8 +107,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         clip_range: float | str | Schedule | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.5,
+        ent_coef: float | Schedule = 0.0,
+        vf_coef: float | Schedule = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO
@@ -15,7 +16,7 @@ from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
 from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.minibatches import minibatches
-from tests.conftest import CASES, FAMILIES, collect, logged, minibatch_loss, parameters, remember
+from tests.conftest import CASES, FAMILIES, NEEDS_COMPILER, collect, logged, minibatch_loss, parameters, remember
 
 SMALL = {"n_steps": 128, "batch_size": 32, "n_epochs": 4}
 
@@ -265,3 +266,29 @@ def test_means_over_minibatches(monkeypatch):
     assert logged(model)["kl_loss"] == pytest.approx(3.0 * np.mean([minibatch.kl for minibatch in seen]))
     assert logged(model)["approx_kl"] == pytest.approx(np.mean([minibatch.approx_kl for minibatch in seen[4:]]))
     assert logged(model)["loss"] == seen[-1].loss.item()
+
+
+@pytest.mark.parametrize("name", ["ent_coef", "vf_coef"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_coefficients_can_be_schedules(name, compiled):
+    """In the second of two updates the progress is 0, and the schedule at its end: as if that had been set by hand."""
+    kwargs = {"compile": compiled, "n_steps": 64, "batch_size": 64, "n_epochs": 2}
+    by_hand = CASES["box"].build(AdaptiveKLPPO, **{name: 0.6}, **kwargs)
+    by_hand.learn(2 * 64, callback=SetBeforeTheSecondUpdate(name, 0.3))
+    scheduled = CASES["box"].build(AdaptiveKLPPO, **{name: LinearSchedule(0.9, 0.3, 1.0)}, **kwargs).learn(2 * 64)
+    assert th.allclose(parameters(scheduled), parameters(by_hand), atol=1e-6)
+    assert logged(scheduled)[name] == pytest.approx(0.3)
+    assert name not in logged(by_hand)
+
+
+class SetBeforeTheSecondUpdate(BaseCallback):
+    def __init__(self, name, value):
+        super().__init__()
+        self.name, self.value = name, value
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        if self.num_timesteps > 64:
+            setattr(self.model, self.name, self.value)

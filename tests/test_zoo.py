@@ -224,6 +224,7 @@ def test_search_space_replaces_the_clip_range_by_the_penalty():
 
 
 def test_strings_of_the_trust_region_are_parsed():
+    assert parse_trust_region({"ent_coef": "lin_0.01", "vf_coef": 0.5})["ent_coef"](0.5) == pytest.approx(0.005)
     schedule = parse_trust_region({"target_kl": "lin_0.03"})["target_kl"]
     assert isinstance(schedule, LinearSchedule)  # of SB3: a saved agent does not need the zoo
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.015, 0.0])

@@ -1,5 +1,5 @@
 """
-Parse the forms of `target_kl` and `clip_range`, in a yml file or after `-params`, that the zoo does not know.
+Parse the forms of targets, clip ranges and coefficients, in a yml file or after `-params`, that the zoo does not know.
 
     target_kl: lin_0.02         decays linearly from 0.02 to 0
     target_kl: clip_0.2         the target that corresponds to a clip range of 0.2
@@ -7,6 +7,7 @@ Parse the forms of `target_kl` and `clip_range`, in a yml file or after `-params
     clip_range: lin_0.2         as in the zoo
     clip_range: outliers        the clip range that follows the target
     clip_range: null            no clipping (`clip_range:None` after `-params`)
+    ent_coef: lin_0.01          decays linearly from 0.01 to 0, as vf_coef may
 """
 
 import re
@@ -21,12 +22,14 @@ TRUST_REGION = {
     "target_kl": ": write lin_0.02, clip_0.2 or clip_lin_0.2, with a number above 0",
     "clip_range": " must be a positive number, lin_0.2, outliers, or null (None) for no clipping",
     "clip_range_vf": " must be a positive number or lin_0.2, or null (None) for no clipping",
+    "ent_coef": " must be a number or lin_0.01",
+    "vf_coef": " must be a number or lin_0.5",
 }
 
 
 def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """
-    Parse the strings among ``target_kl``, ``clip_range`` and ``clip_range_vf``.
+    Parse the strings among ``target_kl``, ``clip_range``, ``clip_range_vf``, ``ent_coef`` and ``vf_coef``.
 
     :param hyperparams: of one of our algorithms
     :return: a copy with numbers and schedules of SB3, so that a saved agent does not need the zoo
