@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import AdaptivePenalty, FixedPenalty, PredictivePenalty
+from sb3_adaptive_kl import AdaptivePenalty, BalancedLearningRate, FixedPenalty, PredictivePenalty
 from sb3_adaptive_kl.clip_range import outlier_clip_range
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl, k3, pearson
 from sb3_adaptive_kl.step_back import MIN_FRACTION, TARGET_FRACTION
@@ -53,7 +53,7 @@ NUMBERS = {
 # Settings, not results: the paper's arXiv number, targets, a KL, noise, the paper's tolerance, and those of the defaults
 GIVEN = {
     *("1707.06347", "0.003", "0.01", "0.02", "0.03", "0.0196", "0.5", "1.6"),
-    *("1.5", "1.4", "0.2", "0.3", "0.4", "0.8", "0.9"),
+    *("1.5", "1.4", "0.15", "0.2", "0.3", "0.4", "0.6", "0.8", "0.9"),
 }
 
 
@@ -75,6 +75,9 @@ def test_settings_on_the_page_are_the_defaults():
     assert rf"k + (k - k_\text{{before}}) \cdot \text{{segments left}},\ {rule.floor:g} \, k" in THEORY
     assert r"\mathrm{clip}\left( \frac{\hat d}{d_\text{targ}},\ \frac{1}{e},\ e \right)^{1/2}" in THEORY
     assert f"aims at {TARGET_FRACTION:g} times the ceiling" in THEORY
+    actuator, text = BalancedLearningRate(), " ".join(THEORY.split())
+    assert f"lowers it while β is above {actuator.high:g}" in text
+    assert f"raises it while β is below {actuator.low:g}" in text
     assert f"d is between {MIN_FRACTION:g} times the ceiling and the ceiling" in THEORY
 
 
