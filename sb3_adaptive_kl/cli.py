@@ -44,7 +44,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
-        sys.exit(f"{error}: pip install 'sb3-adaptive-kl[{command}]'")
+        sys.exit(f"{error}: pip install '.[{command}]' in the clone, or 'sb3-adaptive-kl[{command}]' once it is published")
 
 
 if __name__ == "__main__":

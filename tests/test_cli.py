@@ -20,7 +20,7 @@ sys.argv = ["sb3-adaptive-kl", "{command}", "train"]
 from sb3_adaptive_kl.cli import main
 main()
 """
-    assert f"pip install 'sb3-adaptive-kl[{command}]'" in run(tmp_path, "-c", code, expect=1)
+    assert f"pip install '.[{command}]' in the clone" in run(tmp_path, "-c", code, expect=1)
 
 
 @pytest.mark.parametrize("module", ["sb3_adaptive_kl.cli zoo", "sb3_adaptive_kl.zoo"])

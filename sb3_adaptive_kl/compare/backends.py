@@ -119,7 +119,7 @@ def ray(jobs: int, address: str | None = None) -> Backend:
     :param address: address of an existing cluster to use instead; its CPUs limit the number of runs at a time
     :raises PlanError: if Ray is not installed or the cluster cannot be reached
     """
-    with reported("the ray backend needs pip install 'sb3-adaptive-kl[ray]'"):
+    with reported("the ray backend needs pip install '.[ray]' in the clone, or pip install ray"):
         import ray as library
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
