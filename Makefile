@@ -20,7 +20,7 @@ SHELL = bash
 .PHONY: demo test test-oldest lint type format docs dist benchmark clean
 
 # Train, evaluate over 100 episodes and record a video with RL Baselines3 Zoo's own commands, then plot the
-# training run and compare with PPO on a few seeds: about 10 minutes on two free cores (14 of CPU time), after the installation
+# training run and compare with PPO on a few seeds: 14 minutes of CPU time, on two cores, after the installation
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/python -m rl_zoo3.train $(AGENT) --seed 1 --num-threads 1 --eval-freq -1 --verbose 0 -P -tb $(DEMO)/tensorboard

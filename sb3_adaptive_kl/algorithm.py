@@ -4,7 +4,6 @@ The base of the three algorithms: the penalty's arguments, its state, and SB3's 
 
 import math
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
 from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +15,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, Tenso
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
 from sb3_adaptive_kl.fast.eager import fast_collection
 from sb3_adaptive_kl.learning_rate import LearningRateRule
-from sb3_adaptive_kl.messages import warn_user
+from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 
@@ -121,9 +120,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=None, _init_setup_model=False)
         for name in kwargs.keys() - signature(super().load).parameters.keys():
             if not hasattr(blank, name) and name not in STATE:
-                nearest = get_close_matches(name, vars(blank), n=1)
-                hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-                warn_user(f"load({name}=...) is not an argument of {cls.__name__}{hint}")
+                warn_user(f"load({name}=...) is not an argument of {cls.__name__}{suggestion(name, vars(blank))}")
         return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> Parameters:
@@ -161,7 +158,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         log_interval: int = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """
@@ -172,19 +169,12 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         :param log_interval: for how many iterations the training info is logged.
         :param tb_log_name: the name of the run for TensorBoard logging (``None``: that of the class)
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
-        :param progress_bar: Display a progress bar using tqdm and rich.
-        :param kwargs: what only the host has: MaskablePPO's ``use_masking``
+        :param args: as for the host: ``progress_bar``, and before it MaskablePPO's ``use_masking``
+        :param kwargs: the same by name
         :return: the trained model
         """
-        return super().learn(
-            total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-            **kwargs,
-        )
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, *args, **kwargs)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout as the host does."""

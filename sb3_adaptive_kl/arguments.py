@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,7 +23,7 @@ from sb3_adaptive_kl.learning_rate import (
     FunctionLearningRate,
     LearningRateRule,
 )
-from sb3_adaptive_kl.messages import warn_user
+from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import RULES, FixedPenalty, FunctionPenalty, PenaltyRule
 
@@ -234,8 +233,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], alternative: s
     :param alternative: other valid values, in words
     """
     if not isinstance(value, str) or value not in choices:
-        nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+        hint = suggestion(str(value).lower(), choices, cutoff=0.5) or "."  # the names are short
         raise ValueError(f"{name}={value!r} is unknown{hint} Valid are {', '.join(map(repr, choices))}{alternative}")
 
 

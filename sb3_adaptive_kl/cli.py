@@ -1,8 +1,9 @@
 """The command `sb3-adaptive-kl`, a shortcut for the modules of this package that can be run."""
 
-import difflib
 import sys
 from importlib.metadata import version
+
+from sb3_adaptive_kl.messages import suggestion
 
 USAGE = """usage: sb3-adaptive-kl compare ...   head-to-head of algorithms (same as python -m sb3_adaptive_kl.compare)
        sb3-adaptive-kl zoo ...       a script of RL Baselines3 Zoo (same as python -m sb3_adaptive_kl.zoo)
@@ -37,8 +38,7 @@ def main() -> None:
         else:
             print(USAGE, file=sys.stderr)
             if command is not None:
-                close = difflib.get_close_matches(command, ("compare", "zoo", "--version", "--help"), n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
+                hint = suggestion(command, ("compare", "zoo", "--version", "--help"))
                 print(f"sb3-adaptive-kl: unknown command {command!r}{hint}", file=sys.stderr)
             sys.exit(2)
     except ModuleNotFoundError as error:

@@ -6,9 +6,9 @@ import torch as th
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_adaptive_kl.algorithm import SelfAlgorithm, arguments
+from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter
@@ -69,21 +69,3 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         _init_setup_model: bool = True,
     ):
         super().__init__(**arguments(locals()))
-
-    def learn(  # type: ignore[override]  # use_masking comes where MaskablePPO has it
-        self: SelfAlgorithm,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = None,
-        reset_num_timesteps: bool = True,
-        use_masking: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfAlgorithm:
-        """
-        Train as MaskablePPO does; the other parameters are those of every algorithm.
-
-        :param use_masking: whether to use invalid action masks during training
-        """
-        others = (callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        return super().learn(total_timesteps, *others, use_masking=use_masking)

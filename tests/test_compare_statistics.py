@@ -133,14 +133,16 @@ def winners(*differences):
 
 
 def test_winner_requires_both_intervals_to_exclude_zero(monkeypatch):
-    for bootstrap, student, winner in (
-        ([1.0, 0.5, 1.5], [0.4, 1.6], "a"),
-        ([1.0, -0.5, 1.5], [0.4, 1.6], None),
-        ([1.0, 0.5, 1.5], [-0.4, 1.6], None),
+    """The bootstrap's, which is given here, and Student's, which does where the p value is small."""
+    for bootstrap, differences, winner in (
+        ([1.0, 0.5, 1.5], [1.0, 1.1, 0.9], "a"),
+        ([1.0, -0.5, 1.5], [1.0, 1.1, 0.9], None),
+        ([4.0, 0.5, 7.5], [1.0, 8.0, 3.0], None),
     ):
         monkeypatch.setattr(verdicts, "interval", lambda *_, bootstrap=bootstrap: bootstrap)
-        monkeypatch.setattr(verdicts, "student", lambda _, student=student: student)
-        assert winners([1.0, 1.0, 1.0]) == [winner]
+        low, high = verdicts.student(differences)
+        assert (low > 0 or high < 0) == (differences != [1.0, 8.0, 3.0])
+        assert winners(differences) == [winner]
 
 
 def test_winner_survives_the_correction_for_the_number_of_comparisons():

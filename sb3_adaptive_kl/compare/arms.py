@@ -7,12 +7,11 @@ common with PPO: the values of the zoo's tuned entry for PPO, and PPO's defaults
 are specific to each algorithm.
 """
 
-import difflib
 import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_adaptive_kl import zoo
+from sb3_adaptive_kl.messages import suggestion
 
 Hyperparameters = dict[str, Any]
 
@@ -212,12 +212,6 @@ def defaults(algo: str) -> Hyperparameters:
 def arguments(algo: str) -> frozenset[str]:
     """Names of the hyperparameters of an algorithm."""
     return frozenset(inspect.signature(ALGOS[algo]).parameters) - OTHER_ARGUMENTS
-
-
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """End of an error message: the known name closest to a misspelled one, if any is close."""
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {matches[0]!r}?" if matches else ""
 
 
 def _entry(algo: str, env: str) -> Hyperparameters:

@@ -35,8 +35,8 @@ from sb3_adaptive_kl.compare.arms import (
     parse_value,
     reported,
     resolve_hyperparameters,
-    suggestion,
 )
+from sb3_adaptive_kl.messages import suggestion
 
 FEW_SEEDS = 5  # with fewer seeds the intervals say little
 ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"

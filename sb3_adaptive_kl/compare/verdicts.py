@@ -67,8 +67,10 @@ def call_winners(pairs: Sequence[tuple[list[str], dict[str, Any] | None]]) -> in
     """
     compared = [(arms, entry) for arms, entry in pairs if entry is not None and entry["p"] is not None]
     for (arms, entry), p in zip(compared, holm(np.array([entry["p"] for _, entry in compared])), strict=True):
-        shown = p <= 1 - CONFIDENCE and all(low > 0 or high < 0 for low, high in (entry["mean"][1:], entry["student"]))
-        entry["p_holm"], entry["winner"] = float(p), arms[int(entry["mean"][0] < 0)] if shown else None
+        estimate, low, high = entry["mean"]
+        # With such a p, Student's interval excludes 0 as well
+        shown = p <= 1 - CONFIDENCE and (low > 0 or high < 0)
+        entry["p_holm"], entry["winner"] = float(p), arms[int(estimate < 0)] if shown else None
     return len(compared)
 
 
