@@ -61,6 +61,8 @@ def test_step_equals_the_optimizers(name):
             for i in range(3):
                 give_gradients(theirs, 3 * update + i)
                 give_gradients(ours, 3 * update + i)
+                for group in (*optimizers[0].param_groups, *optimizers[1].param_groups):
+                    group["lr"] = 0.01 / (1 + i)  # a rule may change it within an update
                 optimizers[0].step()
                 take_step()
     for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
