@@ -92,7 +92,7 @@ class BalancedLearningRate(LearningRateRule):
     learning rate is lowered after each segment, so that the first updates are not lost to a rate that is far too high.
 
     :param low: below this β, the learning rate is multiplied by ``increase`` after the update, > 0
-    :param high: above this β, it is divided by ``decrease`` after the update, > low
+    :param high: above this β, and after an update that was undone, it is divided by ``decrease``, > low
     :param increase: > 1
     :param decrease: > 1
     :param decrease_within: by how much it is divided after each segment of an update that leaves β above ``high``, ≥ 1
@@ -120,7 +120,7 @@ class BalancedLearningRate(LearningRateRule):
         check_scales(self.lowest, self.highest)
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
-        if kl_coef > self.high:
+        if kl_coef > self.high or kl == math.inf:  # undone: the rate is too high, whatever β is
             scale = scale / self.decrease
         elif kl_coef < self.low:
             scale = scale * self.increase
@@ -158,15 +158,28 @@ LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {
 
 def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
     """
-    Apply a rule, and check its result.
+    Apply a rule after an update, and check its result. Parameters: as for ``LearningRateRule``.
 
     :return: factor for the next update, > 0
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    wanted = rule(scale, kl, target_kl, kl_coef)
+    return _checked(rule(scale, kl, target_kl, kl_coef), f"{rule!r} returned", f"kl={kl}")
+
+
+def scale_within_update(rule: LearningRateRule, scale: float, kl_coef: float) -> float:
+    """
+    Apply a rule within an update, and check its result. Parameters: as for ``LearningRateRule.within_update``.
+
+    :return: factor for the rest of the update, > 0
+    :raises ValueError: if the rule did not return a positive, finite number
+    """
+    return _checked(rule.within_update(scale, kl_coef), f"{rule!r}.within_update returned", f"kl_coef={kl_coef}")
+
+
+def _checked(wanted: float, source: str, case: str) -> float:
     if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
         raise ValueError(
-            f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number, also for inf, "
-            "which stands for an undone update"
+            f"learning_rate_rule={source} {wanted!r} for {case}: it must return a positive number, also for inf, which "
+            "stands for an undone update"
         )
     return float(wanted)

@@ -32,7 +32,7 @@ from sb3_adaptive_kl.arguments import (
 )
 from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound
 from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
-from sb3_adaptive_kl.learning_rate import next_scale
+from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings
@@ -149,7 +149,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         self.kl_coef = control.adapt(self.kl_coef, metrics.kls(segment), settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
                         if lr_rule is not None:
-                            self._scale_learning_rate(lr_rule.within_update(self.learning_rate_scale, self.kl_coef))
+                            self._scale_learning_rate(scale_within_update(lr_rule, self.learning_rate_scale, self.kl_coef))
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""

@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, objective
+from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -159,8 +159,12 @@ def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
     ],
 )
 def test_balanced_rule(kl_coef, scale, expected):
-    for kl in (0.0, math.inf):  # it follows β alone
+    for kl in (0.0, 1.0):  # it follows β alone
         assert BalancedLearningRate()(scale, kl, 0.01, kl_coef) == pytest.approx(expected)
+
+
+def test_balanced_rule_lowers_the_rate_of_an_undone_update():
+    assert BalancedLearningRate()(1.0, math.inf, 0.01, kl_coef=0.01) == pytest.approx(1 / 1.5)
 
 
 def test_balanced_rule_within_an_update_only_lowers():
@@ -213,3 +217,17 @@ def test_balanced_learning_rate_needs_a_beta_that_moves_in_its_range(wrong):
 def test_two_controllers_of_one_error_are_told():
     with pytest.warns(UserWarning, match=r"learning_rate_rule='adaptive' and kl_rule answer the same error"):
         CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL)
+
+
+class Broken(LearningRateRule):
+    def __call__(self, scale, kl, target_kl, kl_coef):
+        return scale
+
+    def within_update(self, scale, kl_coef):
+        return 0.0
+
+
+def test_users_rule_that_returns_no_factor_within_an_update_is_named():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Broken()}))
+    with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.*\.within_update returned 0.0 for kl_coef="):
+        model.train()
