@@ -1,6 +1,8 @@
 """What all tests share: one torch thread per process, and the algorithm on every kind of space and policy."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -121,3 +123,45 @@ def logged(model: OnPolicyAlgorithm) -> dict[str, float]:
     """What the last update wrote to the logger, without the prefix."""
     values = model.logger.name_to_value.items()
     return {key.removeprefix("train/"): value for key, value in values if key.startswith("train/")}
+
+
+# ---------------------------------------------------------------- compare
+
+
+@pytest.fixture
+def fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sb3_adaptive_kl.compare import intervals
+
+    monkeypatch.setattr(intervals, "SAMPLES", 1000)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Any]:
+    """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target[, step scale])."""
+    from sb3_adaptive_kl.compare.plan import Run  # they import the zoo
+    from sb3_adaptive_kl.compare.store import Result
+
+    def make(
+        final=(0.0,), episodes=((100, 1.0),), updates=(), budget=1000, threshold=None, random=(0.0,), env="E", arm="a", seed=0
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "episodes.csv").write_text("timesteps,return,length\n" + "".join(f"{t},{r},1\n" for t, r in episodes))
+        rows = "".join(
+            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''}{''.join(f',{scale}' for scale in scales)}\n"
+            for i, (kl, target, *scales) in enumerate(updates)
+        )
+        columns = "timesteps,kl,kl_max,kl_coef,target_kl" + (",step_scale" if updates and len(updates[0]) == 3 else "")
+        (folder / "updates.csv").write_text(f"{columns}\n{rows}")
+        summary = {
+            "final_returns": list(final),
+            "random_returns": list(random),
+            "reward_threshold": threshold,
+            "timesteps": budget,
+            "seconds": 1.0,
+            "machine": "here",
+        }
+        (folder / "run.json").write_text(json.dumps(summary))
+        return Result.read(Run(env, arm, "ppo_kl", seed, {"n_timesteps": budget}, 1, (), ""), folder)
+
+    return make
