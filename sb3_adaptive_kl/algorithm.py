@@ -71,7 +71,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     step_scale: float = 1.0  # of the last update: the share of the actor's step that was kept
     _undone_updates: int = 0
     _undone_in_a_row: int = 0
-    _rollouts_at_bound: int = 0  # in a row; negative at the lower bound
+    _rollouts_at_bound: int = 0  # of β, in a row; negative at the lower bound
+    _rollouts_at_limit: int = 0  # of the learning rate's factor, likewise
     _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
     _adapter: PolicyAdapter = PolicyAdapter()

@@ -11,12 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
+from sb3_adaptive_kl.messages import warn_user
+
 
 class LearningRateRule:
     """
     The base of all rules for the learning rate. A rule must be pure: it is called again where an update is replayed, and on
-    every rank.
+    every rank. The factor is kept between ``lowest`` and ``highest``.
     """
+
+    lowest: float = 0.0
+    highest: float = math.inf
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         """
@@ -75,10 +81,8 @@ class AdaptiveLearningRate(LearningRateRule):
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         if kl > self.high * target_kl:
-            scale = scale / self.factor
-        elif kl < self.low * target_kl:
-            scale = scale * self.factor
-        return min(max(scale, self.lowest), self.highest)
+            return scale / self.factor
+        return scale * self.factor if kl < self.low * target_kl else scale
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,11 @@ class BalancedLearningRate(LearningRateRule):
 
     def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
         if kl_coef > self.high or kl == math.inf:  # undone: the rate is too high, whatever β is
-            scale = scale / self.decrease
-        elif kl_coef < self.low:
-            scale = scale * self.increase
-        return min(max(scale, self.lowest), self.highest)
+            return scale / self.decrease
+        return scale * self.increase if kl_coef < self.low else scale
 
     def within_update(self, scale: float, kl_coef: float) -> float:
-        return max(scale / self.decrease_within, self.lowest) if kl_coef > self.high else scale
+        return scale / self.decrease_within if kl_coef > self.high else scale
 
 
 @dataclass(frozen=True)
@@ -156,24 +158,42 @@ LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {
 }
 
 
-def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
+def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, kl_coef: float) -> tuple[float, int]:
     """
-    Apply a rule after an update, and check its result. Parameters: as for ``LearningRateRule``.
+    Apply a rule after an update, and keep its result within its limits. Parameters: as for ``LearningRateRule``.
 
-    :return: factor for the next update, > 0
+    :return: factor for the next update, > 0, and the limit that stopped the rule: 1 the highest, −1 the lowest, 0 neither
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    return _checked(rule(scale, kl, target_kl, kl_coef), f"{rule!r} returned", f"kl={kl}")
+    wanted = _checked(rule(scale, kl, target_kl, kl_coef), f"{rule!r} returned", f"kl={kl}")
+    return min(max(wanted, rule.lowest), rule.highest), (wanted > rule.highest) - (wanted < rule.lowest)
 
 
 def scale_within_update(rule: LearningRateRule, scale: float, kl_coef: float) -> float:
     """
-    Apply a rule within an update, and check its result. Parameters: as for ``LearningRateRule.within_update``.
+    Apply a rule within an update, and keep its result within its limits. Parameters: as for ``within_update``.
 
     :return: factor for the rest of the update, > 0
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    return _checked(rule.within_update(scale, kl_coef), f"{rule!r}.within_update returned", f"kl_coef={kl_coef}")
+    wanted = _checked(rule.within_update(scale, kl_coef), f"{rule!r}.within_update returned", f"kl_coef={kl_coef}")
+    return min(max(wanted, rule.lowest), rule.highest)
+
+
+def warn_at_limit(count: int, scale: float, learning_rate: float) -> None:
+    """
+    Warn once when a limit of the factor has stopped the rule ``PATIENCE_AT_BOUND`` times in a row.
+
+    :param count: as ``count_at_bound`` returns it
+    :param scale: the factor, at its limit
+    :param learning_rate: the user's, times the factor
+    """
+    if abs(count) == PATIENCE_AT_BOUND:
+        limit = "highest" if count > 0 else "lowest"
+        warn_user(
+            f"learning_rate_scale has been at its {limit} value {scale:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its "
+            f"rule would move it further. Start from where it is, learning_rate={learning_rate:.2g}."
+        )
 
 
 def _checked(wanted: float, source: str, case: str) -> float:

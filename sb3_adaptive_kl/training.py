@@ -32,7 +32,7 @@ from sb3_adaptive_kl.arguments import (
 )
 from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound
 from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
-from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
+from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update, warn_at_limit
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings
@@ -119,12 +119,11 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         log_update(self, metrics, settings, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         rule_kl = raw_kl if problem is None else math.inf
+        clips = metrics.clip_fraction() > MIN_CLIP_FRACTION  # it ends updates below the target, as it should
         self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
-        if side < 0 and metrics.clip_fraction() > MIN_CLIP_FRACTION:  # the clip ends updates below the target, as it should
-            side = 0
-        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, side)
+        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
-        self._adapt_learning_rate(rule_kl, settings.target_kl)
+        self._adapt_learning_rate(rule_kl, settings.target_kl, clips)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -205,11 +204,16 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             group["lr"] *= scale / self.learning_rate_scale
         self.learning_rate_scale = scale
 
-    def _adapt_learning_rate(self, kl: float, target_kl: float) -> None:
+    def _adapt_learning_rate(self, kl: float, target_kl: float, clips: bool) -> None:
         """Update ``learning_rate_scale`` for the next update, if there is a rule for it."""
         rule = learning_rate_rule(self.learning_rate_rule)
-        if rule is not None:
-            self.learning_rate_scale = next_scale(rule, self.learning_rate_scale, kl, target_kl, self.kl_coef)
+        if rule is None:
+            return
+        used = self.learning_rate_scale
+        self.learning_rate_scale, side = next_scale(rule, used, kl, target_kl, self.kl_coef)
+        self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
+        learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
+        warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)
 
     def _warn_or_give_up(self, problem: tuple[str, str] | None) -> None:
         """

@@ -8,10 +8,14 @@ import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
+from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update, warn_at_limit
+from sb3_adaptive_kl.metrics import UpdateMetrics
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 ADAPTIVE = {"learning_rate_rule": "adaptive", "kl_rule": "fixed", **SMALL}
+BALANCED = {"learning_rate_rule": "balanced", "kl_rule": "predictive", "n_steps": 256, "batch_size": 32, "n_epochs": 4}
 
 
 @pytest.mark.parametrize(
@@ -22,12 +26,54 @@ ADAPTIVE = {"learning_rate_rule": "adaptive", "kl_rule": "fixed", **SMALL}
         (1.0, 0.005, 1.0),
         (1.0, 0.0049, 1.5),
         (1.0, math.inf, 1 / 1.5),
-        (0.012, 1.0, 0.01),
-        (9.0, 0.0, 10.0),
     ],
 )
 def test_rule(scale, kl, expected):
     assert AdaptiveLearningRate()(scale, kl, 0.01, 1.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scale", "kl", "kl_coef", "expected"),
+    [
+        (AdaptiveLearningRate(), 0.012, 1.0, 1.0, (0.01, -1)),
+        (AdaptiveLearningRate(), 9.0, 0.0, 1.0, (10.0, 1)),
+        (AdaptiveLearningRate(), 9.0, 0.01, 1.0, (9.0, 0)),
+        (BalancedLearningRate(), 1.2e-3, 0.01, 32.0, (1e-3, -1)),
+        (BalancedLearningRate(), 9.0, 0.01, 0.1, (10.0, 1)),
+        (FunctionLearningRate(lambda *_: 1e6), 1.0, 0.01, 1.0, (1e6, 0)),
+    ],
+)
+def test_the_factor_is_kept_within_the_rules_limits(rule, scale, kl, kl_coef, expected):
+    assert next_scale(rule, scale, kl, 0.01, kl_coef) == expected
+
+
+def test_the_factor_is_kept_within_the_rules_limits_during_an_update():
+    assert scale_within_update(BalancedLearningRate(decrease_within=2.0), 1.5e-3, kl_coef=0.7) == 1e-3
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, "highest value 10 for"), (-1, "lowest value 10 for")])
+def test_warns_once_at_a_limit(sign, expected):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for count in range(1, 2 * PATIENCE_AT_BOUND):
+            warn_at_limit(sign * count, 10.0, 3e-3)
+    (warning,) = caught
+    assert expected in str(warning.message)
+    assert "learning_rate=0.003" in str(warning.message)
+
+
+@pytest.mark.parametrize(("clip_range", "warns"), [(None, True), ("outliers", False)])
+def test_a_factor_that_stays_at_its_limit_is_told_unless_the_clip_ends_the_updates(clip_range, warns, monkeypatch):
+    monkeypatch.setattr(UpdateMetrics, "clip_fraction", lambda metrics: 0.0 if clip_range is None else 0.05)
+    rule = BalancedLearningRate(low=0.9, high=1.0, highest=1.0)  # β of 1/32 to 0.9 asks for more
+    model = CASES["box"].build(
+        AdaptiveKLPPO, learning_rate=1e-5, clip_range=clip_range, **{**BALANCED, "learning_rate_rule": rule}
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn((PATIENCE_AT_BOUND + 3) * 256)
+    told = [warning for warning in caught if "learning_rate_scale has been at its highest value 1 " in str(warning.message)]
+    assert len(told) == warns
 
 
 @pytest.mark.parametrize(
@@ -154,8 +200,6 @@ def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
         (0.6, 1.0, 1.0),  # within the working range nothing moves
         (0.15, 1.0, 1.0),
         (0.149, 1.0, 1.3),
-        (32.0, 1.2e-3, 1e-3),
-        (0.1, 9.0, 10.0),
     ],
 )
 def test_balanced_rule(kl_coef, scale, expected):
@@ -171,7 +215,6 @@ def test_balanced_rule_within_an_update_only_lowers():
     rule = BalancedLearningRate(decrease_within=2.0)
     assert rule.within_update(1.0, kl_coef=0.7) == 0.5
     assert rule.within_update(1.0, kl_coef=0.1) == 1.0
-    assert rule.within_update(1.5e-3, kl_coef=0.7) == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -181,9 +224,6 @@ def test_balanced_rule_within_an_update_only_lowers():
 def test_invalid_numbers_of_the_balanced_rule_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BalancedLearningRate(**wrong)
-
-
-BALANCED = {"learning_rate_rule": "balanced", "kl_rule": "predictive", "n_steps": 256, "batch_size": 32, "n_epochs": 4}
 
 
 @pytest.mark.parametrize(("learning_rate", "direction"), [(0.03, -1), (1e-6, 1)])
