@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from sb3_adaptive_kl import HELD
 from sb3_adaptive_kl.compare import arms
 from sb3_adaptive_kl.compare.arms import Arm, PlanError, effective
 from sb3_adaptive_kl.compare.execute import check
@@ -52,6 +53,13 @@ def test_target_that_corresponds_to_the_clip_range_of_each_environment():
     assert targets == {"CartPole-v1": "clip_lin_0.2", "Pendulum-v1": "clip_0.2", "LunarLander-v3": "clip_0.2"}
     with pytest.raises(PlanError, match="only ppo_kl and ppo_kl_lstm have a target"):
         Arm.parse("trpo:target_kl=clip")
+
+
+def test_held_stands_for_the_preset_and_its_numbers_can_be_overridden():
+    assert Arm.parse("ppo_kl:held").overrides == dict(HELD)
+    assert Arm.parse("own=ppo_kl_lstm:held,target_kl=0.1").overrides == {**HELD, "target_kl": 0.1}
+    with pytest.raises(PlanError, match="ppo: 'held' is not of the form name=value"):
+        Arm.parse("ppo:held")
 
 
 def test_arms_can_be_named(tmp_path):

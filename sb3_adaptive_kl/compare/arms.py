@@ -27,6 +27,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_adaptive_kl import zoo
 from sb3_adaptive_kl.messages import suggestion
+from sb3_adaptive_kl.presets import HELD
 
 Hyperparameters = dict[str, Any]
 
@@ -73,8 +74,9 @@ class Arm:
         """
         Parse an arm as written on the command line or in a plan.
 
-        :param text: ``algo`` or ``algo:name=value,name=value``, with or without ``name=`` in front; values are yml.
-            ``target_kl=clip`` is the target that corresponds to the clip range of PPO's entry for each environment.
+        :param text: ``algo`` or ``algo:name=value,name=value``, with or without ``name=`` in front; values are yml. ``held``
+            among them stands for the arguments of ``HELD``, and ``target_kl=clip`` for the target that corresponds to the
+            clip range of PPO's entry for each environment.
         :raises PlanError: if the algorithm is unknown, or does not have a hyperparameter that is overridden
         """
         name, equals, definition = text.partition("=")
@@ -113,12 +115,15 @@ def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
     Parse hyperparameters as written on the command line.
 
     :param algo: the algorithm that gets them
-    :param assignments: ``name=value`` each, with values in yml
+    :param assignments: ``name=value`` each, with values in yml, or ``held`` for those of ``HELD``
     :raises PlanError: if the algorithm does not have one of them
     """
     known = (arguments(algo) | ZOO_KEYS) - {"n_timesteps"}
     parsed: Hyperparameters = {}
     for assignment in assignments:
+        if assignment == "held" and algo in zoo.ALGORITHMS:
+            parsed.update(HELD)
+            continue
         key, equals, value = assignment.partition("=")
         if not equals:
             raise PlanError(f"{algo}: {assignment!r} is not of the form name=value")
