@@ -64,15 +64,15 @@ def check_arguments(model: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint_for_text(value)}")
     check_settings(model)
     rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
-    if isinstance(actuator, BalancedLearningRate) and (isinstance(rule, FixedPenalty) or not model.normalize_advantage):
+    if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
         raise ValueError(
-            f"learning_rate_rule={model.learning_rate_rule!r} follows β, over the range it has with normalized advantages: it "
-            "needs normalize_advantage=True, and a kl_rule that moves β, such as 'predictive'"
+            f"learning_rate_rule={model.learning_rate_rule!r} compares the gain in the surrogate with the penalty: it needs "
+            "normalize_advantage=True, which makes the surrogate 0 at the old policy"
         )
     if isinstance(actuator, AdaptiveLearningRate) and not isinstance(rule, FixedPenalty):
         warn_user(
             "learning_rate_rule='adaptive' and kl_rule answer the same error, both at once: pass kl_rule='fixed', or "
-            "learning_rate_rule='balanced', which follows β"
+            "learning_rate_rule='balanced', which does not follow the KL"
         )
     if is_number(model.target_kl) and model.target_kl > MAX_SENSIBLE_TARGET_KL:
         warn_user(

@@ -1,5 +1,5 @@
 """
-A learning rate that follows the KL divergence, or the coefficient β that it takes to hold it.
+A learning rate that follows the KL divergence, or what the KL divergence buys.
 
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), Table 4, adapts Adam's step size to the KL of the updates. rsl_rl,
 rl_games, skrl and brax do it by a factor of 1.5, and most of them after every minibatch. But the KL is 0 at the beginning of
@@ -24,7 +24,7 @@ class LearningRateRule:
     lowest: float = 0.0
     highest: float = math.inf
 
-    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
+    def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
         """
         Return the factor of the learning rate for the next update.
 
@@ -32,17 +32,21 @@ class LearningRateRule:
         :param kl: d in nats as measured after that update on the whole rollout, before any step back, ≥ 0; ``inf`` when the
             update was undone. Never NaN.
         :param target_kl: d_targ in nats, > 0
-        :param kl_coef: β for the next update, > 0
+        :param balance: the gain of the surrogate over twice the penalty, in the first half of the update: 1 at the optimum of
+            the penalized objective, above it before the optimum is reached, below it where a part of the KL is noise, negative
+            where the surrogate was lost; ``inf`` without a penalty, NaN where an update has one minibatch
         :return: factor of ``learning_rate``, > 0
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(scale, kl, target_kl, kl_coef)")
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(scale, kl, target_kl, balance)")
 
-    def within_update(self, scale: float, kl_coef: float) -> float:
+    def within_update(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
         """
-        Return the factor for the rest of the update. It is asked where a rule for β has moved it within the update.
+        Return the factor for the rest of the update. It is asked where a rule for β adapts it within the update.
 
         :param scale: the factor so far, > 0
-        :param kl_coef: β for the rest of the update, > 0
+        :param kl: mean KL in nats of the minibatches that β was adapted to, each before its step
+        :param target_kl: d_targ in nats, > 0
+        :param balance: of the same minibatches
         :return: factor of ``learning_rate``, > 0
         """
         return scale
@@ -79,7 +83,7 @@ class AdaptiveLearningRate(LearningRateRule):
             )
         check_scales(self.lowest, self.highest)
 
-    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
+    def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
         if kl > self.high * target_kl:
             return scale / self.factor
         return scale * self.factor if kl < self.low * target_kl else scale
@@ -88,34 +92,37 @@ class AdaptiveLearningRate(LearningRateRule):
 @dataclass(frozen=True)
 class BalancedLearningRate(LearningRateRule):
     """
-    A second actuator, next to a rule that holds the KL by β: keep β within a working range.
+    A second actuator, next to a rule for β: keep the surrogate's gain in balance with the penalty.
 
-    The length of Adam's step does not depend on the loss. Where the learning rate is too high, it takes a large β to hold the
-    KL, and a part of the KL is noise; where it is too low, no β is small enough to reach the target. pat-coady's trpo
-    (https://github.com/pat-coady/trpo) moves both, too. The range is that of normalized advantages; within an update the
-    learning rate is lowered after each segment, so that the first updates are not lost to a rate that is far too high.
+    Near the old policy, the penalized objective is g·Δ − β/2 Δ·FΔ. At its optimum, the gain g·Δ is twice the penalty. Where
+    the gain is smaller, the KL was spent on noise: the learning rate is too high, and β only pulls the policy to and fro.
+    Where it is much larger, the steps were too short to get there. Both are ratios, so the range depends neither on the
+    target nor on the task. pat-coady's trpo (https://github.com/pat-coady/trpo) moves both actuators, too, by β alone.
 
-    :param low: below this β, the learning rate is multiplied by ``increase`` after the update, > 0
-    :param high: above this β, and after an update that was undone, it is divided by ``decrease``, > low
-    :param increase: > 1
+    :param low: below this balance, and after an update that was undone, the learning rate is divided by ``decrease``, > 0
+    :param high: above this balance, it is multiplied by ``increase``, > low
     :param decrease: > 1
-    :param decrease_within: by how much it is divided after each segment of an update that leaves β above ``high``, ≥ 1
+    :param increase: > 1
+    :param decrease_within: by how much it is divided during an update, at each segment whose balance is below half of ``low``:
+        the first updates are not lost to a learning rate that is far too high, ≥ 1
     :param lowest: smallest scale, in (0, 1]
     :param highest: largest scale, ≥ 1
     :raises ValueError: if a number is out of its range
     """
 
-    low: float = 0.15
-    high: float = 0.6
-    increase: float = 1.3
+    low: float = 1.0
+    high: float = 3.0
     decrease: float = 1.5
+    increase: float = 1.3
     decrease_within: float = 1.15
     lowest: float = 1e-3
     highest: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < math.inf:
-            raise ValueError(f"low={self.low} and high={self.high} must satisfy 0 < low < high < inf: they are values of β")
+            raise ValueError(
+                f"low={self.low} and high={self.high} must satisfy 0 < low < high < inf: they bracket the balance"
+            )
         if not (1 < self.increase < math.inf and 1 < self.decrease < math.inf and 1 <= self.decrease_within < math.inf):
             raise ValueError(
                 f"increase={self.increase} and decrease={self.decrease} must be above 1, and decrease_within="
@@ -123,23 +130,24 @@ class BalancedLearningRate(LearningRateRule):
             )
         check_scales(self.lowest, self.highest)
 
-    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
-        if kl_coef > self.high or kl == math.inf:  # undone: the rate is too high, whatever β is
+    def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        if kl > target_kl / 1.5 and (balance < self.low or kl == math.inf):
             return scale / self.decrease
-        return scale * self.increase if kl_coef < self.low else scale
+        # A small KL is a poor measure: the ratio of two numbers near 0 can have either sign
+        return scale * self.increase if abs(balance) > self.high else scale
 
-    def within_update(self, scale: float, kl_coef: float) -> float:
-        return scale / self.decrease_within if kl_coef > self.high else scale
+    def within_update(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        return scale / self.decrease_within if kl > target_kl / 1.5 and balance < self.low / 2 else scale
 
 
 @dataclass(frozen=True)
 class FunctionLearningRate(LearningRateRule):
-    """A user's function (scale, kl, target_kl, kl_coef) → factor for the next update, as a rule."""
+    """A user's function (scale, kl, target_kl, balance) → factor for the next update, as a rule."""
 
     function: Callable[[float, float, float, float], float]
 
-    def __call__(self, scale: float, kl: float, target_kl: float, kl_coef: float) -> float:
-        return self.function(scale, kl, target_kl, kl_coef)
+    def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        return self.function(scale, kl, target_kl, balance)
 
 
 def check_scales(lowest: float, highest: float) -> None:
@@ -158,25 +166,25 @@ LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {
 }
 
 
-def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, kl_coef: float) -> tuple[float, int]:
+def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, balance: float) -> tuple[float, int]:
     """
     Apply a rule after an update, and keep its result within its limits. Parameters: as for ``LearningRateRule``.
 
     :return: factor for the next update, > 0, and the limit that stopped the rule: 1 the highest, −1 the lowest, 0 neither
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    wanted = _checked(rule(scale, kl, target_kl, kl_coef), f"{rule!r} returned", f"kl={kl}")
+    wanted = _checked(rule(scale, kl, target_kl, balance), f"{rule!r} returned", f"kl={kl}")
     return min(max(wanted, rule.lowest), rule.highest), (wanted > rule.highest) - (wanted < rule.lowest)
 
 
-def scale_within_update(rule: LearningRateRule, scale: float, kl_coef: float) -> float:
+def scale_within_update(rule: LearningRateRule, scale: float, kl: float, target_kl: float, balance: float) -> float:
     """
     Apply a rule within an update, and keep its result within its limits. Parameters: as for ``within_update``.
 
     :return: factor for the rest of the update, > 0
     :raises ValueError: if the rule did not return a positive, finite number
     """
-    wanted = _checked(rule.within_update(scale, kl_coef), f"{rule!r}.within_update returned", f"kl_coef={kl_coef}")
+    wanted = _checked(rule.within_update(scale, kl, target_kl, balance), f"{rule!r}.within_update returned", f"kl={kl}")
     return min(max(wanted, rule.lowest), rule.highest)
 
 

@@ -4,6 +4,7 @@ What an update did, and all log keys under ``train/``: SB3's keys where they mea
 (``train/learning_rate`` is logged by SB3 itself, unless a rule moves it.)
 """
 
+import math
 from typing import Any
 
 import torch as th
@@ -59,6 +60,21 @@ class UpdateMetrics:
         at_rest, *others = th.stack([self._minibatches[0], *self._minibatches[minibatches]])[:, kl].tolist()
         return [other - at_rest for other in others]
 
+    def balance(self, minibatches: slice | None = None) -> float:
+        """
+        Read the gain of the surrogate over twice the penalty, mean over minibatches, each before its step.
+
+        :param minibatches: by default those of the first half: later, the gain is that on transitions which the policy has
+            been fitted to
+        :return: NaN without a minibatch after the first step
+        """
+        # The first one is measured before any step. The surrogate is 0 there, since advantages are normalized
+        chosen = self._minibatches[minibatches or slice(1, self.n_minibatches // 2 + 1)]
+        if not chosen:
+            return math.nan
+        sums = MinibatchMetrics(*th.stack(chosen).sum(dim=0).tolist())
+        return -sums.policy_gradient_loss / (2 * sums.kl_loss) if sums.kl_loss > 0 else math.inf
+
     def log(self, logger: Logger, settings: Settings) -> None:
         """
         Log the means over all minibatches; as in SB3's PPO ``approx_kl`` is of the last epoch, ``loss`` of the last minibatch.
@@ -106,6 +122,7 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
     if model.learning_rate_rule is not None:  # SB3 has logged the schedule's value
         record("train/learning_rate", model.policy.optimizer.param_groups[0]["lr"])
         record("train/learning_rate_scale", model.learning_rate_scale)
+        record("train/balance", metrics.balance())
     for name in ("ent_coef", "vf_coef"):
         if callable(getattr(model, name)):
             record(f"train/{name}", getattr(settings, name))

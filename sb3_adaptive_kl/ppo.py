@@ -76,11 +76,11 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         :func:`~sb3_adaptive_kl.step_back.shorten_step`. The rules for β and the learning rate are given the KL of the whole
         step.
     :param learning_rate_rule: How a factor of ``learning_rate`` moves: ``None`` (default: not at all); ``"balanced"``, the
-        second actuator next to a rule for β (lowered while it takes a large β to hold the KL, raised while β is small);
+        second actuator next to a rule for β (lowered while the KL buys less gain than it should, raised while it buys more);
         ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, once per update, as in robotics;
         with ``kl_rule="fixed"``, or two controllers answer the same error); with other numbers as a mapping; any
-        ``LearningRateRule``, or a function of the factor, the KL, its target and β. The running factor is the attribute
-        ``learning_rate_scale``, which ``save`` keeps.
+        ``LearningRateRule``, or a function of the factor, the KL, its target and the balance. The running factor is the
+        attribute ``learning_rate_scale``, which ``save`` keeps.
     :param kl_divergence: The measure that is penalized and logged: ``"forward"`` KL(old‖new), ``"reverse"`` KL(new‖old), both
         exact; or an estimate from the sampled actions: ``"k3"`` (r − 1) − log r, ``"pearson"`` ½(r − 1)²
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − 2 · target_kl)², ≥ 0 (0: none)

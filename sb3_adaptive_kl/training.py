@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
         self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
-        self._adapt_learning_rate(rule_kl, settings.target_kl, clips)
+        self._adapt_learning_rate(rule_kl, settings.target_kl, metrics, clips)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -145,10 +146,12 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                     take_step()
                     segment = control.end_segment(metrics.n_minibatches)
                     if segment is not None:
-                        self.kl_coef = control.adapt(self.kl_coef, metrics.kls(segment), settings.target_kl)
+                        kls = metrics.kls(segment)
+                        self.kl_coef = control.adapt(self.kl_coef, kls, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
                         if lr_rule is not None:
-                            self._scale_learning_rate(scale_within_update(lr_rule, self.learning_rate_scale, self.kl_coef))
+                            measured = fmean(kls), settings.target_kl, metrics.balance(segment)
+                            self._scale_learning_rate(scale_within_update(lr_rule, self.learning_rate_scale, *measured))
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
@@ -204,13 +207,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             group["lr"] *= scale / self.learning_rate_scale
         self.learning_rate_scale = scale
 
-    def _adapt_learning_rate(self, kl: float, target_kl: float, clips: bool) -> None:
+    def _adapt_learning_rate(self, kl: float, target_kl: float, metrics: UpdateMetrics, clips: bool) -> None:
         """Update ``learning_rate_scale`` for the next update, if there is a rule for it."""
         rule = learning_rate_rule(self.learning_rate_rule)
         if rule is None:
             return
         used = self.learning_rate_scale
-        self.learning_rate_scale, side = next_scale(rule, used, kl, target_kl, self.kl_coef)
+        self.learning_rate_scale, side = next_scale(rule, used, kl, target_kl, metrics.balance())
         self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
         learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
         warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)

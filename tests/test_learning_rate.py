@@ -11,6 +11,7 @@ from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearnin
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
 from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update, warn_at_limit
 from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.objective import MinibatchMetrics
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -33,22 +34,22 @@ def test_rule(scale, kl, expected):
 
 
 @pytest.mark.parametrize(
-    ("rule", "scale", "kl", "kl_coef", "expected"),
+    ("rule", "scale", "kl", "balance", "expected"),
     [
         (AdaptiveLearningRate(), 0.012, 1.0, 1.0, (0.01, -1)),
         (AdaptiveLearningRate(), 9.0, 0.0, 1.0, (10.0, 1)),
         (AdaptiveLearningRate(), 9.0, 0.01, 1.0, (9.0, 0)),
-        (BalancedLearningRate(), 1.2e-3, 0.01, 32.0, (1e-3, -1)),
-        (BalancedLearningRate(), 9.0, 0.01, 0.1, (10.0, 1)),
+        (BalancedLearningRate(), 1.2e-3, 0.01, 0.1, (1e-3, -1)),
+        (BalancedLearningRate(), 9.0, 0.01, 10.0, (10.0, 1)),
         (FunctionLearningRate(lambda *_: 1e6), 1.0, 0.01, 1.0, (1e6, 0)),
     ],
 )
-def test_the_factor_is_kept_within_the_rules_limits(rule, scale, kl, kl_coef, expected):
-    assert next_scale(rule, scale, kl, 0.01, kl_coef) == expected
+def test_the_factor_is_kept_within_the_rules_limits(rule, scale, kl, balance, expected):
+    assert next_scale(rule, scale, kl, 0.01, balance) == expected
 
 
 def test_the_factor_is_kept_within_the_rules_limits_during_an_update():
-    assert scale_within_update(BalancedLearningRate(decrease_within=2.0), 1.5e-3, kl_coef=0.7) == 1e-3
+    assert scale_within_update(BalancedLearningRate(decrease_within=2.0), 1.5e-3, 0.01, 0.01, balance=0.1) == 1e-3
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, "highest value 10 for"), (-1, "lowest value 10 for")])
@@ -65,7 +66,7 @@ def test_warns_once_at_a_limit(sign, expected):
 @pytest.mark.parametrize(("clip_range", "warns"), [(None, True), ("outliers", False)])
 def test_a_factor_that_stays_at_its_limit_is_told_unless_the_clip_ends_the_updates(clip_range, warns, monkeypatch):
     monkeypatch.setattr(UpdateMetrics, "clip_fraction", lambda metrics: 0.0 if clip_range is None else 0.05)
-    rule = BalancedLearningRate(low=0.9, high=1.0, highest=1.0)  # β of 1/32 to 0.9 asks for more
+    rule = BalancedLearningRate(high=2.0, highest=1.0)
     model = CASES["box"].build(
         AdaptiveKLPPO, learning_rate=1e-5, clip_range=clip_range, **{**BALANCED, "learning_rate_rule": rule}
     )
@@ -174,7 +175,7 @@ def test_instead_of_the_penalty():
 
 @pytest.mark.parametrize("returned", [0.0, -1.0, math.nan, math.inf, None])
 def test_users_rule_that_returns_no_factor_is_named(returned):
-    def broken(scale, kl, target_kl, kl_coef):
+    def broken(scale, kl, target_kl, balance):
         return returned
 
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=broken, **SMALL))
@@ -185,7 +186,7 @@ def test_users_rule_that_returns_no_factor_is_named(returned):
 def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
     monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
 
-    def rule(scale, kl, target_kl, kl_coef):
+    def rule(scale, kl, target_kl, balance):
         return scale * (target_kl / kl) ** 0.5
 
     model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate_rule=rule, **SMALL))
@@ -194,32 +195,57 @@ def test_users_rule_is_told_what_an_infinite_kl_means(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kl_coef", "scale", "expected"),
+    ("kl", "balance", "expected"),
     [
-        (0.61, 1.0, 1 / 1.5),
-        (0.6, 1.0, 1.0),  # within the working range nothing moves
-        (0.15, 1.0, 1.0),
-        (0.149, 1.0, 1.3),
+        (0.01, 0.99, 1 / 1.5),
+        (0.01, 1.0, 1.0),  # within the range nothing moves
+        (0.01, 3.0, 1.0),
+        (0.01, 3.01, 1.3),
+        (0.01, -5.0, 1 / 1.5),  # the surrogate was lost
+        (0.01, math.inf, 1.3),  # there was no penalty
+        (0.0067, 0.99, 1 / 1.5),
+        (0.0066, 0.99, 1.0),  # the KL is below its band, so none of it needs to be saved
+        (1e-6, -100.0, 1.3),  # next to no KL: it measures nothing
+        (math.inf, 10.0, 1 / 1.5),  # undone
+        (0.01, math.nan, 1.0),
+        (math.inf, math.nan, 1 / 1.5),
     ],
 )
-def test_balanced_rule(kl_coef, scale, expected):
-    for kl in (0.0, 1.0):  # it follows β alone
-        assert BalancedLearningRate()(scale, kl, 0.01, kl_coef) == pytest.approx(expected)
+def test_balanced_rule(kl, balance, expected):
+    assert BalancedLearningRate()(1.0, kl, 0.01, balance) == pytest.approx(expected)
 
 
-def test_balanced_rule_lowers_the_rate_of_an_undone_update():
-    assert BalancedLearningRate()(1.0, math.inf, 0.01, kl_coef=0.01) == pytest.approx(1 / 1.5)
+@pytest.mark.parametrize(
+    ("kl", "balance", "expected"), [(0.01, 0.49, 0.5), (0.01, 0.5, 1.0), (0.01, 100.0, 1.0), (0.0066, 0.49, 1.0)]
+)
+def test_balanced_rule_within_an_update_only_lowers(kl, balance, expected):
+    assert BalancedLearningRate(decrease_within=2.0).within_update(1.0, kl, 0.01, balance) == expected
 
 
-def test_balanced_rule_within_an_update_only_lowers():
-    rule = BalancedLearningRate(decrease_within=2.0)
-    assert rule.within_update(1.0, kl_coef=0.7) == 0.5
-    assert rule.within_update(1.0, kl_coef=0.1) == 1.0
+def test_balance_is_the_gain_over_twice_the_penalty():
+    """Of the optimum of g·Δ − β/2 Δ², which is Δ = g/β: a gain of g²/β and a penalty of half of it."""
+    gradient, kl_coef = 0.3, 0.7
+    optimum = gradient / kl_coef
+    metrics = UpdateMetrics()
+    for step in (0.0, optimum / 2, optimum):
+        kl = step**2 / 2
+        parts = MinibatchMetrics(*map(th.tensor, (0.0, -gradient * step, 0.0, 0.0, kl_coef * kl, kl, kl)))
+        metrics.add(parts.stack(), th.tensor(1.0))
+    assert metrics.balance(slice(2, 3)) == pytest.approx(1.0)
+    assert metrics.balance(slice(1, 3)) == pytest.approx((0.5 + 1) / (0.25 + 1))
+    assert metrics.balance() == pytest.approx(2.0)  # half way there
+    assert metrics.balance(slice(0, 1)) == math.inf
+
+
+def test_balance_of_a_single_minibatch_is_unknown_and_moves_nothing():
+    model = CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "batch_size": 256, "n_epochs": 1}).learn(256)
+    assert math.isnan(logged(model)["balance"])
+    assert model.learning_rate_scale == 1
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"low": 0.7}, {"high": math.inf}, {"increase": 1.0}, {"decrease": 0.5}, {"decrease_within": 0.9}, {"lowest": 2.0}],
+    [{"low": 3.1}, {"high": math.inf}, {"increase": 1.0}, {"decrease": 0.5}, {"decrease_within": 0.9}, {"lowest": 2.0}],
 )
 def test_invalid_numbers_of_the_balanced_rule_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -228,7 +254,7 @@ def test_invalid_numbers_of_the_balanced_rule_are_rejected(wrong):
 
 @pytest.mark.parametrize(("learning_rate", "direction"), [(0.03, -1), (1e-6, 1)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
-def test_balanced_learning_rate_goes_where_beta_can_hold_the_kl(learning_rate, direction, compiled):
+def test_balanced_learning_rate_goes_where_the_kl_buys_what_it_should(learning_rate, direction, compiled):
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=learning_rate, compile=compiled, **BALANCED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # β reaches its bounds on the way
@@ -244,14 +270,14 @@ def test_balanced_learning_rate_reacts_within_the_first_update():
     assert logged(model)["learning_rate"] == used
     n_lowered = math.log(logged(model)["learning_rate_scale"]) / math.log(1 / 1.15)
     assert n_lowered == pytest.approx(round(n_lowered))
-    # After it, once more if β has ended above its range
-    assert model.learning_rate_scale == pytest.approx(used / 0.03 / (1.5 if model.kl_coef > 0.6 else 1.0))
+    # After it, once more
+    assert logged(model)["balance"] < 1
+    assert model.learning_rate_scale == pytest.approx(used / 0.03 / 1.5)
 
 
-@pytest.mark.parametrize("wrong", [{"kl_rule": "fixed"}, {"normalize_advantage": False}])
-def test_balanced_learning_rate_needs_a_beta_that_moves_in_its_range(wrong):
-    with pytest.raises(ValueError, match=r"learning_rate_rule='balanced' follows β"):
-        CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, **wrong})
+def test_balanced_learning_rate_needs_a_surrogate_that_begins_at_0():
+    with pytest.raises(ValueError, match=r"learning_rate_rule='balanced' .* needs normalize_advantage=True"):
+        CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **BALANCED)
 
 
 def test_two_controllers_of_one_error_are_told():
@@ -260,14 +286,14 @@ def test_two_controllers_of_one_error_are_told():
 
 
 class Broken(LearningRateRule):
-    def __call__(self, scale, kl, target_kl, kl_coef):
+    def __call__(self, scale, kl, target_kl, balance):
         return scale
 
-    def within_update(self, scale, kl_coef):
+    def within_update(self, scale, kl, target_kl, balance):
         return 0.0
 
 
 def test_users_rule_that_returns_no_factor_within_an_update_is_named():
     model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Broken()}))
-    with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.*\.within_update returned 0.0 for kl_coef="):
+    with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.*\.within_update returned 0.0 for kl="):
         model.train()

@@ -76,8 +76,9 @@ def test_settings_on_the_page_are_the_defaults():
     assert r"\mathrm{clip}\left( \frac{\hat d}{d_\text{targ}},\ \frac{1}{e},\ e \right)^{1/2}" in THEORY
     assert f"aims at {TARGET_FRACTION:g} times the ceiling" in THEORY
     actuator, text = BalancedLearningRate(), " ".join(THEORY.split())
-    assert f"lowers it while β is above {actuator.high:g}" in text
-    assert f"raises it while β is below {actuator.low:g}" in text
+    assert f"divides the learning rate by {actuator.decrease:g} after an update with b below {actuator.low:g} whose" in text
+    assert f"multiplies it by {actuator.increase:g} where b is above {actuator.high:g}" in text
+    assert f"by {actuator.decrease_within:g} within an update at each segment with b below {actuator.low / 2:g}" in text
     assert f"d is between {MIN_FRACTION:g} times the ceiling and the ceiling" in THEORY
 
 
