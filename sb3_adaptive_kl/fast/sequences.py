@@ -8,6 +8,7 @@ heads and losses are those of the minibatch's own transitions; the LSTM alone is
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from sb3_adaptive_kl.rollout.distributions import STOCK_PACKAGES, is_stock
 
 # Modules whose _get_samples pads sequences, and does nothing else
 PADDING = ("sb3_contrib.common.recurrent.buffers",)
-# Methods that pass hidden states and episode starts on to _process_sequence, and look at neither; this package's add masks
+# The methods that evaluate actions; this package's own only add masks
 EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent", "_process_sequence")
 # Cells of a padded block for each transition in it, at most
 MAX_CELLS = 2
 
 LSTMStates = tuple[th.Tensor, th.Tensor]
+ProcessSequence = Callable[[th.Tensor, LSTMStates, Any, th.nn.LSTM], tuple[th.Tensor, LSTMStates]]
 
 
 class Block(NamedTuple):
@@ -73,31 +75,33 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     :param policy: any policy; one of the user's that overrides what is replaced here runs its own code
     :param buffer: the rollout buffer that it is trained on
     """
-    packages = (*STOCK_PACKAGES, "sb3_adaptive_kl.")
-    lstms = [lstm for name in ("lstm_actor", "lstm_critic") if (lstm := getattr(policy, name, None)) is not None]
-    is_contribs = all(is_stock(policy, name, packages) for name in EVALUATING) and all(type(m) is th.nn.LSTM for m in lstms)
-    if not (is_enabled() and lstms and is_contribs):
+    if not (is_enabled() and hands_sequences_on(policy)):
         yield
         return
-    one_by_one = policy._process_sequence
-    draws_padded = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
+    one_by_one: ProcessSequence = policy._process_sequence  # type: ignore[assignment]
 
-    def process_sequence(
-        features: th.Tensor, lstm_states: LSTMStates, episode_starts: Any, lstm: th.nn.LSTM
-    ) -> tuple[th.Tensor, LSTMStates]:
-        if isinstance(episode_starts, Sequences):
-            return in_blocks(features, lstm_states, episode_starts, lstm)
-        return padded_at_once(features, lstm_states, episode_starts, lstm, one_by_one)
+    def at_once(features: th.Tensor, states: LSTMStates, starts: Any, lstm: th.nn.LSTM) -> tuple[th.Tensor, LSTMStates]:
+        if isinstance(starts, Sequences):
+            return in_blocks(features, states, starts, lstm)
+        return padded_at_once(features, states, starts, lstm, one_by_one)
 
-    policy._process_sequence = process_sequence
-    if draws_padded:
-        buffer._get_samples = lambda batch_inds, env_change, env=None: unpadded(buffer, batch_inds, env_change)
+    policy._process_sequence = at_once  # type: ignore[assignment]
+    draws_stock = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
+    if draws_stock:
+        buffer._get_samples = partial(unpadded, buffer)
     try:
         yield
     finally:
         del policy._process_sequence
-        if draws_padded:
+        if draws_stock:
             del buffer._get_samples
+
+
+def hands_sequences_on(policy: ActorCriticPolicy) -> bool:
+    """Whether a policy has LSTMs of torch, and only ``_process_sequence`` looks at hidden states and episode starts."""
+    lstms = [lstm for name in ("lstm_actor", "lstm_critic") if (lstm := getattr(policy, name, None)) is not None]
+    stock = all(is_stock(policy, name, (*STOCK_PACKAGES, "sb3_adaptive_kl.")) for name in EVALUATING)
+    return bool(lstms) and stock and all(type(lstm) is th.nn.LSTM for lstm in lstms)
 
 
 def in_blocks(
@@ -115,7 +119,9 @@ def in_blocks(
     hidden, cell = ((1.0 - sequences.begins) * state for state in lstm_states)
     outputs = features.new_zeros(len(features), lstm.hidden_size)
     for n_steps, n_sequences, rows, cells in sequences.blocks:
-        padded = features.new_zeros(n_steps * n_sequences, lstm.input_size).index_copy(0, cells, features.index_select(0, rows))
+        padded = features.new_zeros(n_steps * n_sequences, lstm.input_size).index_copy(
+            0, cells, features.index_select(0, rows)
+        )
         states = hidden[:, :n_sequences].contiguous(), cell[:, :n_sequences].contiguous()
         output, (hidden, cell) = lstm(padded.view(n_steps, n_sequences, -1), states)
         outputs = outputs.index_copy(0, rows, output.flatten(0, 1).index_select(0, cells))
@@ -123,9 +129,13 @@ def in_blocks(
 
 
 def padded_at_once(
-    features: th.Tensor, lstm_states: LSTMStates, episode_starts: th.Tensor, lstm: th.nn.LSTM, one_by_one: Callable[..., Any]
-) -> Any:
-    """Run an LSTM over sequences that another buffer has padded, and as sb3-contrib does where episodes begin within them."""
+    features: th.Tensor, lstm_states: LSTMStates, episode_starts: th.Tensor, lstm: th.nn.LSTM, one_by_one: ProcessSequence
+) -> tuple[th.Tensor, LSTMStates]:
+    """
+    Run an LSTM over sequences that a buffer has padded: at once, or as sb3-contrib does if episodes begin within them.
+
+    :param one_by_one: sb3-contrib's ``_process_sequence``; the others are its arguments
+    """
     n_sequences = lstm_states[0].shape[1]
     starts = episode_starts.reshape(n_sequences, -1)
     if starts[:, 1:].any():
@@ -136,13 +146,14 @@ def padded_at_once(
     return output.transpose(0, 1).flatten(0, 1), states
 
 
-def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray) -> Samples:
+def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Samples:
     """
     Draw what a recurrent buffer of sb3-contrib draws, without padding.
 
     :param buffer: a full one
     :param batch_inds: the transitions, those of an episode in their order
     :param env_change: 1 for the first step of each environment, shape (N, 1)
+    :param env: not used, as by sb3-contrib
     :return: these transitions, in this order
     """
 
@@ -164,7 +175,9 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray) -> Sam
     ]
     observations = buffer.observations
     return Samples(
-        observations={key: draw(obs) for key, obs in observations.items()} if isinstance(observations, dict) else draw(observations),
+        observations={key: draw(obs) for key, obs in observations.items()}
+        if isinstance(observations, dict)
+        else draw(observations),
         actions=draw(buffer.actions),
         old_values=draw(buffer.values).flatten(),
         old_log_prob=draw(buffer.log_probs).flatten(),
@@ -192,7 +205,7 @@ def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, devi
     while cuts[-1] < len(n_active):
         active = n_active[cuts[-1] :]
         cells, transitions = active[0] * np.arange(1, len(active) + 1), np.cumsum(active)
-        cuts.append(cuts[-1] + np.count_nonzero(cells <= MAX_CELLS * transitions))
+        cuts.append(cuts[-1] + int(np.count_nonzero(cells <= MAX_CELLS * transitions)))
     blocks = []
     for start, end in pairwise(cuts):
         n_sequences = int(n_active[start])
