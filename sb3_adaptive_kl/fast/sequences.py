@@ -119,9 +119,8 @@ def in_blocks(
     hidden, cell = ((1.0 - sequences.begins) * state for state in lstm_states)
     outputs = features.new_zeros(len(features), lstm.hidden_size)
     for n_steps, n_sequences, rows, cells in sequences.blocks:
-        padded = features.new_zeros(n_steps * n_sequences, lstm.input_size).index_copy(
-            0, cells, features.index_select(0, rows)
-        )
+        padding = features.new_zeros(n_steps * n_sequences, lstm.input_size)
+        padded = padding.index_copy(0, cells, features.index_select(0, rows))
         states = hidden[:, :n_sequences].contiguous(), cell[:, :n_sequences].contiguous()
         output, (hidden, cell) = lstm(padded.view(n_steps, n_sequences, -1), states)
         outputs = outputs.index_copy(0, rows, output.flatten(0, 1).index_select(0, cells))
@@ -174,10 +173,9 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
         for kind in ("hidden", "cell")
     ]
     observations = buffer.observations
+    is_dict = isinstance(observations, dict)
     return Samples(
-        observations={key: draw(obs) for key, obs in observations.items()}
-        if isinstance(observations, dict)
-        else draw(observations),
+        observations={key: draw(array) for key, array in observations.items()} if is_dict else draw(observations),
         actions=draw(buffer.actions),
         old_values=draw(buffer.values).flatten(),
         old_log_prob=draw(buffer.log_probs).flatten(),
