@@ -145,18 +145,28 @@ def test_padded_sequences_give_what_contribs_policy_gives(starts):
 
 
 def test_draws_are_contribs_without_padding():
+    """Also where an environment ends within an episode, and with hidden states that differ from step to step."""
     model = collect(EPISODES["cartpoles"].build(RecurrentAdaptiveKLPPO, n_steps=64))
-    buffer = model.rollout_buffer
-    np.random.seed(1)
-    padded = list(minibatches(buffer, 50))
-    np.random.seed(1)
+    buffer, rng = model.rollout_buffer, np.random.default_rng(0)
+    buffer.episode_starts[0] = 0
+    for name in ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf"):
+        setattr(buffer, name, rng.normal(size=buffer.hidden_state_shape).astype(np.float32))
+
+    def evaluate():
+        np.random.seed(1)
+        drawn = minibatches(buffer, 50)
+        return [(data, index, model._adapter.evaluate(model.policy, data, needs_distribution=False)) for data, index in drawn]
+
+    padded = evaluate()
     with sequences_at_once(model.policy, buffer):
-        ours = list(minibatches(buffer, 50))
+        ours = evaluate()
     assert len(ours) == len(padded) == 4
-    for (one, index), (other, expected_index) in zip(ours, padded, strict=True):
+    for (one, index, evaluation), (other, expected_index, expected) in zip(ours, padded, strict=True):
         assert index.equal(expected_index)
         for name in ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns"):
             assert getattr(one, name).equal(getattr(other, name)[other.mask > 0.5])
+        th.testing.assert_close(evaluation.values, expected.values)
+        th.testing.assert_close(evaluation.log_prob, expected.log_prob)
 
 
 @pytest.mark.parametrize("method", sequences.EVALUATING)
