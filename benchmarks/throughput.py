@@ -1,11 +1,12 @@
 """
-Compare the speed and memory of AdaptiveKLPPO with SB3's PPO, and with sbx's PPO if it is installed.
+Compare the speed and memory of AdaptiveKLPPO with SB3's PPO, with sbx's PPO if it is installed, and with an LSTM.
 
     python -m benchmarks.throughput
 
 This prints the comparison in docs/performance.md, from one process with one torch thread. The algorithms take turns, so that
 all run under the same load. The times are medians over the rounds after a warm-up round; "relative" compares them with SB3's
-PPO in the same rounds. Benchmarks of `train()` use random rollouts, since their contents do not change the time of an update.
+PPO, or sb3-contrib's RecurrentPPO, in the same rounds. Benchmarks of `train()` use random rollouts, since their contents do
+not change the time of an update; those with an LSTM, where it depends on the lengths of episodes, use one of a random policy.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import configure
 
-from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
 RMSPROP = {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}}
@@ -43,6 +45,11 @@ VARIANTS: dict[str, tuple[type[PPO], dict[str, Any]]] = {
     "predictive": (AdaptiveKLPPO, PREDICTIVE),
     "compiled, predictive": (AdaptiveKLPPO, {"compile": True, **PREDICTIVE}),
     "shortened": (AdaptiveKLPPO, SHORTENED),
+}
+RECURRENT: dict[str, tuple[type[RecurrentPPO], dict[str, Any]]] = {
+    "RecurrentPPO": (RecurrentPPO, {}),
+    "RecurrentAdaptiveKLPPO": (RecurrentAdaptiveKLPPO, {}),
+    "compiled": (RecurrentAdaptiveKLPPO, {"compile": True}),
 }
 
 
@@ -117,6 +124,24 @@ def learn_speeds(n_envs: int, rounds: int) -> None:
         print(f"{name:24}{n_steps / of_run:18.0f}{times['PPO'] / of_run:10.2f}", flush=True)
 
 
+def recurrent_speeds(rounds: int) -> None:
+    models = {}
+    for name, (algorithm, options) in RECURRENT.items():
+        env = make_vec_env("CartPole-v1", 8, seed=0)
+        models[name] = model = algorithm("MlpLstmPolicy", env, n_steps=128, seed=0, device="cpu", **options)
+        model.train = lambda: None  # only collect, under the same policy each
+        model.learn(8 * 128)
+        del model.train
+    print("\nMlpLstmPolicy: CartPole-v1, 8 environments, 128 steps each, minibatch 128, 10 epochs")
+    print(f"{'':24}{'train(), ms per minibatch':>26}{'relative':>10}{'learn(), steps per second':>28}{'relative':>10}")
+    updates = seconds({name: model.train for name, model in models.items()}, rounds)
+    runs = seconds({name: lambda model=model: model.learn(8 * 128) for name, model in models.items()}, rounds)
+    for name in models:
+        update, run = updates[name], runs[name]
+        train = f"{1e3 * update / 80:26.2f}{update / updates['RecurrentPPO']:10.2f}"
+        print(f"{name:24}{train}{8 * 128 / run:28.0f}{runs['RecurrentPPO'] / run:10.2f}", flush=True)
+
+
 def update_times(title: str, policy: str, env: Callable[[], Any], names: tuple[str, ...], rounds: int, **kwargs: Any) -> None:
     """Print the time of an update in µs per transition and epoch."""
     models = {name: with_random_rollout(build(name, policy, env(), **kwargs)) for name in names}
@@ -182,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the short benchmarks (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="only print the time of each part of a compiled iteration")
+    parser.add_argument("--recurrent", action="store_true", help="only compare the algorithms with an LSTM")
     parser.add_argument("--peak-memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     th.set_num_threads(1)
@@ -195,9 +221,14 @@ def main() -> None:
         return
 
     print(f"torch {th.__version__}, Python {platform.python_version()}, {platform.machine()}, 1 thread")
+    if args.recurrent:
+        recurrent_speeds(args.rounds)
+        return
+
     train_times(args.rounds)
     learn_speeds(1, args.rounds)
     learn_speeds(8, max(2, args.rounds // 2))
+    recurrent_speeds(max(2, args.rounds // 2))
 
     print("\ntrain(), µs per transition and epoch (relative)")
     ours = ("PPO", "AdaptiveKLPPO")

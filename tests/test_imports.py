@@ -53,7 +53,7 @@ LAYERS = (
     ("rollout.old_policy",),
     ("step", "metrics"),
     ("snapshot", "fast.eager"),
-    ("step_back", "fast.compiled"),
+    ("step_back", "fast.compiled", "fast.sequences"),
     ("algorithm",),
     ("training",),
     ("ppo", "ppo_mask", "ppo_recurrent"),

@@ -1,5 +1,7 @@
 """Test RecurrentAdaptiveKLPPO, which adds the KL penalty to sb3-contrib's RecurrentPPO."""
 
+from contextlib import nullcontext
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.fast.sequences import sequences_at_once
 from sb3_adaptive_kl.rollout.minibatches import in_order, minibatches
 from sb3_adaptive_kl.rollout.old_policy import sweep
 from tests.conftest import Case, collect, image, logged, minibatch_loss, multi_input, parameters, pendulum, remember
@@ -54,7 +57,7 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 )  # RecurrentPPO of sb3-contrib 2.9.2 fails on multibinary
 def test_first_update_equals_recurrent_ppo(case, batch_size):
     """This holds for any β, see test_first_update.py."""
-    kwargs = {"n_steps": 128, "batch_size": batch_size, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
+    kwargs = {"n_steps": 128, "batch_size": batch_size, "n_epochs": 1, "learning_rate": 3e-3, "ent_coef": 0.01}
     if case == "two-environments":
         kwargs["n_steps"] = 64
     host = CASES[case].build(RecurrentPPO, **kwargs).learn(128)
@@ -79,8 +82,10 @@ def test_several_updates_are_finite_and_change_the_policy(case):
 def test_update_uses_the_hidden_states_of_the_rollout(case):
     """With unchanged parameters, the update computes the log-probabilities of the rollout, also across episode ends."""
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
-    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._adapter, True):
-        assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
+    for context in (nullcontext(), sequences_at_once(model.policy, model.rollout_buffer)):
+        with context:
+            for _, _, evaluation in sweep(model.policy, model.rollout_buffer, model._adapter, True):
+                assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
 def test_kl_is_measured_on_whole_sequences():
@@ -129,9 +134,10 @@ def padded_further(data, extra=3):
     )
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["contribs", "fast"])
 @pytest.mark.parametrize("case", CASES)
-def test_padding_does_not_change_kl_loss_or_gradients(case):
-    """Padding does not change the measured KL, the loss, its terms or the gradients."""
+def test_padding_does_not_change_kl_loss_or_gradients(case, fast):
+    """Padding does not change the measured KL, the loss, its terms or the gradients; the fast way draws none."""
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, ent_coef=0.01, **SMALL))
     old_policy = remember(model)
     with th.no_grad():
@@ -139,6 +145,10 @@ def test_padding_does_not_change_kl_loss_or_gradients(case):
             parameter.add_(0.02 * th.randn(parameter.shape, generator=th.Generator().manual_seed(0)))
 
     def measure():
+        with sequences_at_once(model.policy, model.rollout_buffer) if fast else nullcontext():
+            return measure_gradients()
+
+    def measure_gradients():
         np.random.seed(0)  # sb3-contrib's buffers split the rollout at a random step
         kl = old_policy.divergence_on_rollout().mean()
         model.policy.set_training_mode(True)
@@ -147,7 +157,7 @@ def test_padding_does_not_change_kl_loss_or_gradients(case):
         model.policy.optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.policy.parameters() if parameter.grad is not None]
-        return len(rollout_data.mask), kl, metrics, th.cat([gradient.flatten() for gradient in gradients])
+        return len(rollout_data.actions), kl, metrics, th.cat([gradient.flatten() for gradient in gradients])
 
     length, kl, metrics, gradients = measure()
 

@@ -73,9 +73,9 @@ class RecurrentPolicyAdapter(PolicyAdapter):
     def arguments(self, rollout_data: Any) -> dict[str, Any]:
         return {"lstm_states": rollout_data.lstm_states, "episode_starts": rollout_data.episode_starts}
 
-    def valid(self, rollout_data: Any) -> th.Tensor:
-        valid: th.Tensor = rollout_data.mask > 0.5  # floats: 1 for a transition, 0 for padding
-        return valid
+    def valid(self, rollout_data: Any) -> th.Tensor | None:
+        # Floats: 1 for a transition, 0 for padding
+        return None if rollout_data.mask is None else rollout_data.mask > 0.5
 
 
 def taken_actions(policy: ActorCriticPolicy, rollout_data: Any) -> th.Tensor:

@@ -192,4 +192,4 @@ def is_stock(owner: Any, name: str, packages: tuple[str, ...] = STOCK_PACKAGES) 
     # Not by its __module__, which functools.wraps copies to a wrapper
     if not isinstance(function, FunctionType) or not function.__globals__.get("__name__", "").startswith(packages):
         return False
-    return bool(getattr(owner, name) == MethodType(function, owner))
+    return getattr(owner, name) in (MethodType(function, owner), function)  # a static method is not bound

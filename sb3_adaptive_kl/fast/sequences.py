@@ -1,0 +1,214 @@
+"""
+Sequences through an LSTM all at once, and without padding everything else.
+
+sb3-contrib's policies run an LSTM step by step wherever an episode begins in a minibatch. Its buffers begin a sequence there,
+so that only first steps are episode starts: their hidden states are set to zero, and one call then does all steps. Features,
+heads and losses are those of the minibatch's own transitions; the LSTM alone is given padded blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_adaptive_kl.fast.eager import is_enabled
+from sb3_adaptive_kl.rollout.distributions import STOCK_PACKAGES, is_stock
+
+# Modules whose _get_samples pads sequences, and does nothing else
+PADDING = ("sb3_contrib.common.recurrent.buffers",)
+# The methods that evaluate actions; this package's own only add masks
+EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent", "_process_sequence")
+# Cells of a padded block for each transition in it, at most
+MAX_CELLS = 2
+
+LSTMStates = tuple[th.Tensor, th.Tensor]
+ProcessSequence = Callable[[th.Tensor, LSTMStates, Any, th.nn.LSTM], tuple[th.Tensor, LSTMStates]]
+
+
+class Block(NamedTuple):
+    """Steps of all sequences that are not over when it begins: ``n_steps × n_sequences`` cells, some of them padding."""
+
+    n_steps: int
+    n_sequences: int
+    rows: th.Tensor  # the transitions in it, by their place in the minibatch
+    cells: th.Tensor  # and by their place in the flattened block
+
+
+class Sequences(NamedTuple):
+    """How the transitions of a minibatch are put into blocks for an LSTM. Sequences are sorted, the longest first."""
+
+    begins: th.Tensor  # 1 where the first step of a sequence begins an episode, else 0: shape (1, n_sequences, 1)
+    blocks: list[Block]
+
+
+class States(NamedTuple):
+    """Hidden and cell states where sequences begin, shape (n_layers, n_sequences, hidden size) each: contrib's RNNStates."""
+
+    pi: LSTMStates
+    vf: LSTMStates
+
+
+class Samples(NamedTuple):
+    """A minibatch of B transitions, with the names of sb3-contrib's ``RecurrentRolloutBufferSamples``, unpadded."""
+
+    observations: Any
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    lstm_states: States
+    episode_starts: Sequences
+    mask: None = None  # nothing is padding
+
+
+@contextmanager
+def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
+    """
+    Let stock LSTM policies evaluate sequences all at once, and stock buffers draw them without padding.
+
+    :param policy: any policy; one of the user's that overrides what is replaced here runs its own code
+    :param buffer: the rollout buffer that it is trained on
+    """
+    if not (is_enabled() and hands_sequences_on(policy)):
+        yield
+        return
+    one_by_one: ProcessSequence = policy._process_sequence  # type: ignore[assignment]
+
+    def at_once(features: th.Tensor, states: LSTMStates, starts: Any, lstm: th.nn.LSTM) -> tuple[th.Tensor, LSTMStates]:
+        if isinstance(starts, Sequences):
+            return in_blocks(features, states, starts, lstm)
+        return padded_at_once(features, states, starts, lstm, one_by_one)
+
+    policy._process_sequence = at_once  # type: ignore[assignment]
+    draws_stock = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
+    if draws_stock:
+        buffer._get_samples = partial(unpadded, buffer)
+    try:
+        yield
+    finally:
+        del policy._process_sequence
+        if draws_stock:
+            del buffer._get_samples
+
+
+def hands_sequences_on(policy: ActorCriticPolicy) -> bool:
+    """Whether a policy has LSTMs of torch, and only ``_process_sequence`` looks at hidden states and episode starts."""
+    lstms = [lstm for name in ("lstm_actor", "lstm_critic") if (lstm := getattr(policy, name, None)) is not None]
+    stock = all(is_stock(policy, name, (*STOCK_PACKAGES, "sb3_adaptive_kl.")) for name in EVALUATING)
+    return bool(lstms) and stock and all(type(lstm) is th.nn.LSTM for lstm in lstms)
+
+
+def in_blocks(
+    features: th.Tensor, lstm_states: LSTMStates, sequences: Sequences, lstm: th.nn.LSTM
+) -> tuple[th.Tensor, LSTMStates]:
+    """
+    Run an LSTM over the sequences of a minibatch.
+
+    :param features: shape (B, n_features)
+    :param lstm_states: hidden and cell states where the sequences begin, shape (n_layers, n_sequences, hidden size) each
+    :param sequences: where the B transitions belong
+    :param lstm: the LSTM
+    :return: its outputs, shape (B, hidden size), and its states after the last block
+    """
+    hidden, cell = ((1.0 - sequences.begins) * state for state in lstm_states)
+    outputs = features.new_zeros(len(features), lstm.hidden_size)
+    for n_steps, n_sequences, rows, cells in sequences.blocks:
+        padding = features.new_zeros(n_steps * n_sequences, lstm.input_size)
+        padded = padding.index_copy(0, cells, features.index_select(0, rows))
+        states = hidden[:, :n_sequences].contiguous(), cell[:, :n_sequences].contiguous()
+        output, (hidden, cell) = lstm(padded.view(n_steps, n_sequences, -1), states)
+        outputs = outputs.index_copy(0, rows, output.flatten(0, 1).index_select(0, cells))
+    return outputs, (hidden, cell)
+
+
+def padded_at_once(
+    features: th.Tensor, lstm_states: LSTMStates, episode_starts: th.Tensor, lstm: th.nn.LSTM, one_by_one: ProcessSequence
+) -> tuple[th.Tensor, LSTMStates]:
+    """
+    Run an LSTM over sequences that a buffer has padded: at once, or as sb3-contrib does if episodes begin within them.
+
+    :param one_by_one: sb3-contrib's ``_process_sequence``; the others are its arguments
+    """
+    n_sequences = lstm_states[0].shape[1]
+    starts = episode_starts.reshape(n_sequences, -1)
+    if starts[:, 1:].any():
+        return one_by_one(features, lstm_states, episode_starts, lstm)
+    keep = (1.0 - starts[:, 0]).view(1, n_sequences, 1)
+    sequences = features.reshape(n_sequences, -1, lstm.input_size).transpose(0, 1)
+    output, states = lstm(sequences, (keep * lstm_states[0], keep * lstm_states[1]))
+    return output.transpose(0, 1).flatten(0, 1), states
+
+
+def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Samples:
+    """
+    Draw what a recurrent buffer of sb3-contrib draws, without padding.
+
+    :param buffer: a full one
+    :param batch_inds: the transitions, those of an episode in their order
+    :param env_change: 1 for the first step of each environment, shape (N, 1)
+    :param env: not used, as by sb3-contrib
+    :return: these transitions, in this order
+    """
+
+    def draw(array: np.ndarray) -> th.Tensor:
+        return buffer.to_torch(array[batch_inds])  # type: ignore[no-any-return]
+
+    episode_starts = buffer.episode_starts[batch_inds].flatten()
+    begins = (episode_starts != 0) | (env_change[batch_inds].flatten() != 0)
+    begins[0] = True
+    (first,) = np.nonzero(begins)
+    lengths = np.diff([*first, len(batch_inds)])
+    order = np.argsort(-lengths, kind="stable")
+    first, lengths = first[order], lengths[order]
+    # (N, n_layers, hidden size) -> (n_layers, n_sequences, hidden size)
+    states = [
+        buffer.to_torch(getattr(buffer, f"{kind}_states_{network}")[batch_inds[first]].swapaxes(0, 1)).contiguous()
+        for network in ("pi", "vf")
+        for kind in ("hidden", "cell")
+    ]
+    observations = buffer.observations
+    is_dict = isinstance(observations, dict)
+    return Samples(
+        observations={key: draw(array) for key, array in observations.items()} if is_dict else draw(observations),
+        actions=draw(buffer.actions),
+        old_values=draw(buffer.values).flatten(),
+        old_log_prob=draw(buffer.log_probs).flatten(),
+        advantages=draw(buffer.advantages).flatten(),
+        returns=draw(buffer.returns).flatten(),
+        lstm_states=States((states[0], states[1]), (states[2], states[3])),
+        episode_starts=into_blocks(first, lengths, episode_starts[first], buffer.device),
+    )
+
+
+def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, device: th.device) -> Sequences:
+    """
+    Arrange sequences in blocks of at most ``MAX_CELLS`` cells for each transition. One long sequence among many short ones
+    would otherwise need a block that is quadratic in their number.
+
+    :param first: the first transition of each sequence
+    :param lengths: their lengths, in descending order
+    :param begins: whether an episode begins there
+    :param device: where the LSTM is
+    :return: the arrangement. Each block holds at most half as many sequences as the one before
+    """
+    # Sequences that have a step t, for each t
+    n_active = len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
+    cuts = [0]
+    while cuts[-1] < len(n_active):
+        active = n_active[cuts[-1] :]
+        cells, transitions = active[0] * np.arange(1, len(active) + 1), np.cumsum(active)
+        cuts.append(cuts[-1] + int(np.count_nonzero(cells <= MAX_CELLS * transitions)))
+    blocks = []
+    for start, end in pairwise(cuts):
+        n_sequences = int(n_active[start])
+        steps = np.arange(start, end)[:, None]
+        (cells,) = np.nonzero((steps < lengths[:n_sequences]).flatten())
+        rows = (first[:n_sequences] + steps).flatten()[cells]
+        blocks.append(Block(end - start, n_sequences, th.as_tensor(rows, device=device), th.as_tensor(cells, device=device)))
+    return Sequences(th.as_tensor(begins, dtype=th.float32, device=device).view(1, -1, 1), blocks)
