@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = import_module(f"{__name__}.{_VARIANTS[name]}")
     except ModuleNotFoundError as error:
-        if error.name != "sb3_contrib":
+        if not (error.name or "").startswith("sb3_contrib"):
             raise
         remedy = "pip install '.[contrib]' in the clone, or pip install sb3-contrib"
         raise ImportError(f"{name} needs sb3-contrib: {remedy}") from None
