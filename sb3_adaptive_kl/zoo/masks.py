@@ -66,8 +66,8 @@ def require_masks(env: VecEnv, algo: str) -> MaskSource:
     """
     if not env.has_attr(MASKS):
         raise ValueError(
-            f"--algo {algo} needs an environment with a method action_masks(): add it to the environment, or to a wrapper, and "
-            "name that as env_wrapper in its entry (a yml file for --conf-file). Where every action is valid, take "
+            f"--algo {algo} needs an environment with a method action_masks(): add it there, or in a wrapper that is named as "
+            "env_wrapper in the environment's entry (a yml file for --conf-file). Where every action is valid, take "
             f"--algo {algo.replace('_mask', '')}"
         )
     return MaskSource(env)
