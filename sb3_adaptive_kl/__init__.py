@@ -17,6 +17,7 @@ from sb3_adaptive_kl.presets import HELD
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
+    from sb3_adaptive_kl.ppo_mask_recurrent import MaskableRecurrentAdaptiveKLPPO as MaskableRecurrentAdaptiveKLPPO
     from sb3_adaptive_kl.ppo_recurrent import RecurrentAdaptiveKLPPO as RecurrentAdaptiveKLPPO
 
 __version__ = "0.2.0"
@@ -37,7 +38,11 @@ __all__ = [
     "clip_equivalent_target",
 ]
 
-_VARIANTS = {"MaskableAdaptiveKLPPO": "ppo_mask", "RecurrentAdaptiveKLPPO": "ppo_recurrent"}
+_VARIANTS = {
+    "MaskableAdaptiveKLPPO": "ppo_mask",
+    "MaskableRecurrentAdaptiveKLPPO": "ppo_mask_recurrent",
+    "RecurrentAdaptiveKLPPO": "ppo_recurrent",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -47,7 +52,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = import_module(f"{__name__}.{_VARIANTS[name]}")
     except ModuleNotFoundError as error:
-        if error.name != "sb3_contrib":
+        if not (error.name or "").startswith("sb3_contrib"):
             raise
         remedy = "pip install '.[contrib]' in the clone, or pip install sb3-contrib"
         raise ImportError(f"{name} needs sb3-contrib: {remedy}") from None

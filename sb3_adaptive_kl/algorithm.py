@@ -1,5 +1,5 @@
 """
-The base of the three algorithms: the penalty's arguments, its state, and SB3's hooks around training.
+The base of the algorithms: the penalty's arguments, its state, and SB3's hooks around training.
 """
 
 import math

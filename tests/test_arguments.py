@@ -15,6 +15,7 @@ from sb3_adaptive_kl import (
     AdaptivePenalty,
     FixedPenalty,
     MaskableAdaptiveKLPPO,
+    MaskableRecurrentAdaptiveKLPPO,
     RecurrentAdaptiveKLPPO,
     clip_equivalent_target,
 )
@@ -130,7 +131,12 @@ def test_signature_extends_the_hosts(algorithm, host):
     assert required == {"policy", "env"}  # load() passes only these
 
 
-@pytest.mark.parametrize("algorithm", [MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO])
+def test_signature_with_masks_and_a_memory_is_that_with_a_memory_without_gsde():
+    without_sde = [name for name in inspect.signature(RecurrentAdaptiveKLPPO).parameters if "sde" not in name]
+    assert list(inspect.signature(MaskableRecurrentAdaptiveKLPPO).parameters) == without_sde
+
+
+@pytest.mark.parametrize("algorithm", [MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO, MaskableRecurrentAdaptiveKLPPO])
 def test_arguments_of_the_penalty_are_the_same_for_every_host(algorithm):
     first = inspect.signature(AdaptiveKLPPO).parameters
     other = inspect.signature(algorithm).parameters

@@ -6,18 +6,29 @@ import numpy as np
 import pytest
 import torch as th
 from sb3_contrib import TRPO, RecurrentPPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_adaptive_kl import AdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import (
+    AdaptiveKLPPO,
+    MaskableAdaptiveKLPPO,
+    MaskableRecurrentAdaptiveKLPPO,
+    RecurrentAdaptiveKLPPO,
+)
 from sb3_adaptive_kl.compare.ruler import Ruler
 from tests.conftest import CASES, parameters
 
 
 def cartpole(algorithm, policy="MlpPolicy", **kwargs):
     return algorithm(policy, make_vec_env("CartPole-v1", n_envs=2, seed=0), n_steps=64, seed=0, device="cpu", **kwargs)
+
+
+def masked(algorithm, policy="MlpPolicy"):
+    env = make_vec_env(lambda: InvalidActionEnvDiscrete(6, 11, n_invalid_actions=3), n_envs=2)
+    return algorithm(policy, env, n_steps=64, seed=0, device="cpu")
 
 
 ALGORITHMS = {
@@ -28,6 +39,8 @@ ALGORITHMS = {
     "ppo_kl": lambda: cartpole(AdaptiveKLPPO),
     "ppo_kl_k3": lambda: cartpole(AdaptiveKLPPO, kl_divergence="k3"),
     "ppo_kl_lstm": lambda: cartpole(RecurrentAdaptiveKLPPO, "MlpLstmPolicy"),
+    "ppo_kl_mask": lambda: masked(MaskableAdaptiveKLPPO),
+    "ppo_kl_mask_lstm": lambda: masked(MaskableRecurrentAdaptiveKLPPO, "MlpLstmPolicy"),
     **{name: lambda name=name: CASES[name].build(PPO, n_steps=64) for name in CASES},
 }
 
@@ -64,7 +77,7 @@ class Logged(BaseCallback):
     _on_training_end = _on_rollout_start
 
 
-@pytest.mark.parametrize("name", ["ppo_kl", "ppo_kl_lstm"])
+@pytest.mark.parametrize("name", ["ppo_kl", "ppo_kl_lstm", "ppo_kl_mask", "ppo_kl_mask_lstm"])
 def test_it_agrees_with_what_ours_log(name):
     model, ruler, logged = ALGORITHMS[name](), Ruler(), Logged()
     model.target_kl = lambda progress: 0.01 * (1 + progress)

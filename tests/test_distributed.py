@@ -131,7 +131,10 @@ def test_transitions_are_weighted_equally_across_ranks(ranks: Ranks) -> None:
         th.testing.assert_close(theirs, of_all, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ["AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
+ALGORITHMS = ["AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO", "MaskableRecurrentAdaptiveKLPPO"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_all_ranks_hold_the_same_model(ranks: Ranks, algorithm: str) -> None:
     first, second = ranks.run(learned, f"Distributed{algorithm}")
     check_same_model(first, second)
@@ -180,7 +183,7 @@ def test_plain_algorithms_ignore_the_group(ranks: Ranks, tmp_path: Path) -> None
         assert th.equal(th.nn.utils.parameters_to_vector(saved.policy.parameters()), result["parameters"])
 
 
-@pytest.mark.parametrize("algorithm", ["AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_without_a_group_the_remedy_is_named(algorithm: str) -> None:
     distributed_class = getattr(distributed, f"Distributed{algorithm}")
     with pytest.raises(ValueError, match=rf"needs a process group: call .*init_process_group.* or use {algorithm}$"):

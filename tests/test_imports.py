@@ -56,7 +56,9 @@ LAYERS = (
     ("step_back", "fast.compiled", "fast.sequences"),
     ("algorithm",),
     ("training",),
-    ("ppo", "ppo_mask", "ppo_recurrent"),
+    ("maskable_recurrent.evaluation", "maskable_recurrent.buffers", "maskable_recurrent.policies"),
+    ("maskable_recurrent.ppo",),
+    ("ppo", "ppo_mask", "ppo_recurrent", "ppo_mask_recurrent"),
     ("distributed.ranks", "distributed.callbacks", "distributed.synchronization", "distributed.gradients"),
     ("distributed.data_parallel",),
     ("distributed.contrib",),
@@ -75,11 +77,12 @@ def test_modules_import_only_the_layers_below(module):
 def test_every_module_has_its_layer():
     modules = {path.stem for path in PACKAGE.glob("*.py")}
     modules |= {
-        f"{folder}.{path.stem}" for folder in ("rollout", "fast", "distributed") for path in PACKAGE.glob(f"{folder}/*.py")
+        f"{folder}.{path.stem}"
+        for folder in ("rollout", "fast", "distributed", "maskable_recurrent")
+        for path in PACKAGE.glob(f"{folder}/*.py")
     }
-    assert modules - {"__init__", "cli", "rollout.__init__", "fast.__init__", "distributed.__init__"} == {
-        module for layer in LAYERS for module in layer
-    }
+    modules -= {"cli"} | {module for module in modules if module.endswith("__init__")}
+    assert modules == {module for layer in LAYERS for module in layer}
 
 
 def test_the_mathematics_is_free_of_the_framework():
@@ -116,7 +119,7 @@ def test_compare_uses_only_public_names_of_the_core():
     assert private == {"__init__", "_current_progress_remaining"}  # SB3's
 
 
-@pytest.mark.parametrize("name", ["MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"])
+@pytest.mark.parametrize("name", ["MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO", "MaskableRecurrentAdaptiveKLPPO"])
 def test_variant_without_contrib_says_what_to_install(name):
     """In a fresh interpreter where sb3-contrib cannot be imported: the package works, the variant says what to install."""
     code = f"""
@@ -134,8 +137,8 @@ except ImportError as error:
     assert output.strip() == f"{name} needs sb3-contrib: pip install '.[contrib]' in the clone, or pip install sb3-contrib"
 
 
-def test_the_three_algorithms_share_one_train_step():
-    for name in ("AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO"):
+def test_the_algorithms_share_one_train_step():
+    for name in ("AdaptiveKLPPO", "MaskableAdaptiveKLPPO", "RecurrentAdaptiveKLPPO", "MaskableRecurrentAdaptiveKLPPO"):
         algorithm = getattr(sb3_adaptive_kl, name)
         assert next(base.__name__ for base in algorithm.__mro__ if "train" in vars(base)) == "KLPenaltyTraining"
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
-from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, MaskableRecurrentAdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.fast import eager
 from sb3_adaptive_kl.metrics import UpdateMetrics
@@ -17,10 +17,12 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "c
 
 def train_all():
     """Parameters and KL after two updates of each algorithm."""
+    masked = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)
     models = {
         "ppo": AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL),
-        "maskable": MaskableAdaptiveKLPPO("MlpPolicy", InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3), **SMALL),
+        "maskable": MaskableAdaptiveKLPPO("MlpPolicy", masked, **SMALL),
         "recurrent": RecurrentAdaptiveKLPPO("MlpLstmPolicy", gym.make("CartPole-v1"), **SMALL),
+        "both": MaskableRecurrentAdaptiveKLPPO("MlpLstmPolicy", masked, **SMALL),
     }
     results = {}
     for name, model in models.items():
@@ -36,7 +38,7 @@ def test_training_without_fast_gives_the_same_numbers(monkeypatch):
     monkeypatch.setattr(eager, "unvalidated", None)
     monkeypatch.setattr(eager, "bare_adam", None)
     without = train_all()
-    assert set(without) == {"ppo", "maskable", "recurrent"}
+    assert set(without) == {"ppo", "maskable", "recurrent", "both"}
     for name, expected in with_fast.items():
         np.testing.assert_allclose(without[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
 

@@ -209,7 +209,8 @@ def test_search_space_replaces_the_clip_range_by_the_penalty():
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     ask = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask
-    for algo, host in {"ppo_kl": "ppo", "ppo_kl_lstm": "ppo_lstm"}.items():
+    hosts = {"ppo_kl": "ppo", "ppo_kl_lstm": "ppo_lstm", "ppo_kl_mask": "ppo", "ppo_kl_mask_lstm": "ppo_lstm"}
+    for algo, host in hosts.items():
         trial, theirs = ask(), ask()
         sampled = HYPERPARAMS_SAMPLER[algo](trial, n_actions=2, n_envs=1, additional_args={})
         HYPERPARAMS_SAMPLER[host](theirs, n_actions=2, n_envs=1, additional_args={})

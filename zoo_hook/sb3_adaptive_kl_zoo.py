@@ -1,5 +1,5 @@
 """
-Register `ppo_kl` and `ppo_kl_lstm` with rl-zoo3 as soon as the zoo is imported, so that its own commands know them in every
+Register `ppo_kl` and its variants with rl-zoo3 as soon as the zoo is imported, so that its own commands know them in every
 process.
 
 The zoo has no plugin point, evaluates `choices=list(ALGOS)` before it imports any user code, and starts child processes that

@@ -134,7 +134,7 @@ def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
         with reported(f"{algo}: {assignment!r}"):
             parsed[key] = parse_value(value)
         if parsed[key] == "clip" and algo not in zoo.ALGORITHMS:
-            raise PlanError(f"{algo}: only {' and '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
+            raise PlanError(f"{algo}: only {', '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
     return parsed
 
 

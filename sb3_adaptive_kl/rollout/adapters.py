@@ -1,5 +1,5 @@
 """
-How a minibatch is evaluated, for each kind of policy: feed-forward, with masks, with a memory.
+How a minibatch is evaluated, for each kind of policy: feed-forward, with masks, with a memory, with both.
 
 An adapter has no state. It fits every algorithm with that kind of policy and rollout buffer, so that an ``OldPolicy`` can
 measure A2C and TRPO, too.
@@ -76,6 +76,13 @@ class RecurrentPolicyAdapter(PolicyAdapter):
     def valid(self, rollout_data: Any) -> th.Tensor | None:
         # Floats: 1 for a transition, 0 for padding
         return None if rollout_data.mask is None else rollout_data.mask > 0.5
+
+
+class MaskableRecurrentPolicyAdapter(RecurrentPolicyAdapter):
+    """MaskableRecurrentPPO of this package: padded sequences, under the masks of collection."""
+
+    def arguments(self, rollout_data: Any) -> dict[str, Any]:
+        return {**super().arguments(rollout_data), "action_masks": rollout_data.action_masks}
 
 
 def taken_actions(policy: ActorCriticPolicy, rollout_data: Any) -> th.Tensor:

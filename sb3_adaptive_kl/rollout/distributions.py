@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl
 
 # Prefixes of the modules that count as SB3's
-STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.")
+STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.", "sb3_adaptive_kl.maskable_recurrent.")
 
 SelfActionDistribution = TypeVar("SelfActionDistribution", bound="ActionDistribution")
 

@@ -1,7 +1,8 @@
 """
-AdaptiveKLPPO in RL Baselines3 Zoo (https://github.com/DLR-RM/rl-baselines3-zoo): `--algo ppo_kl` and `--algo ppo_kl_lstm`.
+The algorithms in RL Baselines3 Zoo (https://github.com/DLR-RM/rl-baselines3-zoo): `--algo ppo_kl`, `ppo_kl_lstm`,
+`ppo_kl_mask` and `ppo_kl_mask_lstm`.
 
-The start-up hook (`zoo_hook/`) registers both as soon as the zoo is imported. `python -m sb3_adaptive_kl.zoo train …` runs the
+The start-up hook (`zoo_hook/`) registers them as soon as the zoo is imported. `python -m sb3_adaptive_kl.zoo train …` runs the
 zoo's scripts without the hook. Nothing in this package imports the zoo before one of its functions is called.
 """
 

@@ -5,6 +5,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from sb3_adaptive_kl.zoo.masks import require_masks
 from sb3_adaptive_kl.zoo.torchrun import join_ranks
 from sb3_adaptive_kl.zoo.trust_region_strings import TRUST_REGION, parse_trust_region
 
@@ -13,12 +14,12 @@ def hyperparameter_file(algo: str) -> Path:
     """
     Return the path of the tuned hyperparameters that come with this package.
 
-    :param algo: name of the algorithm in the zoo, such as ``ppo_kl``
+    :param algo: name of the algorithm in the zoo, such as ``ppo_kl``; masks do not change the hyperparameters
     :return: the file in the installed package, or in the repository if the package is imported from there
     """
     package = Path(__file__).parents[1]
     root = package if (package / "hyperparams").is_dir() else package.parent
-    return root / "hyperparams" / f"{algo}.yml"
+    return root / "hyperparams" / f"{algo.replace('_mask', '')}.yml"
 
 
 def extend_manager(manager: Any, algorithms: Collection[str]) -> None:
@@ -47,6 +48,9 @@ def extend_manager(manager: Any, algorithms: Collection[str]) -> None:
             return {**preprocess(parsed), **trust_region}
 
         self._preprocess_schedules = preprocess_schedules
+        if "_mask" in self.algo:
+            create_envs = self.create_envs
+            self.create_envs = lambda *args, **kwargs: require_masks(create_envs(*args, **kwargs), self.algo)
         join_ranks(self)
 
     manager.__init__ = __init__

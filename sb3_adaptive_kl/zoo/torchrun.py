@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sb3_adaptive_kl import distributed
 from sb3_adaptive_kl.distributed.ranks import gather_objects
+from sb3_adaptive_kl.zoo.masks import asking_for_masks
 
 
 def join_ranks(manager: Any) -> None:
@@ -40,7 +41,8 @@ def join_ranks(manager: Any) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_own_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
     algorithms = import_module("rl_zoo3.utils").ALGOS
-    algorithms[manager.algo] = getattr(distributed, f"Distributed{algorithms[manager.algo].__name__}")
+    distributed_algorithm = getattr(distributed, f"Distributed{algorithms[manager.algo].__name__}")
+    algorithms[manager.algo] = asking_for_masks(distributed_algorithm)
     manager.seed = manager.args.seed = gather_objects(manager.seed)[0]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes train one agent. Seed: {manager.seed}")

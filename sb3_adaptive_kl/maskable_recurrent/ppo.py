@@ -1,0 +1,120 @@
+"""The host of MaskableRecurrentAdaptiveKLPPO: how sb3-contrib's RecurrentPPO collects rollouts under masks, and predicts."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_adaptive_kl.maskable_recurrent.buffers import (
+    MaskableRecurrentDictRolloutBuffer,
+    MaskableRecurrentRolloutBuffer,
+)
+from sb3_adaptive_kl.maskable_recurrent.policies import (
+    MaskableRecurrentActorCriticCnnPolicy,
+    MaskableRecurrentActorCriticPolicy,
+    MaskableRecurrentMultiInputActorCriticPolicy,
+)
+
+
+class MaskableRecurrentPPO(RecurrentPPO):
+    """
+    RecurrentPPO whose policy acts under masks.
+
+    It cannot train: RecurrentPPO's ``train`` evaluates actions without masks, so an algorithm has to bring its own.
+    """
+
+    policy: MaskableRecurrentActorCriticPolicy
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": MaskableRecurrentActorCriticPolicy,
+        "CnnLstmPolicy": MaskableRecurrentActorCriticCnnPolicy,
+        "MultiInputLstmPolicy": MaskableRecurrentMultiInputActorCriticPolicy,
+    }
+
+    # Both use only what every on-policy algorithm has; learn() passes use_masking on to collect_rollouts()
+    learn = MaskablePPO.learn  # type: ignore[assignment]
+    predict = MaskablePPO.predict
+
+    def _setup_model(self) -> None:
+        if isinstance(self.action_space, spaces.Box):
+            raise ValueError(
+                f"{self.action_space}: only the actions of Discrete, MultiDiscrete and MultiBinary spaces can be masked. For "
+                "continuous actions, take RecurrentAdaptiveKLPPO"
+            )
+        if not issubclass(self.policy_class, MaskableRecurrentActorCriticPolicy):
+            raise ValueError(f"policy={self.policy_class.__name__} must subclass MaskableRecurrentActorCriticPolicy")
+        super()._setup_model()
+        # RecurrentPPO has no argument for the class of its buffer
+        has_keys = isinstance(self.observation_space, spaces.Dict)
+        buffer_class = MaskableRecurrentDictRolloutBuffer if has_keys else MaskableRecurrentRolloutBuffer
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            self.rollout_buffer.hidden_state_shape,  # type: ignore[attr-defined]
+            self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+        )
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int, use_masking: bool = True
+    ) -> bool:
+        """
+        Collect as RecurrentPPO does, under the masks of the environments.
+
+        :param env: the environments, each with a method ``action_masks()``
+        :param callback: its calls of ``model.policy(...)`` are masked, too, unless they give ``action_masks``
+        :param rollout_buffer: to be filled
+        :param n_rollout_steps: steps of each environment
+        :param use_masking: whether to ask for masks; otherwise everything is allowed
+        :return: ``False`` if the callback ended the rollout
+        :raises ValueError: if there are no masks, or if they do not fit the action space
+        """
+        if not use_masking:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if not is_masking_supported(env):
+            raise ValueError(
+                "the environments have no method action_masks(): add it, or wrap each of them in "
+                "sb3_contrib.common.wrappers.ActionMasker. learn(..., use_masking=False) allows every action"
+            )
+
+        # RecurrentPPO's loop calls self.policy(observations, lstm_states, episode_starts) once per step, and adds the
+        # transition afterwards
+        def give_masks(policy: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if "action_masks" in kwargs:
+                return None
+            kwargs["action_masks"] = masks = masks_of(env)
+            rollout_buffer.announce_masks(masks)
+            return args, kwargs
+
+        hook = self.policy.register_forward_pre_hook(give_masks, with_kwargs=True)
+        try:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            hook.remove()
+
+    def train(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no train() that evaluates actions under masks")
+
+
+def masks_of(env: VecEnv) -> np.ndarray:
+    """
+    Ask all environments for their masks.
+
+    :return: shape (n_envs, choices)
+    :raises ValueError: if an environment gives a part of its choices, or arrays of several lengths
+    """
+    masks = env.env_method(EXPECTED_METHOD_NAME)
+    try:
+        return np.stack(masks)
+    except ValueError as error:
+        raise ValueError(
+            "action_masks() must return one array, as long in every environment: for MultiDiscrete, the choices of all "
+            f"dimensions one after the other (np.concatenate). Got {masks}"
+        ) from error
