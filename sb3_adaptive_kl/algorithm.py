@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches, kl_coef_limits
@@ -68,7 +68,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     kl_divergence: str
     kl_cutoff_coef: float
     kl_stop_factor: float | None
-    reference_policy: ActorCriticPolicy | str | Path | dict[str, Any] | ReferencePolicy | None
+    reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None
     compile: bool
 
     # The state: plain numbers, which save() writes and load() restores
@@ -131,7 +131,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
             return
         if self._reference is None or self._reference.spec.policy != spec.policy:
             self._reference = Reference(spec, self.policy)
-        if isinstance(spec.policy, ActorCriticPolicy):  # the user may train the original further
+        if isinstance(spec.policy, BasePolicy):  # the user may train the original further
             spec = replace(spec, policy=self._reference.policy)
         if not isinstance(self.reference_policy, str):
             self.reference_policy = spec  # save() can write it, and no other of its forms

@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_adaptive_kl.algorithm import arguments
@@ -88,8 +88,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − 2 · target_kl)², ≥ 0 (0: none)
     :param kl_stop_factor: Stop the epochs once the KL of a minibatch, beyond that of the first, exceeds this times the
         target, > 0 (``None``: never). β is still adapted to the KL measured in the end.
-    :param reference_policy: A frozen policy from which this one is kept from straying, by a second penalty: an
-        ``ActorCriticPolicy``, which is copied and saved with the model; the path of a saved model, which is read again
+    :param reference_policy: A frozen policy from which this one is kept from straying, by a second penalty: a
+        policy of SB3 or sb3-contrib, which is copied and saved with the model; the path of a saved model, which is read again
         wherever the model is trained; or either with a coefficient, a target or a direction,
         ``ReferencePolicy("clone.zip", target_kl=0.5)``, or the same as a mapping. See
         :class:`~sb3_adaptive_kl.ReferencePolicy`. The running coefficient is the attribute ``reference_kl_coef``, which
@@ -137,7 +137,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_stop_factor: float | None = None,
-        reference_policy: ActorCriticPolicy | str | Path | dict[str, Any] | ReferencePolicy | None = None,
+        reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
     ):

@@ -15,7 +15,7 @@ from typing import Any
 import cloudpickle
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_adaptive_kl.arguments import check_choice, is_number, value_at
@@ -44,7 +44,7 @@ class ReferencePolicy:
         reference does, and lets the policy add to it
     """
 
-    policy: ActorCriticPolicy | str
+    policy: BasePolicy | str
     kl_coef: float | Schedule = 1.0
     target_kl: float | None = None
     direction: str = "reverse"
@@ -58,7 +58,7 @@ class ReferencePolicy:
         return f"ReferencePolicy({policy}, {self.kl_coef}, {self.target_kl}, {self.direction!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        policy = frozen_bytes(self.policy) if isinstance(self.policy, ActorCriticPolicy) else self.policy
+        policy = frozen_bytes(self.policy) if isinstance(self.policy, BasePolicy) else self.policy
         return _restored, (policy, self.kl_coef, self.target_kl, self.direction)
 
 
@@ -80,14 +80,14 @@ def interpret_reference(value: Any) -> ReferencePolicy | None:
             raise ValueError(f"reference_policy={dict(value)!r} has no 'policy': add the path of a saved model")
         value = ReferencePolicy(**value)
     spec: ReferencePolicy = value if isinstance(value, ReferencePolicy) else ReferencePolicy(value)
-    if not isinstance(spec.policy, ActorCriticPolicy | str):
-        remedy = "pass an ActorCriticPolicy, the path of a saved model, or ReferencePolicy(…)"
+    if not isinstance(spec.policy, str) and not tells_probabilities(spec.policy):
+        remedy = "pass a policy, such as model.policy, the path of a saved model, or ReferencePolicy(…)"
         if isinstance(spec.policy, BaseAlgorithm):
             remedy = "that is a model, pass its policy, reference_policy=model.policy"
         elif isinstance(spec.policy, type):
             remedy = "that is a class, pass a trained policy, such as reference_policy=model.policy, or a path"
         elif isinstance(spec.policy, th.nn.Module):
-            remedy = "only an ActorCriticPolicy, such as PPO's, tells the probabilities of its actions"
+            remedy = "it does not tell the probabilities of its actions: pass a policy like PPO's, with get_distribution()"
         raise ValueError(f"reference_policy={type(spec.policy).__name__}: {remedy}")
     if not callable(spec.kl_coef) and not (is_number(spec.kl_coef) and spec.kl_coef >= 0):
         raise ValueError(
@@ -148,7 +148,12 @@ def adapted_kl_coef(spec: ReferencePolicy, kl_coef: float | None, kl: float, bou
     return apply_rule(AdaptivePenalty(), kl_coef, kl, spec.target_kl, bounds)[0]
 
 
-def frozen_bytes(policy: ActorCriticPolicy) -> bytes:
+def tells_probabilities(policy: Any) -> bool:
+    """Whether this is a policy, and stochastic. (sb3-contrib's MaskableActorCriticPolicy is not an ActorCriticPolicy.)"""
+    return isinstance(policy, BasePolicy) and hasattr(policy, "get_distribution")
+
+
+def frozen_bytes(policy: BasePolicy) -> bytes:
     """
     Serialize a policy without its optimizer, for any device.
 
@@ -169,7 +174,7 @@ def frozen_bytes(policy: ActorCriticPolicy) -> bytes:
     return data.getvalue()
 
 
-def from_frozen_bytes(data: bytes) -> ActorCriticPolicy:
+def from_frozen_bytes(data: bytes) -> BasePolicy:
     """Restore what ``frozen_bytes`` returned, on the CPU."""
     return th.load(BytesIO(data), map_location="cpu", weights_only=False)  # type: ignore[no-any-return]
 

@@ -17,10 +17,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_adaptive_kl.reference import ReferencePolicy, from_frozen_bytes, frozen_bytes
+from sb3_adaptive_kl.reference import ReferencePolicy, from_frozen_bytes, frozen_bytes, tells_probabilities
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
@@ -47,6 +47,7 @@ class Reference:
 
     def __init__(self, spec: ReferencePolicy, policy: ActorCriticPolicy) -> None:
         self.spec = spec
+        frozen: Any
         if isinstance(spec.policy, str):
             frozen, self._name = read_policy(spec.policy), repr(spec.policy)
         else:  # a copy: the original may be trained further
@@ -122,7 +123,7 @@ class Reference:
     def _distribution(self, observations: Any, buffer: RolloutBuffer, index: th.Tensor) -> Distribution:
         shape = getattr(self.policy, "lstm_hidden_state_shape", None)
         if shape is None:
-            return self.policy.get_distribution(observations)
+            return self.policy.get_distribution(observations)  # type: ignore[no-any-return]
         starts = buffer.episode_starts  # (T, n_envs), or flattened, as sb3-contrib's recurrent buffers do
         starts = starts if starts.shape[1] == 1 else buffer.swap_and_flatten(starts)
         shape = (shape[0], buffer.n_envs, shape[2])
@@ -145,7 +146,7 @@ class Reference:
             )
 
 
-def read_policy(path: str) -> ActorCriticPolicy:
+def read_policy(path: str) -> Any:
     """
     Load the policy of a saved model, or a policy saved by ``policy.save()``, on the CPU.
 
@@ -174,7 +175,7 @@ def read_policy(path: str) -> ActorCriticPolicy:
                 "a model saved by model.save(), or a policy saved by policy.save(); of a policy class of your own, pass the "
                 "policy itself"
             ) from error
-    if not isinstance(policy, ActorCriticPolicy):
+    if not tells_probabilities(policy):
         raise ValueError(
             f"reference_policy={path!r} holds a {type(policy).__name__}, which does not tell the probabilities of its "
             "actions: pass a model of PPO, A2C, TRPO, MaskablePPO, RecurrentPPO or of an algorithm of this package"
@@ -188,7 +189,7 @@ def _of_model(file: Path, saved: dict[str, Any]) -> Any:
     data, parameters, _ = load_from_zip_file(file, custom_objects=not_needed, device="cpu")
     assert data is not None
     policy_class, kwargs = data["policy_class"], data["policy_kwargs"]
-    if not issubclass(policy_class, ActorCriticPolicy):
+    if not hasattr(policy_class, "get_distribution"):
         return object.__new__(policy_class)  # only to be named
     sde = {"use_sde": True} if data.get("use_sde") else {}  # MaskablePPO's policies do not have the argument
     policy = policy_class(data["observation_space"], data["action_space"], lr_schedule=lambda _: 0.0, **sde, **kwargs)
@@ -198,7 +199,7 @@ def _of_model(file: Path, saved: dict[str, Any]) -> Any:
 
 def _of_policy(file: Path) -> Any:
     saved = th.load(file, map_location="cpu", weights_only=False)
-    if isinstance(saved, ActorCriticPolicy):  # th.save(policy), as older versions of imitation do
+    if isinstance(saved, BasePolicy):  # th.save(policy), as older versions of imitation do
         return saved
     # The file does not name its class. SB3's differ in what is saved alone
     policy = ActorCriticPolicy(**saved["data"])
