@@ -90,7 +90,7 @@ class Reference:
                 try:
                     distribution = self._distribution(_select(rollout_data.observations, valid), buffer, index)
                 except ValueError as error:
-                    raise ValueError(f"reference_policy={self._name} cannot be evaluated: {error}") from error
+                    raise self._invalid_error() from error
                 if result is None:
                     self._check_distribution(distribution, taken_actions(self.policy, rollout_data), valid)
                 part = _comparable(distribution, self.policy.action_space, _select(masks, valid))
@@ -100,11 +100,14 @@ class Reference:
         forget_distribution(self.policy)
         assert result is not None  # a full rollout holds at least one transition
         if not result.kl(result).isfinite().all():  # a NaN, or a standard deviation that has underflowed to 0
-            raise ValueError(
-                f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone "
-                "it with an entropy bonus, or check its file and the observations for NaN"
-            )
+            raise self._invalid_error()
         return result
+
+    def _invalid_error(self) -> ValueError:
+        return ValueError(
+            f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone it with "
+            "an entropy bonus, or check its file and the observations for NaN"
+        )
 
     def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution) -> None:
         """
