@@ -104,12 +104,12 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         super()._setup_model()
         if without_schedule:
             self.clip_range = clip_range
+        self._reference = None
+        if not hasattr(self, "kl_coef"):  # a model that was loaded may only be there to act, and the reference's file gone
+            self._prepare_reference()
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
         self._versions = {}
-        self._reference = None
-        if self.env is not None:  # a model that is loaded to act needs no reference: its file may be gone
-            self._prepare_reference()
         if self.compile:
             from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
 

@@ -105,8 +105,8 @@ class Reference:
 
     def _invalid_error(self) -> ValueError:
         return ValueError(
-            f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone it with "
-            "an entropy bonus, or check its file and the observations for NaN"
+            f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone it "
+            "with an entropy bonus, or check its file and the observations for NaN"
         )
 
     def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution) -> None:
