@@ -159,6 +159,14 @@ def test_coefficient_of_the_next_update():
     assert adapted_kl_coef(fixed, 0.3, 9.0, bounds) == 0.3
 
 
+def test_schedule_follows_the_progress():
+    reference = ReferencePolicy(other(CASES["box"]), kl_coef=lambda progress: 1 + progress)
+    model = CASES["box"].build(AdaptiveKLPPO, reference_policy=reference, **SMALL)
+    assert model.reference_kl_coef == 2.0
+    model.learn(2 * 64)
+    assert logged(model)["reference_kl_coef"] == model.reference_kl_coef == 1.0
+
+
 def test_undone_update_leaves_the_coefficient_where_the_restored_policy_wants_it():
     reference = ReferencePolicy(other(CASES["box"], scale=0.0), target_kl=0.5)
     model = CASES["box"].build(AdaptiveKLPPO, reference_policy=reference, learning_rate=1e30, **SMALL)
