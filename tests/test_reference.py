@@ -57,7 +57,7 @@ def test_measured_kl_is_the_divergence_of_the_distributions(case, direction):
     assert logged(model)["reference_kl"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("case", ["box", "discrete", "gsde", "cnn"])
+@pytest.mark.parametrize("case", ["box", "discrete", "gsde"])
 def test_reference_that_is_only_measured_changes_nothing(case, tmp_path):
     """Neither a parameter, nor β, nor a random number; read from a file or given as an object."""
     kwargs = {**SMALL, **HELD}

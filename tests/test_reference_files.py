@@ -32,7 +32,6 @@ def weights(policy):
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("suffix", ["", ".zip"])
 @pytest.mark.parametrize(
     ("algorithm", "case"),
     [
@@ -45,12 +44,12 @@ def weights(policy):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_policy_of_a_saved_model_is_read(algorithm, case, suffix, tmp_path):
+def test_policy_of_a_saved_model_is_read(algorithm, case, tmp_path):
     kwargs = {} if algorithm is A2C else {"batch_size": 32}
     model = case.build(algorithm, n_steps=64, learning_rate=LinearSchedule(1e-3, 0, 1.0), **kwargs)
     model.save(tmp_path / "saved")
     before = th.get_rng_state()
-    policy = read_policy(str(tmp_path / f"saved{suffix}"))
+    policy = read_policy(str(tmp_path / "saved"))
     assert th.equal(th.get_rng_state(), before)
     assert type(policy) is type(model.policy)
     assert th.equal(weights(policy), weights(model.policy))
