@@ -14,6 +14,7 @@ from sb3_adaptive_kl.penalty import (
 )
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 from sb3_adaptive_kl.presets import HELD
+from sb3_adaptive_kl.reference import ReferencePolicy
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
@@ -34,6 +35,7 @@ __all__ = [
     "PenaltyRule",
     "PredictivePenalty",
     "ProportionalPenalty",
+    "ReferencePolicy",
     "__version__",
     "clip_equivalent_target",
 ]

@@ -4,20 +4,25 @@ The base of the algorithms: the penalty's arguments, its state, and SB3's hooks 
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from inspect import signature
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 
-from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches
+from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches, kl_coef_limits
 from sb3_adaptive_kl.fast.eager import fast_collection
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.reference import ReferencePolicy, interpret_reference, reference_kl_coef
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+from sb3_adaptive_kl.rollout.reference import Reference
 
 if TYPE_CHECKING:
     from sb3_adaptive_kl.fast.compiled import Compiler
@@ -27,10 +32,10 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="KLPenaltyAlgorithm")
 # Arguments that the host does not have, or that mean something else there
 PENALTY_ARGUMENTS = (
     *("clip_range", "target_kl", "init_kl_coef", "kl_rule", "kl_coef_bounds", "kl_ceiling", "learning_rate_rule"),
-    *("kl_divergence", "kl_cutoff_coef", "kl_stop_factor", "compile"),
+    *("kl_divergence", "kl_cutoff_coef", "kl_stop_factor", "reference_policy", "compile"),
 )
 # What save(), load(), get_parameters() and set_parameters() carry from one update to the next
-STATE = ("kl_coef", "learning_rate_scale")
+STATE = ("kl_coef", "learning_rate_scale", "reference_kl_coef")
 
 
 class Parameters(dict[str, dict[str, Any]]):
@@ -63,11 +68,13 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     kl_divergence: str
     kl_cutoff_coef: float
     kl_stop_factor: float | None
+    reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None
     compile: bool
 
     # The state: plain numbers, which save() writes and load() restores
     kl_coef: float
     learning_rate_scale: float = 1.0
+    reference_kl_coef: float | None = None  # None without a reference policy, and where it is only measured
     step_scale: float = 1.0  # of the last update: the share of the actor's step that was kept
     _undone_updates: int = 0
     _undone_in_a_row: int = 0
@@ -77,6 +84,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     _adapter: PolicyAdapter = PolicyAdapter()
     _compiler: "Compiler | None" = None
+    _reference: Reference | None = None
 
     def __init__(self, *args: Any, _init_setup_model: bool = True, **kwargs: Any) -> None:
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
@@ -97,6 +105,9 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         super()._setup_model()
         if without_schedule:
             self.clip_range = clip_range
+        self._reference = None
+        if not hasattr(self, "kl_coef"):  # a model that was loaded may only be there to act, and the reference's file gone
+            self._prepare_reference()
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
         self._versions = {}
@@ -107,7 +118,27 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code and identities cannot be saved, and _setup_model makes them anew
-        return [*super()._excluded_save_params(), "_compiler", "_versions"]
+        return [*super()._excluded_save_params(), "_compiler", "_versions", "_reference"]
+
+    def _prepare_reference(self) -> None:
+        """
+        Load the reference policy, unless this has been done, and set its coefficient for the next update.
+
+        :raises ValueError: if there is no such policy, or it cannot be compared with the one in training
+        """
+        spec = interpret_reference(self.reference_policy)
+        if spec is None:
+            self._reference = self.reference_kl_coef = None
+            return
+        if self._reference is None or self._reference.spec.policy != spec.policy:
+            self._reference = Reference(spec, self.policy)
+        if isinstance(spec.policy, BasePolicy):  # the user may train the original further
+            spec = replace(spec, policy=self._reference.policy)
+        if not isinstance(self.reference_policy, str):
+            self.reference_policy = spec  # save() can write it, and no other of its forms
+        self._reference.spec = spec
+        bounds = kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
+        self.reference_kl_coef = reference_kl_coef(spec, self.reference_kl_coef, bounds, self._current_progress_remaining)
 
     @classmethod
     def load(cls: type[SelfAlgorithm], path: Any, *args: Any, **kwargs: Any) -> SelfAlgorithm:
@@ -128,10 +159,10 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         """
         Return the parameters of the policy and of its optimizer as SB3 does.
 
-        :return: a dictionary that ``set_parameters`` accepts, also PPO's; its attribute ``penalty`` holds β
+        :return: a dictionary that ``set_parameters`` accepts, also PPO's; its attribute ``penalty`` holds the coefficients
         """
         parameters = Parameters(super().get_parameters())
-        parameters.penalty = {name: getattr(self, name) for name in STATE}
+        parameters.penalty = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
         return parameters
 
     def set_parameters(
@@ -174,6 +205,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         :param kwargs: the same by name
         :return: the trained model
         """
+        self._prepare_reference()  # before the first rollout, if something is wrong with it
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, *args, **kwargs)
 

@@ -147,23 +147,24 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
     :return: the settings
     :raises ValueError: if a schedule returns an invalid target or clip range
     """
-    target_kl = max(_value_at("target_kl", model.target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
+    target_kl = max(value_at("target_kl", model.target_kl, progress_remaining), MIN_SCHEDULED_TARGET_KL)
     clip_range = outlier_clip_range(target_kl) if model.clip_range == OUTLIERS else model.clip_range
     return Settings(
         target_kl=target_kl,
         kl_coef=float(model.kl_coef),
-        clip_range=None if clip_range is None else _value_at("clip_range", clip_range, progress_remaining),
+        clip_range=None if clip_range is None else value_at("clip_range", clip_range, progress_remaining),
         clip_range_vf=None
         if model.clip_range_vf is None
-        else _value_at("clip_range_vf", model.clip_range_vf, progress_remaining),
-        vf_coef=_value_at("vf_coef", model.vf_coef, progress_remaining, -math.inf),
+        else value_at("clip_range_vf", model.clip_range_vf, progress_remaining),
+        vf_coef=value_at("vf_coef", model.vf_coef, progress_remaining, -math.inf),
         # None for a constant 0, so that a zero gradient is not computed; a schedule that reaches 0 is not compiled again
-        ent_coef=_value_at("ent_coef", model.ent_coef, progress_remaining, -math.inf)
+        ent_coef=value_at("ent_coef", model.ent_coef, progress_remaining, -math.inf)
         if model.ent_coef or callable(model.ent_coef)
         else None,
         max_grad_norm=model.max_grad_norm,
         normalize_advantage=bool(model.normalize_advantage),
         kl_cutoff_coef=model.kl_cutoff_coef or None,
+        reference_kl_coef=model.reference_kl_coef,
     )
 
 
@@ -251,6 +252,27 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def value_at(name: str, schedule: float | Schedule, progress_remaining: float, least: float = 0.0) -> float:
+    """
+    Evaluate a schedule, or return the number that stands for one.
+
+    :param name: name of the argument
+    :param schedule: the argument
+    :param progress_remaining: from 1 (beginning) to 0 (end)
+    :param least: smallest valid value
+    :return: the value
+    :raises ValueError: if it is not a finite number, or too small
+    """
+    value = schedule(progress_remaining) if callable(schedule) else schedule
+    if not is_number(value) or value < least:
+        at_least = "" if least == -math.inf else f" >= {least:g}"
+        raise ValueError(
+            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number{at_least}: check the "
+            "schedule over [0, 1]"
+        )
+    return float(value)
+
+
 def _rule(
     argument: str,
     rule: Any,
@@ -280,17 +302,6 @@ def _rule(
             f"{argument}={rule!r} is not a rule for {quantity}: pass one of {tuple(rules)}, or a function {signature}"
         )
     return rule
-
-
-def _value_at(name: str, schedule: float | Schedule, progress_remaining: float, least: float = 0.0) -> float:
-    value = schedule(progress_remaining) if callable(schedule) else schedule
-    if not is_number(value) or value < least:
-        at_least = "" if least == -math.inf else f" >= {least:g}"
-        raise ValueError(
-            f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number{at_least}: check the "
-            "schedule over [0, 1]"
-        )
-    return float(value)
 
 
 def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:

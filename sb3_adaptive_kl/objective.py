@@ -3,7 +3,7 @@ The objective of one minibatch: from the policy's view of it to a loss and its p
 
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), equations 8 and 9, to be minimized::
 
-    −E[r Â] + β · E[KL] + c_1 · E[(V − R)²] − c_2 · E[entropy]
+    −E[r Â] + β · E[KL] + c_1 · E[(V − R)²] − c_2 · E[entropy]   (+ c · E[KL to a reference policy])
 
 Everything is a named input; nothing is read from a model.
 """
@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     max_grad_norm: float
     normalize_advantage: bool
     kl_cutoff_coef: float | None  # None for 0
+    reference_kl_coef: float | None = None  # None for a constant 0, and without a reference policy
 
 
 class Evaluation(NamedTuple):
@@ -69,13 +70,16 @@ class MinibatchMetrics(NamedTuple):
             return th.stack([part for part in self if part is not None])
 
 
-def objective(new: Evaluation, kl: th.Tensor, settings: Settings) -> tuple[th.Tensor, MinibatchMetrics]:
+def objective(
+    new: Evaluation, kl: th.Tensor, settings: Settings, reference_kl: th.Tensor | None = None
+) -> tuple[th.Tensor, MinibatchMetrics]:
     """
     Compute the penalized loss of a minibatch.
 
     :param new: the policy's evaluation of B transitions
     :param kl: divergence of the policy from the old one at these states, in nats, shape ``(B,)``
     :param settings: coefficients, clip ranges and target of this update
+    :param reference_kl: divergence from the reference policy at these states, in nats, shape ``(B,)``, if it is penalized
     :return: the scalar loss with its graph, and its parts for the log
     """
     advantages = normalize(new.advantages) if settings.normalize_advantage else new.advantages
@@ -90,6 +94,9 @@ def objective(new: Evaluation, kl: th.Tensor, settings: Settings) -> tuple[th.Te
     loss = policy_loss + kl_loss + settings.vf_coef * critic_loss
     if settings.ent_coef is not None:
         loss = loss + settings.ent_coef * negative_entropy
+    if reference_kl is not None:
+        assert settings.reference_kl_coef is not None
+        loss = loss + penalty_loss(reference_kl.mean(), settings.reference_kl_coef)
 
     with th.no_grad():
         approx_kl = k3(log_ratio).mean()

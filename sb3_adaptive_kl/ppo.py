@@ -1,16 +1,18 @@
 """AdaptiveKLPPO: Stable-Baselines3's PPO with an adaptive KL penalty instead of clipping."""
 
+from pathlib import Path
 from typing import Any
 
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.reference import ReferencePolicy
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -86,6 +88,12 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param kl_cutoff_coef: c of an additional hinge c · max(0, KL − 2 · target_kl)², ≥ 0 (0: none)
     :param kl_stop_factor: Stop the epochs once the KL of a minibatch, beyond that of the first, exceeds this times the
         target, > 0 (``None``: never). β is still adapted to the KL measured in the end.
+    :param reference_policy: A frozen policy from which this one is kept from straying, by a second penalty: a
+        policy of SB3 or sb3-contrib, which is copied and saved with the model; the path of a saved model, which is read again
+        wherever the model is trained; or either with a coefficient, a target or a direction,
+        ``ReferencePolicy("clone.zip", target_kl=0.5)``, or the same as a mapping. See
+        :class:`~sb3_adaptive_kl.ReferencePolicy`. The running coefficient is the attribute ``reference_kl_coef``, which
+        ``save`` keeps. ``None`` (default): no reference.
     :param compile: Whether to compile the policy's ``forward`` and the gradients of a minibatch with ``torch.compile``, which
         takes seconds to a minute in the first iteration. Where that fails, or torch is older than 2.13, training goes on
         uncompiled, with one warning. In a callback, ``policy.action_dist`` then holds no distribution:
@@ -129,6 +137,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_stop_factor: float | None = None,
+        reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
     ):

@@ -1,15 +1,18 @@
 """RecurrentAdaptiveKLPPO: sb3-contrib's PPO with LSTM policies, with an adaptive KL penalty instead of clipping."""
 
+from pathlib import Path
 from typing import Any
 
 import torch as th
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.reference import ReferencePolicy
 from sb3_adaptive_kl.rollout.adapters import RecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
@@ -65,6 +68,7 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_stop_factor: float | None = None,
+        reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
     ):

@@ -39,7 +39,9 @@ def minibatch_loss(
     :return: the scalar loss with its graph, and the minibatch's metrics, stacked
     """
     new = adapter.evaluate(policy, rollout_data, old_policy.needs_distribution)
-    loss, metrics = objective(new, old_policy.divergence(index, new), settings)
+    # One forward pass for both divergences
+    reference_kl = None if settings.reference_kl_coef is None else old_policy.reference_divergence(index, new)
+    loss, metrics = objective(new, old_policy.divergence(index, new), settings, reference_kl)
     return loss, metrics.stack()
 
 

@@ -4,7 +4,7 @@ The train step: PPO with an adaptive KL penalty, for every host (PPO, MaskablePP
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4. One update: remember the old policy's action distributions;
 take minibatch steps on
 
-    −E[r Â] + β · KL(π_old ‖ π) + c_1 · (V − R)² − c_2 · entropy;
+    −E[r Â] + β · KL(π_old ‖ π) + c_1 · (V − R)² − c_2 · entropy   (+ c · KL to a reference policy);
 
 measure d = KL(π_old ‖ π) on the whole rollout, after the last step; step back if it exceeds the ceiling; undo the update if it
 diverged; adapt β, and the learning rate, for the next one.
@@ -39,6 +39,7 @@ from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.penalty import FixedPenalty, PenaltyRule
+from sb3_adaptive_kl.reference import adapted_kl_coef
 from sb3_adaptive_kl.rollout.minibatches import minibatches, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
@@ -78,6 +79,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             returns an invalid target or coefficient
         """
         check_settings(self)  # a callback may have changed them
+        self._prepare_reference()
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
         rule, bounds = self._penalty_rule(settings.target_kl), kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
@@ -88,7 +90,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
         with without_validation(self.policy), sequences_at_once(self.policy, self.rollout_buffer):
             snapshot = Snapshot(self.policy, self._versions)
-            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence)
+            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence, self._reference)
             if self._n_updates == 0:
                 warn_if_random(old_policy, settings.target_kl)
             try:
@@ -115,6 +117,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot.restore()
             self.policy.optimizer.zero_grad()  # a NaN is of no use to callbacks
             kl = RolloutKL(0.0, 0.0)  # of the restored policy
+            if self._reference is not None:
+                kl = kl._replace(reference=self._measure_kl(old_policy).reference)
             self.step_scale = 0.0
             self.kl_coef = settings.kl_coef  # discard what a rule did within the undone update
             self._undone_updates += 1
@@ -126,6 +130,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
         self._adapt_learning_rate(rule_kl, settings.target_kl, metrics, clips)
+        if self._reference is not None and kl.reference is not None:
+            self.reference_kl_coef = adapted_kl_coef(self._reference.spec, self.reference_kl_coef, kl.reference, bounds)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:

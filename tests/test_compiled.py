@@ -14,7 +14,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO, ReferencePolicy
 from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, remember
 
 pytestmark = NEEDS_COMPILER
@@ -27,6 +27,7 @@ EVERYTHING = {
     "clip_range_vf": 0.2,
     "ent_coef": 0.01,
     "kl_cutoff_coef": 100.0,
+    "reference_policy": ReferencePolicy(CASES["box"].build(PPO, seed=1).policy, target_kl=1e-3),
 }
 OPTIMIZERS = {
     "adamw": {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1, "amsgrad": True}},
@@ -119,7 +120,7 @@ class TestBox:
         """No schedule, no β that changes, no annealing callback, no shorter last minibatch compiles again at every update."""
         model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL, **EVERYTHING)
         seconds = []
-        betas = set()
+        betas, reference_coefs = set(), set()
         before = n_compilations()
         for iteration in range(4):
             collect(model)
@@ -127,9 +128,11 @@ class TestBox:
             model.kl_cutoff_coef = 100.0 + iteration
             model.train()
             betas.add(model.kl_coef)
+            reference_coefs.add(model.reference_kl_coef)
             seconds.append(model.logger.name_to_value.get("time/compilation"))
         assert n_compilations() - before == 3  # to act, and for both sizes of minibatch
         assert len(betas) > 1
+        assert len(reference_coefs) > 1
         assert seconds[0] > 0
         assert seconds[1:] == [None] * 3  # told once
 

@@ -15,7 +15,9 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPO
 BLOCKS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL) for path in PAGES}
 
 
-@pytest.mark.parametrize(("page", "timesteps"), [("README.md", 4096), ("guide.md", 4096), ("coming_from.md", 0)])
+@pytest.mark.parametrize(
+    ("page", "timesteps"), [("README.md", 4096), ("guide.md", 4096), ("coming_from.md", 0), ("continuing.md", 0)]
+)
 def test_python_blocks_run(page, timesteps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -26,7 +28,7 @@ def test_python_blocks_run(page, timesteps, tmp_path, monkeypatch):
 
 
 def test_no_page_with_python_blocks_is_left_out():
-    assert {page for page, blocks in BLOCKS.items() if blocks} == {"README.md", "guide.md", "coming_from.md"}
+    assert {page for page, blocks in BLOCKS.items() if blocks} == {"README.md", "guide.md", "coming_from.md", "continuing.md"}
 
 
 def test_all_arguments_are_documented():
@@ -35,7 +37,8 @@ def test_all_arguments_are_documented():
 
 
 def test_log_key_table_is_complete():
-    options = {"kl_ceiling": 1.5, "learning_rate_rule": "balanced"}
+    reference = CASES["discrete"].build(PPO, n_steps=64).policy
+    options = {"kl_ceiling": 1.5, "learning_rate_rule": "balanced", "reference_policy": reference}
     ours = CASES["discrete"].build(AdaptiveKLPPO, n_steps=64, **options).learn(64)
     theirs = CASES["discrete"].build(PPO, n_steps=64).learn(64)
     table = (REPOSITORY / "docs" / "logs.md").read_text()
@@ -43,7 +46,17 @@ def test_log_key_table_is_complete():
         assert re.search(rf"^\| .*`{key}`.* \|", table, flags=re.MULTILINE), key
 
 
-WRAPPED = ("README.md", "index.md", "guide.md", "logs.md", "coming_from.md", "results.md", "zoo.md", "compare.md")
+WRAPPED = (
+    "README.md",
+    "index.md",
+    "guide.md",
+    "continuing.md",
+    "logs.md",
+    "coming_from.md",
+    "results.md",
+    "zoo.md",
+    "compare.md",
+)
 
 
 @pytest.mark.parametrize("page", WRAPPED)

@@ -1,5 +1,6 @@
-"""Test examples/training_curves.py, which plots a TensorBoard log."""
+"""Test examples/training_curves.py, which plots a TensorBoard log, and examples/continue_a_policy.py."""
 
+import csv
 import runpy
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "training_curves.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "training_curves.py"
 
 
 @pytest.mark.filterwarnings("ignore")  # From tensorboard and protobuf
@@ -35,3 +37,20 @@ def test_log_is_read_and_plotted(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["", str(folder)])
         with pytest.raises(SystemExit, match=message):
             runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_clone_is_continued(tmp_path, monkeypatch, capsys):
+    """With the clone as the reference, on a task that the expert did not know."""
+    output = tmp_path / "runs" / "reference.csv"
+    sizes = ["-n", "2048", "--n-transitions", "512", "--eval-every", "1024", "--eval-episodes", "1"]
+    changed = ["--env-kwargs", '{"sutton_barto_reward": true}', "--reference", '{"target_kl": 0.5}']
+    monkeypatch.setattr(sys, "argv", ["", "--env", "CartPole-v1", "-o", str(output), *sizes, *changed])
+    runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    assert [row["timesteps"] for row in rows] == ["0", "1024", "2048"]
+    assert all(row["cloned_return"] == rows[0]["return"] for row in rows)
+    assert all(-1 <= float(row["return"]) <= 0 for row in rows)  # only a fall costs something
+    monkeypatch.setattr(sys, "argv", ["", "--env", "Hopper-v5"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
+    assert "pass a saved model with --expert" in capsys.readouterr().err

@@ -47,7 +47,7 @@ from sb3_adaptive_kl.training import KLPenaltyTraining
 # What the update depends on besides arguments
 COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "learning_rate_scale", "_undone_in_a_row")
 # All arguments of ours and of the hosts', but those that may differ between ranks
-COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - {"verbose", "tensorboard_log"})
+COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - {"verbose", "tensorboard_log", "reference_policy"})
 
 CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
@@ -195,6 +195,9 @@ class DataParallel(KLPenaltyTraining):
         facts: dict[str, Any] = {k: v for k, v in values if isinstance(v, Real | str | tuple | type | None) or is_dataclass(v)}
         facts |= settings_at(self, self._current_progress_remaining)._asdict()  # the values of schedules, too
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
+        if self._reference is not None:  # its file may lie elsewhere on another machine
+            spec = self._reference.spec
+            facts["reference_policy"] = spec.target_kl, spec.direction, self._reference.checksum
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
         return facts
 

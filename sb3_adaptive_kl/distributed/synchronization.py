@@ -85,12 +85,16 @@ def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
     """
     Combine what the ranks have measured, each on its own rollout. *Collective.*
 
-    :param kl: the mean and largest divergence on this rank's rollout, in nats
+    :param kl: the divergences on this rank's rollout, in nats
     :param n_transitions: how many transitions it holds
-    :return: mean and largest divergence over the transitions of all ranks
+    :return: the divergences over the transitions of all ranks
     """
-    n, total, largest = gather(th.tensor([n_transitions, n_transitions * kl.mean, kl.max], dtype=th.float64)).unbind(dim=1)
-    return RolloutKL((total.sum() / n.sum()).item(), largest.max().item())
+    means = [kl.mean] if kl.reference is None else [kl.mean, kl.reference]
+    n, largest, *totals = gather(
+        th.tensor([n_transitions, kl.max, *(n_transitions * mean for mean in means)], dtype=th.float64)
+    ).unbind(dim=1)
+    mean, *reference = [(total.sum() / n.sum()).item() for total in totals]
+    return RolloutKL(mean, largest.max().item(), *reference)
 
 
 def running_statistics(normalize: VecNormalize | None) -> list[RunningMeanStd]:

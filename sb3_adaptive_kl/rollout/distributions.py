@@ -96,7 +96,8 @@ def hidden_distribution_error(policy: ActorCriticPolicy) -> ValueError:
     return ValueError(
         f"policy={type(policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
         "policy.action_dist, so its KL divergence cannot be computed: build it with "
-        "self._get_action_dist_from_latent(latent_pi) as SB3's policies do, or pass kl_divergence='k3'"
+        "self._get_action_dist_from_latent(latent_pi) as SB3's policies do, or pass kl_divergence='k3' (and no "
+        "reference_policy)"
     )
 
 
@@ -129,7 +130,7 @@ def no_closed_form_error(distribution: Distribution | None) -> ValueError:
     return ValueError(
         f"kl_divergence: no closed-form KL is implemented for the action distribution {type(distribution).__name__} (it holds "
         f"{type(held).__name__}, and its log_prob may have other parts): pass kl_divergence='k3', which needs only "
-        "log-probabilities"
+        "log-probabilities (and no reference_policy)"
     )
 
 

@@ -6,7 +6,7 @@ looked up by index. All buffers of SB3 and sb3-contrib draw through ``_get_sampl
 indices for any buffer, padded or masked, without changing the buffer or its random numbers.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -74,15 +74,40 @@ def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = Fal
     :return: as for ``minibatches``
     :raises ValueError: as for ``minibatches``
     """
-    # The first minibatch of an epoch: drawing it flattens the rollout, and shows the arguments of _get_samples
-    with closing(_draws(buffer, batch_size=1)) as epoch:
-        _, draw = next(epoch)
+    samples_at = _sampler(buffer)
     n_transitions = buffer.buffer_size * buffer.n_envs
     cuts = _cuts_between_sequences(buffer, chunk_size) if whole_sequences else range(0, n_transitions, chunk_size)
     for start, end in pairwise([*cuts, n_transitions]):
-        batch_inds = np.arange(start, end)
+        yield samples_at(np.arange(start, end))
+
+
+def through_time(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.Tensor]]:
+    """
+    Draw every transition of the rollout once, in the order of time: some steps of all environments, then their next steps.
+
+    :param buffer: as for ``minibatches``
+    :param chunk_size: transitions at a time, at most, but one step of each environment at least
+    :return: as for ``minibatches``; within a chunk, one environment after the other
+    :raises ValueError: as for ``minibatches``
+    """
+    samples_at = _sampler(buffer)
+    first_steps = np.arange(0, buffer.buffer_size * buffer.n_envs, buffer.buffer_size)
+    n_steps = max(chunk_size // buffer.n_envs, 1)
+    for start, end in pairwise([*range(0, buffer.buffer_size, n_steps), buffer.buffer_size]):
+        yield samples_at((first_steps[:, None] + np.arange(start, end)).flatten())
+
+
+def _sampler(buffer: RolloutBuffer) -> Callable[[np.ndarray], tuple[Any, th.Tensor]]:
+    """Flatten the rollout, and return the function that draws its transitions by their indices."""
+    # The first minibatch of an epoch: drawing it flattens the rollout, and shows the arguments of _get_samples
+    with closing(_draws(buffer, batch_size=1)) as epoch:
+        _, draw = next(epoch)
+
+    def samples_at(batch_inds: np.ndarray) -> tuple[Any, th.Tensor]:
         samples = buffer._get_samples(batch_inds, *draw.args, **draw.kwargs)
-        yield samples, th.as_tensor(batch_inds, device=buffer.device)
+        return samples, th.as_tensor(batch_inds, device=buffer.device)
+
+    return samples_at
 
 
 def _cuts_between_sequences(buffer: RolloutBuffer, chunk_size: int) -> list[int]:

@@ -1,7 +1,7 @@
 """π_old, remembered for one rollout: what the policy is compared with while it moves and after it has moved."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from sb3_adaptive_kl.rollout.distributions import (
     torch_distribution,
 )
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
+from sb3_adaptive_kl.rollout.reference import Reference
 
 # Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
 # fewer, since they are padded; images only as many as fit into a block, and wide networks as many as keep what a module
@@ -31,10 +32,14 @@ CHUNK_PROBE_SIZE = 64  # transitions that tell how much a module returns
 
 
 class RolloutKL(NamedTuple):
-    """The divergence over the states of a rollout, in nats: its mean, which is d, and its largest value."""
+    """
+    The divergence over the states of a rollout, in nats: its mean, which is d, and its largest value; and the mean KL to the
+    reference policy, if there is one.
+    """
 
     mean: float
     max: float
+    reference: float | None = None
 
 
 class OldPolicy:
@@ -48,18 +53,25 @@ class OldPolicy:
     :param buffer: the full rollout buffer; it is read, and flattened as an epoch of SB3 flattens it
     :param adapter: knows how the policy is called, and what is padding
     :param kl_divergence: a name in ``DIVERGENCES``
-    :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws
+    :param reference: another policy to measure the distance from, on the same states, if there is one
+    :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws, or the
+        reference cannot be compared
     """
 
     def __init__(
-        self, policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter, kl_divergence: str = "forward"
+        self,
+        policy: ActorCriticPolicy,
+        buffer: RolloutBuffer,
+        adapter: PolicyAdapter,
+        kl_divergence: str = "forward",
+        reference: Reference | None = None,
     ) -> None:
         self.policy = policy
         self.buffer = buffer
         self.adapter = adapter
         self._divergence = DIVERGENCES[kl_divergence]
-        # Whether the divergence compares distributions, and not only log-probabilities of the actions taken
-        self.needs_distribution = self._divergence.needs_distribution
+        # Whether distributions are compared, and not only log-probabilities of the actions taken
+        self.needs_distribution = self._divergence.needs_distribution or reference is not None
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
@@ -75,6 +87,12 @@ class OldPolicy:
                     # Filled in place: small tensors between the large ones of a network would leave holes in memory
                     self.distribution = new.distribution.allocate(self._n_transitions)
                 self.distribution[index] = new.distribution
+        self.reference: ActionDistribution | None = None
+        if reference is not None:
+            self.reference = reference.on_rollout(buffer, adapter, self._chunk_size)
+            self._reference_divergence = DIVERGENCES[reference.spec.direction]
+            assert self.distribution is not None
+            reference.check_comparable(self.reference, self.distribution)
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -86,30 +104,43 @@ class OldPolicy:
         """
         return self._divergence.between(None if self.distribution is None else self.distribution[index], new)
 
+    def reference_divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
+        """
+        Compare the policy's evaluation of some transitions with the reference policy's. Parameters: as for ``divergence``.
+
+        :return: the KL divergence at each state, in nats, shape ``(B,)``
+        """
+        assert self.reference is not None
+        return self._reference_divergence.between(self.reference[index], new)
+
     def divergence_on_rollout(self) -> th.Tensor:
         """
         Measure the policy, as it is now, at each state of the rollout.
 
         :return: the divergence from the old policy at each state, in nats, shape ``(N,)``
         """
-        divergence = None
-        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution, self._chunk_size)) as evaluations:
-            for _, index, new in evaluations:
-                part = self.divergence(index, new)
-                if divergence is None:
-                    divergence = part.new_empty(self._n_transitions)
-                divergence[index] = part
-        assert divergence is not None  # a full rollout holds at least one transition
-        return divergence
+        return self._on_rollout(self.divergence)[0]
 
     def kl(self) -> RolloutKL:
         """Measure the policy, as it is now, on the whole rollout: NaN where its distributions are not valid any more."""
+        measures = [self.divergence] if self.reference is None else [self.divergence, self.reference_divergence]
         try:
-            divergence = self.divergence_on_rollout()
+            divergence, *others = self._on_rollout(*measures)
         except ValueError as error:  # before the update they were, in this very sweep
             self.error = error
-            return RolloutKL(math.nan, math.nan)
-        return RolloutKL(divergence.mean().item(), divergence.max().item())
+            return RolloutKL(math.nan, math.nan, None if self.reference is None else math.nan)
+        return RolloutKL(divergence.mean().item(), divergence.max().item(), *(other.mean().item() for other in others))
+
+    def _on_rollout(self, *measures: Callable[[th.Tensor, Evaluation], th.Tensor]) -> list[th.Tensor]:
+        """Evaluate some functions of the policy at each state of the rollout, in one sweep: shapes ``(N,)``."""
+        results: list[th.Tensor] = []
+        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution, self._chunk_size)) as evaluations:
+            for _, index, new in evaluations:
+                parts = [measure(index, new) for measure in measures]
+                results = results or [part.new_empty(self._n_transitions) for part in parts]
+                for result, part in zip(results, parts, strict=True):
+                    result[index] = part
+        return results
 
     def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
         """

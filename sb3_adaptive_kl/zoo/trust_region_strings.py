@@ -8,9 +8,11 @@ Parse the forms of targets, clip ranges and coefficients, in a yml file or after
     clip_range: outliers        the clip range that follows the target
     clip_range: null            no clipping (`clip_range:None` after `-params`)
     ent_coef: lin_0.01          decays linearly from 0.01 to 0, as vf_coef may
+    reference_policy: {policy: clone.zip, kl_coef: lin_1.0}     a penalty that fades
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from stable_baselines3.common.utils import LinearSchedule
@@ -29,7 +31,8 @@ TRUST_REGION = {
 
 def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """
-    Parse the strings among ``target_kl``, ``clip_range``, ``clip_range_vf``, ``ent_coef`` and ``vf_coef``.
+    Parse the strings among ``target_kl``, ``clip_range``, ``clip_range_vf``, ``ent_coef`` and ``vf_coef``, and the coefficient
+    of a ``reference_policy``.
 
     :param hyperparams: of one of our algorithms
     :return: a copy with numbers and schedules of SB3, so that a saved agent does not need the zoo
@@ -47,4 +50,10 @@ def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}={text!r}{remedy}")
         value = LinearSchedule(float(match[3]), 0.0, 1.0) if match[2] else float(match[3])
         parsed[name] = clip_equivalent_target(value) if match[1] else value
+    reference = parsed.get("reference_policy")
+    if isinstance(reference, Mapping) and isinstance(coef := reference.get("kl_coef"), str):
+        match = re.fullmatch(r"lin_(\d*\.?\d+(?:[eE][-+]?\d+)?)", coef)
+        if match is None:
+            raise ValueError(f"reference_policy: kl_coef={coef!r} must be a number or lin_1.0")
+        parsed["reference_policy"] = {**reference, "kl_coef": LinearSchedule(float(match[1]), 0.0, 1.0)}
     return parsed

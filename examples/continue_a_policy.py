@@ -1,0 +1,130 @@
+"""
+Continue a policy you trust: clone an expert, then train on from the clone with PPO, with a KL that is held at a target, or
+with the clone as the reference policy, too.
+
+    python examples/continue_a_policy.py --env LunarLander-v3 --arm reference --seed 0 -n 200000 -o runs/reference.csv
+
+The expert is one of the trained agents of this repository, or ``--expert``, a model saved by SB3, sb3-contrib or this package
+(with the zoo's ``<env>/vecnormalize.pkl`` beside it, if it has one). The CSV file has one line for each evaluation, the first
+that of the clone. ``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_adaptive_kl import HELD, AdaptiveKLPPO
+
+AGENTS = Path(__file__).parents[1] / "trained_agents" / "ppo_kl"
+N_ENVS = 8
+
+
+def make_env(args: argparse.Namespace, n_envs: int, seed: int, env_kwargs: dict[str, Any]) -> VecEnv:
+    """Make environments whose observations are those that the expert was trained on."""
+    env = make_vec_env(args.env, n_envs, seed, env_kwargs=env_kwargs)
+    statistics = args.expert.with_suffix("") / "vecnormalize.pkl"
+    if statistics.exists():
+        env = VecNormalize.load(str(statistics), env)
+        env.training = env.norm_reward = False  # the reference policy needs observations that mean the same throughout
+    return env
+
+
+def demonstrate(expert: Any, env: VecEnv, n: int) -> tuple[th.Tensor, th.Tensor]:
+    """Let the expert act for n transitions."""
+    observations, actions, observation = [], [], env.reset()
+    for _ in range(n // env.num_envs):
+        action, _ = expert.predict(observation)  # with its noise: a clone of the best actions alone would have no spread
+        observations.append(observation)
+        actions.append(action)
+        observation, _, _, _ = env.step(action)
+    return th.as_tensor(np.concatenate(observations)), th.as_tensor(np.concatenate(actions))
+
+
+def clone_behavior(policy: ActorCriticPolicy, observations: th.Tensor, actions: th.Tensor, n_epochs: int = 30) -> None:
+    """Maximize the likelihood of the expert's actions. The critic learns nothing from them."""
+    optimizer = th.optim.Adam(policy.parameters(), lr=1e-3)
+    policy.set_training_mode(True)
+    for _ in range(n_epochs):
+        for index in th.randperm(len(observations)).split(64):
+            _, log_prob, entropy = policy.evaluate_actions(observations[index], actions[index])
+            loss = -(log_prob + 1e-3 * entropy).mean()  # a little entropy, as in imitation
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="LunarLander-v3", help="environment")
+    parser.add_argument("--arm", choices=("ppo", "held", "reference"), default="reference", help="how to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of the demonstrations, the clone and the training")
+    parser.add_argument("-n", "--n-timesteps", type=int, default=200_000, help="time steps after the clone")
+    parser.add_argument("-o", "--output", type=Path, default=Path("evaluations.csv"), help="file of the evaluations")
+    parser.add_argument("--expert", type=Path, help="saved model (default: the trained agent of the environment)")
+    parser.add_argument("--n-transitions", type=int, default=10_000, help="demonstrations")
+    parser.add_argument("--env-kwargs", type=json.loads, default={}, help="of a changed task, in JSON")
+    parser.add_argument("--reference", type=json.loads, default={}, help='JSON, such as {"target_kl": 0.5}')
+    parser.add_argument("--eval-every", type=int, default=10_000, help="time steps between evaluations")
+    parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation")
+    args = parser.parse_args()
+    args.expert = args.expert or AGENTS / f"{args.env}_1" / f"{args.env}.zip"
+    if not args.expert.exists():
+        parser.error(f"{args.expert} does not exist: pass a saved model with --expert")
+    th.set_num_threads(1)
+    set_random_seed(args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    # Any saved model does: PPO reads the agents of AdaptiveKLPPO, too
+    objects = {"clip_range": 0.2, "target_kl": None, "lr_schedule": lambda _: 0.0, "learning_rate": 0.0}
+    expert = PPO.load(args.expert, device="cpu", custom_objects=objects)
+    demonstrations = demonstrate(expert, make_env(args, N_ENVS, args.seed, {}), args.n_transitions)
+
+    env = make_env(args, N_ENVS, 1000 + args.seed, args.env_kwargs)
+    env = VecNormalize(env, norm_obs=False, gamma=expert.gamma)  # rewards of one scale for the critic, whatever the task
+    evaluation_env = make_env(args, 1, 2000 + args.seed, args.env_kwargs)
+    evaluation_env = VecNormalize(evaluation_env, training=False, norm_obs=False, norm_reward=False)
+    clone = PPO("MlpPolicy", env, n_steps=2048 // N_ENVS, gamma=expert.gamma, seed=args.seed, device="cpu")
+    clone_behavior(clone.policy, *demonstrations)
+    path = args.output.with_suffix(".clone.zip")
+    clone.save(path)
+
+    # A model of PPO goes on as one of AdaptiveKLPPO: load() replaces its clip range and sets the rest
+    if args.arm == "ppo":
+        model = PPO.load(path, env, device="cpu")
+    elif args.arm == "held":
+        model = AdaptiveKLPPO.load(path, env, device="cpu", **HELD)
+    else:
+        reference = {"policy": str(path), **args.reference}
+        model = AdaptiveKLPPO.load(path, env, device="cpu", **HELD, reference_policy=reference)
+    cloned, _ = evaluate_policy(model, evaluation_env, args.eval_episodes)
+    evaluation = EvalCallback(
+        evaluation_env,
+        n_eval_episodes=args.eval_episodes,
+        eval_freq=args.eval_every // N_ENVS,
+        log_path=str(args.output.with_suffix("")),
+        verbose=0,
+    )
+    model.learn(args.n_timesteps, callback=evaluation)
+    evaluations = zip(evaluation.evaluations_timesteps, np.mean(evaluation.evaluations_results, axis=1), strict=True)
+    with args.output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["env", "arm", "seed", "timesteps", "return", "cloned_return"])
+        for timesteps, mean_return in [(0, cloned), *evaluations]:
+            writer.writerow([args.env, args.arm, args.seed, timesteps, mean_return, cloned])
+    print(f"Saved {len(evaluation.evaluations_timesteps)} evaluations to {args.output}; the clone had {cloned:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""
+A frozen policy, evaluated on every rollout: the distributions that the policy in training is compared with.
+
+It is evaluated once per update, before the first step, in eval mode. It sees the observations of the training environment,
+under the masks of the rollout. A policy with an LSTM has a memory of its own: what the rollout holds are the hidden states of
+the policy in training.
+"""
+
+import json
+import zipfile
+import zlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_adaptive_kl.reference import ReferencePolicy, from_frozen_bytes, frozen_bytes, tells_probabilities
+from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
+from sb3_adaptive_kl.rollout.distributions import (
+    ActionDistribution,
+    Categoricals,
+    action_distribution,
+    closed_form_log_prob,
+    forget_distribution,
+    torch_distribution,
+)
+from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time
+
+# What a saved model has to tell about its policy
+NEEDED = ("policy_class", "observation_space", "action_space", "policy_kwargs", "use_sde")
+
+
+class Reference:
+    """
+    The reference policy of one model: frozen, and with a memory where it has an LSTM.
+
+    :param spec: the argument ``reference_policy``, interpreted
+    :param policy: the policy in training
+    :raises ValueError: if the file cannot be read, or holds a policy of another environment
+    """
+
+    def __init__(self, spec: ReferencePolicy, policy: ActorCriticPolicy) -> None:
+        self.spec = spec
+        frozen: Any
+        if isinstance(spec.policy, str):
+            frozen, self._name = read_policy(spec.policy), repr(spec.policy)
+        else:  # a copy: the original may be trained further
+            frozen, self._name = from_frozen_bytes(frozen_bytes(spec.policy)), type(spec.policy).__name__
+        for space in ("action_space", "observation_space"):
+            its, ours = getattr(frozen, space), getattr(policy, space)
+            if its != ours:
+                raise ValueError(
+                    f"reference_policy={self._name} has the {space} {its}, and the environment has {ours}: pass a policy of "
+                    "this environment, wrapped in the same way (SB3 puts the channels of images first)"
+                )
+        if frozen.squash_output != policy.squash_output:
+            raise ValueError(
+                f"reference_policy={self._name} has squash_output={frozen.squash_output}, and the policy in training "
+                f"{policy.squash_output}: they are not of one family, so give both the same"
+            )
+        self.policy = frozen.to(policy.device)
+        self.policy.requires_grad_(False)
+        self.policy.set_training_mode(False)
+        parameters = [parameter.detach().cpu().contiguous() for parameter in self.policy.parameters()]
+        # Tells whether several processes have the same
+        self.checksum = zlib.crc32(b"".join(parameter.view(-1).view(th.uint8).numpy().tobytes() for parameter in parameters))
+        self._memory: tuple[th.Tensor, th.Tensor] | None = None  # hidden and cell states of its LSTM
+
+    def on_rollout(self, buffer: RolloutBuffer, adapter: PolicyAdapter, chunk_size: int) -> ActionDistribution:
+        """
+        Evaluate the reference on a rollout, and let its memory go on to the next one.
+
+        :param buffer: a full rollout buffer
+        :param adapter: of the policy in training; knows what is padding
+        :param chunk_size: transitions per forward pass, at most
+        :return: its distributions at the N states, in the order of the flattened rollout
+        :raises ValueError: if its distribution is not known here, or not finite
+        """
+        result = None
+        with th.no_grad(), preserve_random_state():
+            for rollout_data, index in through_time(buffer, chunk_size):
+                valid = adapter.valid(rollout_data)
+                masks = getattr(rollout_data, "action_masks", None)
+                try:
+                    distribution = self._distribution(_select(rollout_data.observations, valid), buffer, index)
+                except ValueError as error:
+                    raise self._invalid_error() from error
+                if result is None:
+                    self._check_distribution(distribution, taken_actions(self.policy, rollout_data), valid)
+                part = _comparable(distribution, self.policy.action_space, _select(masks, valid))
+                if result is None:
+                    result = part.allocate(buffer.buffer_size * buffer.n_envs)
+                result[index] = part
+        forget_distribution(self.policy)
+        assert result is not None  # a full rollout holds at least one transition
+        if not result.kl(result).isfinite().all():  # a NaN, or a standard deviation that has underflowed to 0
+            raise self._invalid_error()
+        return result
+
+    def _invalid_error(self) -> ValueError:
+        return ValueError(
+            f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone it "
+            "with an entropy bonus, or check its file and the observations for NaN"
+        )
+
+    def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution) -> None:
+        """
+        Check that there is a KL divergence between the reference's distributions and the policy's.
+
+        :param mine: of the reference
+        :param policys: of the policy in training
+        :raises ValueError: if they are of two families, or of two shapes
+        """
+        if _form(mine) != _form(policys):
+            raise ValueError(
+                f"reference_policy={self._name} has {_form(mine)}, and the policy in training {_form(policys)}: there is no "
+                "KL divergence between them, so pass a policy with the same action distribution"
+            )
+
+    def _distribution(self, observations: Any, buffer: RolloutBuffer, index: th.Tensor) -> Distribution:
+        shape = getattr(self.policy, "lstm_hidden_state_shape", None)
+        if shape is None:
+            return self.policy.get_distribution(observations)  # type: ignore[no-any-return]
+        starts = buffer.episode_starts  # (T, n_envs), or flattened, as sb3-contrib's recurrent buffers do
+        starts = starts if starts.shape[1] == 1 else buffer.swap_and_flatten(starts)
+        shape = (shape[0], buffer.n_envs, shape[2])
+        if self._memory is None or self._memory[0].shape != shape:  # the first rollout, or one of other environments
+            self._memory = (th.zeros(shape, device=self.policy.device), th.zeros(shape, device=self.policy.device))
+        recurrent: Any = self.policy
+        episode_starts = th.as_tensor(starts, device=index.device)[index].flatten()
+        distribution, self._memory = recurrent.get_distribution(observations, self._memory, episode_starts)
+        return distribution  # type: ignore[no-any-return]
+
+    def _check_distribution(self, distribution: Distribution, actions: th.Tensor, valid: th.Tensor | None) -> None:
+        """Check that the known parameters are all there is: a user's distribution may have another part."""
+        actions = actions if valid is None else actions[valid]
+        closed_form = closed_form_log_prob(distribution, actions)
+        log_prob = distribution.log_prob(actions)
+        if closed_form is None or not th.isclose(closed_form, log_prob, 1e-4, 1e-4, equal_nan=True).all():
+            raise ValueError(
+                f"reference_policy={self._name} has the action distribution {type(distribution).__name__}, of which no closed-"
+                "form KL is implemented: pass a policy with one of SB3's distributions"
+            )
+
+
+def read_policy(path: str) -> Any:
+    """
+    Load the policy of a saved model, or a policy saved by ``policy.save()``, on the CPU.
+
+    :param path: with or without ``.zip``
+    :return: the policy; no random numbers are drawn
+    :raises ValueError: if there is no such file, or it holds something else
+    """
+    file = next((file for file in (Path(path), Path(f"{path}.zip")) if file.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"reference_policy={path!r}: there is no such file in {Path.cwd()}. Pass the path of a saved model; where a model "
+            "is loaded, load(…, reference_policy=…) names its new place, and reference_policy=None trains without it"
+        )
+    with preserve_random_state():
+        try:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    names = archive.namelist()
+                    saved = json.loads(archive.read("data")) if "data" in names else None
+                policy = _of_model(file, saved) if saved is not None else _of_policy(file)
+            else:
+                policy = _of_policy(file)
+        except Exception as error:
+            raise ValueError(
+                f"reference_policy={path!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). It must be "
+                "a model saved by model.save(), or a policy saved by policy.save(); of a policy class of your own, pass the "
+                "policy itself"
+            ) from error
+    if not tells_probabilities(policy):
+        raise ValueError(
+            f"reference_policy={path!r} holds a {type(policy).__name__}, which does not tell the probabilities of its "
+            "actions: pass a model of PPO, A2C, TRPO, MaskablePPO, RecurrentPPO or of an algorithm of this package"
+        )
+    return policy
+
+
+def _of_model(file: Path, saved: dict[str, Any]) -> Any:
+    # The rest, such as schedules, may need the user's code
+    not_needed = dict.fromkeys(saved.keys() - set(NEEDED))
+    data, parameters, _ = load_from_zip_file(file, custom_objects=not_needed, device="cpu")
+    assert data is not None
+    policy_class, kwargs = data["policy_class"], data["policy_kwargs"]
+    if not hasattr(policy_class, "get_distribution"):
+        return object.__new__(policy_class)  # only to be named
+    sde = {"use_sde": True} if data.get("use_sde") else {}  # MaskablePPO's policies do not have the argument
+    policy = policy_class(data["observation_space"], data["action_space"], lr_schedule=lambda _: 0.0, **sde, **kwargs)
+    policy.load_state_dict(parameters["policy"])
+    return policy
+
+
+def _of_policy(file: Path) -> Any:
+    saved = th.load(file, map_location="cpu", weights_only=False)
+    if isinstance(saved, BasePolicy):  # th.save(policy), as older versions of imitation do
+        return saved
+    # The file does not name its class. SB3's differ in what is saved alone
+    policy = ActorCriticPolicy(**saved["data"])
+    policy.load_state_dict(saved["state_dict"])
+    return policy
+
+
+def _comparable(distribution: Distribution, space: spaces.Space[Any], masks: th.Tensor | None) -> ActionDistribution:
+    """Extract the parameters, laid out and masked as those of the policy in training."""
+    parameters = action_distribution(distribution)
+    if not isinstance(parameters, Categoricals):
+        return parameters
+    if isinstance(space, spaces.MultiBinary):
+        # sb3-contrib's masked policies have two outcomes side by side for each switch, others first all that are off
+        in_pairs = isinstance(torch_distribution(distribution), list)
+        if in_pairs != (masks is not None):
+            n_switches = parameters.log_probs.shape[1] // 2
+            outcomes = parameters.log_probs.reshape((-1, n_switches, 2) if in_pairs else (-1, 2, n_switches))
+            parameters = Categoricals(outcomes.transpose(1, 2).flatten(1))
+    if masks is None:
+        return parameters
+    from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution  # only masked rollouts need it
+
+    masked = make_masked_proba_distribution(space).proba_distribution(parameters.log_probs)
+    masked.apply_masking(masks)
+    return action_distribution(masked)
+
+
+def _select(tensors: Any, valid: th.Tensor | None) -> Any:
+    """Select the rows that are no padding, of a tensor or a dict of them."""
+    if valid is None or tensors is None:
+        return tensors
+    return {key: tensor[valid] for key, tensor in tensors.items()} if isinstance(tensors, dict) else tensors[valid]
+
+
+def _form(distribution: ActionDistribution) -> tuple[Any, ...]:
+    shapes = [tuple(getattr(distribution, field.name).shape[1:]) for field in fields(distribution)]
+    return type(distribution).__name__, *shapes
