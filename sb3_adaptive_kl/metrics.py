@@ -13,6 +13,9 @@ from stable_baselines3.common.logger import Logger
 from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
+# Places in a stacked MinibatchMetrics
+POLICY_GRADIENT_LOSS, KL_LOSS, KL = map(MinibatchMetrics._fields.index, ("policy_gradient_loss", "kl_loss", "kl"))
+
 
 class UpdateMetrics:
     """Collects the minibatches of one update, epoch by epoch."""
@@ -56,8 +59,7 @@ class UpdateMetrics:
         # One synchronization with the device
         # At rest, before the first step, the policy in training mode differs from the remembered one by dropout and batch
         # normalization alone
-        kl = MinibatchMetrics._fields.index("kl")
-        at_rest, *others = th.stack([self._minibatches[0], *self._minibatches[minibatches]])[:, kl].tolist()
+        at_rest, *others = th.stack([self._minibatches[0], *self._minibatches[minibatches]])[:, KL].tolist()
         return [other - at_rest for other in others]
 
     def balance(self, minibatches: slice | None = None) -> float:
@@ -72,8 +74,9 @@ class UpdateMetrics:
         chosen = self._minibatches[minibatches or slice(1, self.n_minibatches // 2 + 1)]
         if not chosen:
             return math.nan
-        sums = MinibatchMetrics(*th.stack(chosen).sum(dim=0).tolist())
-        return -sums.policy_gradient_loss / (2 * sums.kl_loss) if sums.kl_loss > 0 else math.inf
+        sums = th.stack(chosen).sum(dim=0).tolist()
+        gain, penalty = -sums[POLICY_GRADIENT_LOSS], sums[KL_LOSS]
+        return gain / (2 * penalty) if penalty > 0 else math.inf
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """
