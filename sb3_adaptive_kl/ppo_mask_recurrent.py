@@ -1,8 +1,10 @@
 """MaskableRecurrentAdaptiveKLPPO: PPO with LSTM policies and invalid action masking, and an adaptive KL penalty."""
 
+from pathlib import Path
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_adaptive_kl.algorithm import arguments
@@ -10,6 +12,7 @@ from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.maskable_recurrent.ppo import MaskableRecurrentPPO
 from sb3_adaptive_kl.penalty import PenaltyRule
+from sb3_adaptive_kl.reference import ReferencePolicy
 from sb3_adaptive_kl.rollout.adapters import MaskableRecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
@@ -51,7 +54,7 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
         ent_coef: float | Schedule = 0.0,
         vf_coef: float | Schedule = 0.5,
         max_grad_norm: float = 0.5,
-        target_kl: float | Schedule = 0.01,
+        target_kl: float | Schedule = 0.02,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -66,6 +69,7 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
         kl_divergence: str = "forward",
         kl_cutoff_coef: float = 0.0,
         kl_stop_factor: float | None = None,
+        reference_policy: BasePolicy | str | Path | dict[str, Any] | ReferencePolicy | None = None,
         compile: bool = False,
         _init_setup_model: bool = True,
     ):

@@ -8,7 +8,14 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_adaptive_kl import HELD, AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO, ReferencePolicy
+from sb3_adaptive_kl import (
+    HELD,
+    AdaptiveKLPPO,
+    MaskableAdaptiveKLPPO,
+    MaskableRecurrentAdaptiveKLPPO,
+    RecurrentAdaptiveKLPPO,
+    ReferencePolicy,
+)
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.reference import adapted_kl_coef, reference_kl_coef
 from sb3_adaptive_kl.rollout.adapters import RecurrentPolicyAdapter
@@ -16,7 +23,7 @@ from sb3_adaptive_kl.rollout.minibatches import minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.rollout.reference import Reference
 from sb3_adaptive_kl.step import minibatch_loss
-from tests import test_maskable, test_recurrent
+from tests import test_maskable, test_maskable_recurrent, test_recurrent
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -254,9 +261,16 @@ def continue_collecting(model):
     del model.train
 
 
-@pytest.mark.parametrize("case", ["box", "dict", "gsde", "shared-lstm"])
-def test_memory_that_began_with_the_policys_agrees_with_it(case):
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        *[(RecurrentAdaptiveKLPPO, test_recurrent.CASES[case]) for case in ("box", "dict", "gsde", "shared-lstm")],
+        *[(MaskableRecurrentAdaptiveKLPPO, test_maskable_recurrent.CASES[case]) for case in ("multibinary", "dict")],
+    ],
+    ids=["box", "dict", "gsde", "shared-lstm", "masked-multibinary", "masked-dict"],
+)
+def test_memory_that_began_with_the_policys_agrees_with_it(algorithm, case):
     """The policy itself as the reference: no distance before the first step."""
-    model = collect(test_recurrent.CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
+    model = collect(case.build(algorithm, **SMALL))
     old_policy = on_rollout(model, Reference(ReferencePolicy(model.policy), model.policy))
     assert old_policy.kl().reference < 1e-6
