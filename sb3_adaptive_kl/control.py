@@ -1,7 +1,7 @@
 """
-Apply the rule for β within its bounds, after an update or during it, and warn if β stays at a bound.
+Apply the rule for β within its bounds, after an update or during it, and warn if β, or the learning rate, stays at a bound.
 
-The rules themselves are in ``penalty.py``.
+The rules themselves are in ``penalty.py``, those for the learning rate in ``learning_rate.py``.
 """
 
 import math
@@ -115,6 +115,22 @@ def warn_at_bound(count: int, kl_coef: float, kl: float, target_kl: float) -> No
         f"would move it further: the KL divergence is {kl:.2g}, target_kl {target_kl:.2g}. The coefficient alone cannot "
         f"correct this: the length of Adam's step does not depend on the scale of the loss. {remedy}"
     )
+
+
+def warn_at_limit(count: int, scale: float, learning_rate: float) -> None:
+    """
+    Warn once when a limit of the factor has stopped the rule ``PATIENCE_AT_BOUND`` times in a row.
+
+    :param count: as ``count_at_bound`` returns it
+    :param scale: the factor, at its limit
+    :param learning_rate: the user's, times the factor
+    """
+    if abs(count) == PATIENCE_AT_BOUND:
+        limit = "highest" if count > 0 else "lowest"
+        warn_user(
+            f"learning_rate_scale has been at its {limit} value {scale:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its "
+            f"rule would move it further. Start from where it is, learning_rate={learning_rate:.2g}."
+        )
 
 
 def _checked(wanted: float, source: str, kl_coef: float, kl: float, target_kl: float) -> float:

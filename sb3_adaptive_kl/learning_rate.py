@@ -11,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
-from sb3_adaptive_kl.messages import warn_user
-
 
 class LearningRateRule:
     """
@@ -186,22 +183,6 @@ def scale_within_update(rule: LearningRateRule, scale: float, kl: float, target_
     """
     wanted = _checked(rule.within_update(scale, kl, target_kl, balance), f"{rule!r}.within_update returned", f"kl={kl}")
     return min(max(wanted, rule.lowest), rule.highest)
-
-
-def warn_at_limit(count: int, scale: float, learning_rate: float) -> None:
-    """
-    Warn once when a limit of the factor has stopped the rule ``PATIENCE_AT_BOUND`` times in a row.
-
-    :param count: as ``count_at_bound`` returns it
-    :param scale: the factor, at its limit
-    :param learning_rate: the user's, times the factor
-    """
-    if abs(count) == PATIENCE_AT_BOUND:
-        limit = "highest" if count > 0 else "lowest"
-        warn_user(
-            f"learning_rate_scale has been at its {limit} value {scale:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its "
-            f"rule would move it further. Start from where it is, learning_rate={learning_rate:.2g}."
-        )
 
 
 def _checked(wanted: float, source: str, case: str) -> float:

@@ -31,10 +31,10 @@ from sb3_adaptive_kl.arguments import (
     penalty_rule,
     settings_at,
 )
-from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound
+from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound, warn_at_limit
 from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
 from sb3_adaptive_kl.fast.sequences import sequences_at_once
-from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update, warn_at_limit
+from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings

@@ -28,6 +28,8 @@ def cartpole(algorithm, policy="MlpPolicy", **kwargs):
 
 def masked(algorithm, policy="MlpPolicy"):
     env = make_vec_env(lambda: InvalidActionEnvDiscrete(6, 11, n_invalid_actions=3), n_envs=2)
+    for space in (*env.get_attr("action_space"), *env.get_attr("observation_space")):
+        space.seed(0)  # it draws its states and masks from them
     return algorithm(policy, env, n_steps=64, seed=0, device="cpu")
 
 

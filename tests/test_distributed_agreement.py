@@ -99,7 +99,7 @@ class FreezesOneRank(BaseCallback):
     ("callback", "message"),
     [
         (ChangesOneRank("n_epochs", 3), "n_epochs is 2 on rank 0, but 3 on rank 1"),
-        (ChangesOneRank("target_kl", 0.5), "target_kl is 0.01 on rank 0, but 0.5 on rank 1"),
+        (ChangesOneRank("target_kl", 0.5), "target_kl is 0.02 on rank 0, but 0.5 on rank 1"),
         # As this NumPy prints it: 0.5 before 2.0
         (ChangesOneRank("gamma", np.float64(0.5)), f"gamma is 0.99 on rank 0, but {np.float64(0.5)!r} on rank 1"),
         (MovesOneRank(), "the checksum of the parameters is "),

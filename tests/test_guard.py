@@ -193,7 +193,7 @@ def test_warns_once_at_the_upper_bound():
 
 def test_warns_once_at_the_lower_bound():
     model = CASES["box"].build(AdaptiveKLPPO, learning_rate=1e-7, **SMALL)
-    with pytest.warns(UserWarning, match=r"lower bound 0.03125 for 10.*target_kl 0.01\..*raise learning_rate") as caught:
+    with pytest.warns(UserWarning, match=r"lower bound 0.03125 for 10.*target_kl 0.02\..*raise learning_rate") as caught:
         model.learn(15 * 64)
     assert len(caught) == 1
 

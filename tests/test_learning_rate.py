@@ -8,8 +8,8 @@ import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
-from sb3_adaptive_kl.control import PATIENCE_AT_BOUND
-from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update, warn_at_limit
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, warn_at_limit
+from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.objective import MinibatchMetrics
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
