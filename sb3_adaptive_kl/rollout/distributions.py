@@ -218,10 +218,9 @@ def has_closed_form(distribution: Distribution, actions: th.Tensor, valid: th.Te
         split = zip(heads, th.split(columns, widths, dim=1), shapes, strict=True)
         parts = [_inside(head, part.reshape(shape)) for head, part, shape in split]
         actions = th.cat([_flat(part) for part in parts], dim=1).reshape(actions.shape).to(actions.dtype)
-        try:
-            log_probs = [head.log_prob(part) for head, part in zip(heads, parts, strict=True)]
-        except ValueError:  # these columns are not in its support: they are another head's
-            return False
+        if not all(head.support.check(part).all() for head, part in zip(heads, parts, strict=True)):
+            return False  # the columns of another head
+        log_probs = [head.log_prob(part) for head, part in zip(heads, parts, strict=True)]
         closed_form = sum(_flat(log_prob).sum(dim=1) for log_prob in log_probs)
     log_prob = distribution.log_prob(actions)
     # Another way to the same number may round otherwise; a part elsewhere changes it by far more
