@@ -1,4 +1,5 @@
-"""Test examples/training_curves.py, which plots a TensorBoard log, and examples/continue_a_policy.py."""
+"""Test examples/training_curves.py, which plots a TensorBoard log, examples/continue_a_policy.py and
+examples/hybrid_actions.py."""
 
 import csv
 import runpy
@@ -54,3 +55,9 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "pass a saved model with --expert" in capsys.readouterr().err
+
+
+def test_hybrid_actions_are_trained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "-n", "4096"])
+    runpy.run_path(str(EXAMPLES / "hybrid_actions.py"), run_name="__main__")
+    assert "return of 20 episodes" in capsys.readouterr().out

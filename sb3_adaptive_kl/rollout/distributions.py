@@ -198,16 +198,14 @@ def has_closed_form(distribution: Distribution, actions: th.Tensor, valid: th.Te
     :param valid: a mask of the states that are no padding, shape (B,), if there is padding
     :return: whether its log-probabilities are those of the torch distributions that it holds, as torch or SB3 write them
     """
-    heads = _heads(distribution)
+    held, heads = torch_distribution(distribution), _heads(distribution)
     if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for head in heads for family in _nested(head)):
         return False
     # What SB3 computes: a subclass of the user's may add a part to it, such as a second action
     bases: Any = type(distribution).__mro__
     stock = next(base for base in bases if base.__module__.startswith(STOCK_PACKAGES) or base is object)
-    as_sb3s = all(isinstance(head, Categorical) for head in heads) or isinstance(
-        torch_distribution(distribution), (Normal, Bernoulli)
-    )
-    if as_sb3s and stock not in (Distribution, object):
+    is_sb3s = isinstance(held, (Normal, Bernoulli)) or all(isinstance(head, Categorical) for head in heads)
+    if is_sb3s and stock not in (Distribution, object):
         closed_form = stock.log_prob(distribution, actions)
     else:
         shapes = [head.batch_shape + head.event_shape for head in heads]
