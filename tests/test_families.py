@@ -167,7 +167,7 @@ def test_policy_of_the_users_learns_beside_a_reference(family):
 
 @NEEDS_COMPILER
 def test_compiled_kl_of_several_heads(monkeypatch):
-    """torch compiles its distributions only with validate_args=False."""
+    """torch compiles its distributions only while their validation is off."""
     monkeypatch.setattr(th.distributions.Distribution, "_validate_args", True)  # torch's compiler turns it off forever
     old, index = action_distribution(Hybrid().proba_distribution(th.randn(9, 4))), th.tensor([5, 0, 7])
 
