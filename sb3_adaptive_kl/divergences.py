@@ -31,6 +31,31 @@ def gaussian_kl(p_loc: th.Tensor, p_scale: th.Tensor, q_loc: th.Tensor, q_scale:
     return 0.5 * (mahalanobis + th.expm1(log_var_ratio) - log_var_ratio).sum(dim=1)
 
 
+def beta_kl(p_alpha: th.Tensor, p_beta: th.Tensor, q_alpha: th.Tensor, q_beta: th.Tensor) -> th.Tensor:
+    """
+    KL(p ‖ q) of independent Beta distributions, summed over the action dimensions, in nats::
+
+        Σ_d D(α_p, α_q) + D(β_p, β_q) − D(α_p + β_p, α_q + β_q),    D(x, y) = log Γ(y) − log Γ(x) − ψ(x) (y − x)
+
+    The Bregman divergence of the log-normalizer log B(α, β), as for every exponential family
+    (https://arxiv.org/abs/0911.4863). In double precision: at concentrations of 1e5 the terms are 1e6 times their sum.
+
+    :param p_alpha: first concentrations of p, shape (B, D), > 0
+    :param p_beta: second concentrations of p, shape (B, D), > 0
+    :param q_alpha: first concentrations of q, shape (B, D), > 0
+    :param q_beta: second concentrations of q, shape (B, D), > 0
+    :return: shape (B,), ≥ 0
+    """
+    precise = th.float32 if p_alpha.device.type == "mps" else th.float64  # Apple's GPUs do not have double precision
+    p_a, p_b, q_a, q_b = (concentration.to(precise) for concentration in (p_alpha, p_beta, q_alpha, q_beta))
+
+    def bregman(x: th.Tensor, y: th.Tensor) -> th.Tensor:
+        return y.lgamma() - x.lgamma() - x.digamma() * (y - x)
+
+    kl = bregman(p_a, q_a) + bregman(p_b, q_b) - bregman(p_a + p_b, q_a + q_b)
+    return kl.clamp(min=0).sum(dim=1).to(p_alpha.dtype)
+
+
 def categorical_kl(p_log_probs: th.Tensor, q_log_probs: th.Tensor) -> th.Tensor:
     """
     KL(p ‖ q) of one or several independent categorical distributions side by side, summed over them, in nats::

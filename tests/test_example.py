@@ -1,4 +1,4 @@
-"""Test examples/training_curves.py, which plots a TensorBoard log, and examples/continue_a_policy.py."""
+"""Test the examples: training_curves.py, which plots a TensorBoard log, continue_a_policy.py, and hybrid_actions.py."""
 
 import csv
 import runpy
@@ -54,3 +54,10 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "pass a saved model with --expert" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # From Box2D, which crashes if they are errors
+def test_hybrid_actions_are_trained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "-n", "1"])
+    runpy.run_path(str(EXAMPLES / "hybrid_actions.py"), run_name="__main__")
+    assert "return of 20 episodes" in capsys.readouterr().out

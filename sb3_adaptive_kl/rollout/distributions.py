@@ -2,23 +2,26 @@
 The parameters of an action distribution as plain, indexable tensors.
 
 A policy of SB3 or sb3-contrib owns *one* mutable distribution object: a reference to the old policy's distribution silently
-becomes the new one when the network runs again. So π_old is remembered by its parameters. Two families cover all action
-spaces: Gaussians (Box, with or without gSDE), and categoricals side by side (Discrete, MultiDiscrete, MultiBinary, masked or
-not: a Bernoulli is a categorical with two outcomes).
+becomes the new one when the network runs again. So π_old is remembered by its parameters. Two families cover all of their
+action spaces: Gaussians (Box, with or without gSDE), and categoricals side by side (Discrete, MultiDiscrete, MultiBinary,
+masked or not: a Bernoulli is a categorical with two outcomes). A user's policy may also hold Beta distributions, bijections of
+these, and several heads, one after the other in the columns of the action.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import reduce
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import AffineTransform, SigmoidTransform, TanhTransform, Transform
 from torch.nn import functional as F
 
-from sb3_adaptive_kl.divergences import categorical_kl, gaussian_kl
+from sb3_adaptive_kl.divergences import beta_kl, categorical_kl, gaussian_kl
 
 # Prefixes of the modules that count as SB3's
 STOCK_PACKAGES = ("stable_baselines3.", "sb3_contrib.", "sb3_adaptive_kl.maskable_recurrent.")
@@ -28,7 +31,7 @@ SelfActionDistribution = TypeVar("SelfActionDistribution", bound="ActionDistribu
 
 @dataclass(frozen=True, eq=False)
 class ActionDistribution(ABC):
-    """Action distributions of a batch of B states; every field is a tensor whose first dimension is B."""
+    """Action distributions of a batch of B states; every field is a tensor whose first dimension is B, or has such fields."""
 
     @abstractmethod
     def kl(self: SelfActionDistribution, other: SelfActionDistribution) -> th.Tensor:
@@ -44,7 +47,11 @@ class ActionDistribution(ABC):
 
     def allocate(self: SelfActionDistribution, n_states: int) -> SelfActionDistribution:
         """Allocate a batch of the same family, to be filled."""
-        return type(self)(*[tensor.new_empty((n_states, *tensor.shape[1:])) for tensor in vars(self).values()])
+
+        def empty(part: Any) -> Any:
+            return part.new_empty((n_states, *part.shape[1:])) if isinstance(part, th.Tensor) else part.allocate(n_states)
+
+        return type(self)(*map(empty, vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +82,33 @@ class Categoricals(ActionDistribution):
 
     def kl(self, other: "Categoricals") -> th.Tensor:
         return categorical_kl(self.log_probs, other.log_probs)
+
+
+@dataclass(frozen=True, eq=False)
+class Betas(ActionDistribution):
+    """
+    Independent Beta distributions.
+
+    :param alpha: first concentrations, shape (B, D), > 0
+    :param beta: second concentrations, shape (B, D), > 0
+    """
+
+    alpha: th.Tensor
+    beta: th.Tensor
+
+    def kl(self, other: "Betas") -> th.Tensor:
+        return beta_kl(self.alpha, self.beta, other.alpha, other.beta)
+
+
+@dataclass(frozen=True, eq=False)
+class Joint(ActionDistribution):
+    """Two independent parts of an action, such as a choice and its amount; either may be a joint of further parts."""
+
+    first: ActionDistribution
+    second: ActionDistribution
+
+    def kl(self, other: "Joint") -> th.Tensor:
+        return self.first.kl(other.first) + self.second.kl(other.second)
 
 
 def policy_distribution(policy: ActorCriticPolicy) -> ActionDistribution:
@@ -109,51 +143,119 @@ def action_distribution(distribution: Distribution | None) -> ActionDistribution
     :return: its parameters
     :raises ValueError: if it is of a family without an exact KL here
     """
-    held = torch_distribution(distribution)
-    # Several independent actions per state, such as those of several agents, are put side by side
-    if isinstance(held, Normal):
-        return DiagGaussian(held.loc.flatten(1), held.scale.flatten(1))
-    if isinstance(held, Bernoulli):
+    heads = _heads(distribution)
+    if len(heads) > 1 and all(isinstance(head, Categorical) for head in heads):
+        return Categoricals(_finite(th.cat([_flat(head.logits) for head in heads], dim=1)))
+    parts = [_parameters(head) for head in heads]
+    if any(part is None for part in parts):
+        raise no_closed_form_error(distribution)
+    return reduce(Joint, parts)  # type: ignore[arg-type,return-value]
+
+
+def _parameters(head: Any) -> ActionDistribution | None:
+    """Extract the parameters of one of torch's distributions, or ``None`` if its family is not known here."""
+    if isinstance(head, (Independent, TransformedDistribution)):
+        n_dims = len(head.batch_shape + head.event_shape)
+        constant = all(_is_constant_bijection(transform, n_dims) for transform in getattr(head, "transforms", ()))
+        return _parameters(head.base_dist) if constant else None  # bijections leave the KL unchanged
+    if isinstance(head, Normal):
+        return DiagGaussian(_flat(head.loc), _flat(head.scale))
+    if isinstance(head, Beta):
+        return Betas(_flat(head.concentration1), _flat(head.concentration0))
+    if isinstance(head, Bernoulli):
         # log-sigmoid, not log(probs): float32 rounds the probability of a logit above 17 to 1
-        logits = held.logits.flatten(1)
+        logits = _flat(head.logits)
         return Categoricals(th.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1))
-    categoricals = held if isinstance(held, list) else [held]
-    if all(isinstance(categorical, Categorical) for categorical in categoricals):
-        all_logits = [categorical.logits.flatten(1) for categorical in categoricals]
-        return Categoricals(_finite(all_logits[0] if len(all_logits) == 1 else th.cat(all_logits, dim=1)))
-    raise no_closed_form_error(distribution)
+    return Categoricals(_finite(_flat(head.logits))) if isinstance(head, Categorical) else None
+
+
+def _is_constant_bijection(transform: Transform, n_dims: int) -> bool:
+    """Whether a transform cannot depend on the state, nor move with a parameter."""
+    if type(transform) is AffineTransform:
+        numbers = [number for number in (transform.loc, transform.scale) if isinstance(number, th.Tensor)]
+        return not any(number.requires_grad or number.dim() >= n_dims for number in numbers)
+    return type(transform) in (TanhTransform, SigmoidTransform)
 
 
 def no_closed_form_error(distribution: Distribution | None) -> ValueError:
     """Describe a distribution whose KL divergence is not known here."""
-    held = torch_distribution(distribution)
+    held = ", ".join(type(head).__name__ for head in _heads(distribution))
     return ValueError(
         f"kl_divergence: no closed-form KL is implemented for the action distribution {type(distribution).__name__} (it holds "
-        f"{type(held).__name__}, and its log_prob may have other parts): pass kl_divergence='k3', which needs only "
-        "log-probabilities (and no reference_policy)"
+        f"{held}, and its log_prob may have other parts). Its `distribution` must be a Normal, Beta, Categorical or Bernoulli "
+        "of torch, Independent or TransformedDistribution of one with a constant tanh, sigmoid or affine transform, or a list "
+        "of these in the order of the action's columns, and its log_prob the sum of theirs; or pass kl_divergence='k3', which "
+        "needs only log-probabilities (and no reference_policy)"
     )
 
 
-def closed_form_log_prob(distribution: Distribution, actions: th.Tensor) -> th.Tensor | None:
+def has_closed_form(distribution: Distribution, actions: th.Tensor, valid: th.Tensor | None = None) -> bool:
     """
-    Compute the log-probability of actions under the distributions that ``action_distribution`` compares.
+    Check that ``action_distribution`` compares all there is: a user's distribution may have another part.
 
     :param distribution: of SB3, of sb3-contrib, or of the user's, evaluated for B states
     :param actions: shape (B, ...)
-    :return: shape (B,); ``None`` if the user has changed a family of torch's
+    :param valid: a mask of the states that are no padding, shape (B,), if there is padding
+    :return: whether its log-probabilities are those of the torch distributions that it holds, as torch or SB3 write them
     """
-    held = torch_distribution(distribution)
-    families = held if isinstance(held, list) else [held]
-    if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for family in families):
-        return None
+    held, heads = torch_distribution(distribution), _heads(distribution)
+    if not all(is_stock(family, "log_prob", (*STOCK_PACKAGES, "torch.")) for head in heads for family in _nested(head)):
+        return False
     # What SB3 computes: a subclass of the user's may add a part to it, such as a second action
     bases: Any = type(distribution).__mro__
     stock = next(base for base in bases if base.__module__.startswith(STOCK_PACKAGES) or base is object)
-    if stock not in (Distribution, object):
-        return stock.log_prob(distribution, actions)  # type: ignore[no-any-return]
-    chosen = actions.unbind(dim=1) if isinstance(held, list) else [actions]
-    log_probs = [family.log_prob(part) for family, part in zip(families, chosen, strict=True)]
-    return sum(log_prob.reshape(len(actions), -1).sum(dim=1) for log_prob in log_probs)  # type: ignore[no-any-return]
+    is_sb3s = isinstance(held, (Normal, Bernoulli)) or all(isinstance(head, Categorical) for head in heads)
+    if is_sb3s and stock not in (Distribution, object):
+        closed_form = stock.log_prob(distribution, actions)
+    else:
+        shapes = [head.batch_shape + head.event_shape for head in heads]
+        columns = actions.reshape(len(actions), -1)
+        widths = [shape[1:].numel() for shape in shapes]
+        if any(shape[:1] != actions.shape[:1] for shape in shapes) or sum(widths) != columns.shape[1]:
+            return False
+        split = zip(heads, th.split(columns, widths, dim=1), shapes, strict=True)
+        parts = [_inside(head, part.reshape(shape)) for head, part, shape in split]
+        actions = th.cat([_flat(part) for part in parts], dim=1).reshape(actions.shape).to(actions.dtype)
+        if not all(head.support.check(part).all() for head, part in zip(heads, parts, strict=True)):
+            return False  # the columns of another head
+        log_probs = [head.log_prob(part) for head, part in zip(heads, parts, strict=True)]
+        closed_form = sum(_flat(log_prob).sum(dim=1) for log_prob in log_probs)
+    log_prob = distribution.log_prob(actions)
+    # Another way to the same number may round otherwise; a part elsewhere changes it by far more
+    close = th.isclose(closed_form, log_prob, 1e-4, 1e-4, equal_nan=True)
+    return bool((close if valid is None else close[valid]).all())
+
+
+def _inside(head: Any, actions: th.Tensor) -> th.Tensor:
+    """Replace actions that have ends by some between them: near its ends a user's ``log_prob`` may clamp an action."""
+    bijections = _bijections(head)
+    if not (bijections or isinstance(_nested(head)[-1], Beta)):
+        return actions
+    return reduce(lambda inside, bijection: bijection(inside), bijections, th.full_like(actions, 0.5))
+
+
+def bijections(distribution: Distribution) -> list[tuple[int, list[Transform]]]:
+    """List the heads that are transformed, and how: two distributions have a KL divergence only if they do it alike."""
+    return [(index, _bijections(head)) for index, head in enumerate(_heads(distribution)) if _bijections(head)]
+
+
+def _bijections(head: Any) -> list[Transform]:
+    return [transform for family in _nested(head)[::-1] for transform in getattr(family, "transforms", ())]
+
+
+def _nested(head: Any) -> list[Any]:
+    """List one of torch's distributions and those inside it."""
+    return [head, *_nested(head.base_dist)] if hasattr(head, "base_dist") else [head]
+
+
+def _heads(distribution: Distribution | None) -> list[Any]:
+    held = torch_distribution(distribution)
+    return list(held) if isinstance(held, list | tuple) else [held]
+
+
+def _flat(tensor: th.Tensor) -> th.Tensor:
+    """Put several independent actions per state, such as those of several agents, side by side: shape (B, D)."""
+    return tensor.reshape(len(tensor), -1)
 
 
 def torch_distribution(distribution: Distribution | None) -> Any:

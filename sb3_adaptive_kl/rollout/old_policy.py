@@ -14,7 +14,7 @@ from sb3_adaptive_kl.objective import Evaluation
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
-    closed_form_log_prob,
+    has_closed_form,
     hidden_distribution_error,
     no_closed_form_error,
     torch_distribution,
@@ -92,7 +92,7 @@ class OldPolicy:
             self.reference = reference.on_rollout(buffer, adapter, self._chunk_size)
             self._reference_divergence = DIVERGENCES[reference.spec.direction]
             assert self.distribution is not None
-            reference.check_comparable(self.reference, self.distribution)
+            reference.check_comparable(self.reference, self.distribution, policy.action_dist)
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -149,17 +149,13 @@ class OldPolicy:
         :raises ValueError: if the policy left another one in ``policy.action_dist``, or none, or one with a part elsewhere
         """
         action_dist, actions = self.policy.action_dist, taken_actions(self.policy, rollout_data)
-
-        def agrees(log_prob: th.Tensor) -> bool:
-            valid = self.adapter.valid(rollout_data)
-            # Another way to the same number may round otherwise; a part elsewhere changes it by far more
-            close = th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, 1e-4, 1e-4, equal_nan=True)
-            return bool(close.all())
-
-        if torch_distribution(action_dist) is before or not agrees(action_dist.log_prob(actions)):
+        if torch_distribution(action_dist) is before:
             raise hidden_distribution_error(self.policy)
-        closed_form = closed_form_log_prob(action_dist, actions)
-        if closed_form is None or not agrees(closed_form):
+        log_prob, valid = action_dist.log_prob(actions), self.adapter.valid(rollout_data)
+        # Another way to the same number may round otherwise
+        if not th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, 1e-4, 1e-4, equal_nan=True).all():
+            raise hidden_distribution_error(self.policy)
+        if not has_closed_form(action_dist, actions, valid):
             raise no_closed_form_error(action_dist)
 
 

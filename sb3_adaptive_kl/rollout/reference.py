@@ -26,8 +26,10 @@ from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
     Categoricals,
     action_distribution,
-    closed_form_log_prob,
+    bijections,
     forget_distribution,
+    has_closed_form,
+    no_closed_form_error,
     torch_distribution,
 )
 from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time
@@ -91,10 +93,12 @@ class Reference:
                     distribution = self._distribution(_select(rollout_data.observations, valid), buffer, index)
                 except ValueError as error:
                     raise self._invalid_error() from error
-                if result is None:
-                    self._check_distribution(distribution, taken_actions(self.policy, rollout_data), valid)
                 part = _comparable(distribution, self.policy.action_space, _select(masks, valid))
                 if result is None:
+                    actions = taken_actions(self.policy, rollout_data)
+                    if not has_closed_form(distribution, actions if valid is None else actions[valid]):
+                        raise ValueError(f"reference_policy={self._name}: {no_closed_form_error(distribution)}")
+                    self._bijections = bijections(distribution)
                     result = part.allocate(buffer.buffer_size * buffer.n_envs)
                 result[index] = part
         forget_distribution(self.policy)
@@ -109,18 +113,20 @@ class Reference:
             "with an entropy bonus, or check its file and the observations for NaN"
         )
 
-    def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution) -> None:
+    def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution, action_dist: Distribution) -> None:
         """
         Check that there is a KL divergence between the reference's distributions and the policy's.
 
         :param mine: of the reference
         :param policys: of the policy in training
-        :raises ValueError: if they are of two families, or of two shapes
+        :param action_dist: what they are the parameters of
+        :raises ValueError: if they are of two families, or of two shapes, or transformed in two ways
         """
-        if _form(mine) != _form(policys):
+        its, ours = (*_form(mine), *self._bijections), (*_form(policys), *bijections(action_dist))
+        if its != ours:
             raise ValueError(
-                f"reference_policy={self._name} has {_form(mine)}, and the policy in training {_form(policys)}: there is no "
-                "KL divergence between them, so pass a policy with the same action distribution"
+                f"reference_policy={self._name} has {its}, and the policy in training {ours}: there is no KL divergence "
+                "between them, so pass a policy with the same action distribution (and the same numbers in its transforms)"
             )
 
     def _distribution(self, observations: Any, buffer: RolloutBuffer, index: th.Tensor) -> Distribution:
@@ -136,17 +142,6 @@ class Reference:
         episode_starts = th.as_tensor(starts, device=index.device)[index].flatten()
         distribution, self._memory = recurrent.get_distribution(observations, self._memory, episode_starts)
         return distribution  # type: ignore[no-any-return]
-
-    def _check_distribution(self, distribution: Distribution, actions: th.Tensor, valid: th.Tensor | None) -> None:
-        """Check that the known parameters are all there is: a user's distribution may have another part."""
-        actions = actions if valid is None else actions[valid]
-        closed_form = closed_form_log_prob(distribution, actions)
-        log_prob = distribution.log_prob(actions)
-        if closed_form is None or not th.isclose(closed_form, log_prob, 1e-4, 1e-4, equal_nan=True).all():
-            raise ValueError(
-                f"reference_policy={self._name} has the action distribution {type(distribution).__name__}, of which no closed-"
-                "form KL is implemented: pass a policy with one of SB3's distributions"
-            )
 
 
 def read_policy(path: str) -> Any:
@@ -239,5 +234,7 @@ def _select(tensors: Any, valid: th.Tensor | None) -> Any:
 
 
 def _form(distribution: ActionDistribution) -> tuple[Any, ...]:
-    shapes = [tuple(getattr(distribution, field.name).shape[1:]) for field in fields(distribution)]
-    return type(distribution).__name__, *shapes
+    parts = [getattr(distribution, field.name) for field in fields(distribution)]
+    return type(distribution).__name__, *[
+        tuple(part.shape[1:]) if isinstance(part, th.Tensor) else _form(part) for part in parts
+    ]
