@@ -97,7 +97,7 @@ def test_kl_falls_as_beta_rises(case, divergence):
 @pytest.mark.parametrize("option", [{"kl_cutoff_coef": 1000.0}, {"clip_range": 0.05}, {"kl_stop_factor": 2.0}])
 def test_options_restrain_a_step_that_is_too_long(option):
     """At β = 0.05 the learning rate is far too high; each option alone brings the KL near 2 · target_kl or below."""
-    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 10, "learning_rate": 0.003, "init_kl_coef": 0.05, "target_kl": 0.01}
+    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 10, "learning_rate": 3e-3, "init_kl_coef": 0.05, "target_kl": 0.01}
     free, restrained = (
         logged(CASES["discrete"].build(AdaptiveKLPPO, **kwargs, **options).learn(128))["kl"] for options in ({}, option)
     )
