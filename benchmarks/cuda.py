@@ -66,7 +66,6 @@ def sizes(n_steps: int, batch_size: int, n_epochs: int = 10, **kwargs: Any) -> d
     return {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs, **kwargs}
 
 
-WIDE = {"net_arch": [256, 256]}
 NETWORKS = {
     "mlp": Network("64×64, minibatch 64 of 2048, 10 epochs", "MlpPolicy", cartpole, sizes(2048, 64)),
     "cnn": Network("NatureCNN 84×84×4, minibatch 256 of 1024, 4 epochs", "CnnPolicy", images, sizes(1024, 256, 4)),
@@ -134,8 +133,8 @@ def surviving(names: tuple[str, ...], make: Callable[[str], tuple[Any, Callable[
         except Exception as error:  # the others are still worth their rows
             show_error(name, error)
             continue
-        if model._compiler is not None if hasattr(model, "_compiler") else False:
-            state = "NOT compiled" if model._compiler.compilation.failed else "compiled"
+        if compiler := getattr(model, "_compiler", None):
+            state = "NOT compiled" if compiler.compilation.failed else "compiled"
             print(f"{name:24} {state}, first run {time.perf_counter() - start:.1f} s", flush=True)
         runs[name] = run
     return runs
@@ -171,18 +170,20 @@ def learn_speeds(env_id: str, n_envs: int, device: str, rounds: int) -> None:
 
 
 def count_waits(device: str) -> None:
-    """Print how often an update waits for the GPU, from updates of two and of four epochs."""
+    """Print how often an update waits for the GPU, from updates of one and of two epochs with a few minibatches each."""
+    n_minibatches = 4
     print(f"\nsynchronizations of train(), on {device}")
     print(f"{'':40}{'per minibatch':>15}{'per update':>12}")
     activities = [th.profiler.ProfilerActivity.CPU, *([th.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])]
     for network in (NETWORKS["mlp"], NETWORKS["cnn"]):
+        network.kwargs["n_steps"] = n_minibatches * network.kwargs["batch_size"]
         for name in ("PPO", "AdaptiveKLPPO", "compiled", "predictive"):
             title = f"{name}, {network.policy}"
             try:
                 model = network.build(name, device)
                 model.train()
                 counts = []
-                for n_epochs in (2, 4):
+                for n_epochs in (1, 2):
                     model.n_epochs = n_epochs
                     with th.profiler.profile(activities=activities) as profile:
                         model.train()
@@ -190,7 +191,6 @@ def count_waits(device: str) -> None:
             except Exception as error:  # the others are still worth their rows
                 show_error(title, error)
                 continue
-            n_minibatches = 2 * network.kwargs["n_steps"] // network.kwargs["batch_size"]
             each = (counts[1] - counts[0]) / n_minibatches
             print(f"{title:40}{each:15.2f}{counts[0] - each * n_minibatches:12.1f}", flush=True)
 
