@@ -8,6 +8,7 @@ torch's ``meta`` device has no numbers, so that reading one is an error, and so 
 import copy
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.arguments import penalty_rule, settings_at
 from sb3_adaptive_kl.control import SegmentedControl
+from sb3_adaptive_kl.fast import eager
 from sb3_adaptive_kl.fast.eager import asynchronous_copies, one_kernel, without_validation
 from sb3_adaptive_kl.fast.sequences import sequences_at_once
 from sb3_adaptive_kl.metrics import UpdateMetrics
@@ -108,6 +111,13 @@ def test_an_update_waits_once_per_segment(device, name, monkeypatch):
 
         monkeypatch.setattr(UpdateMetrics, "_read", read)
 
+    def minibatches(settings):
+        for rollout_data, index in type(model)._minibatches(model, settings):
+            assert index.device.type == device  # torch would copy it at each use
+            yield rollout_data, index
+
+    monkeypatch.setattr(model, "_minibatches", minibatches)
+
     def update():
         settings = settings_at(model, 1.0)
         control = SegmentedControl(penalty_rule(model.kl_rule), model._steps_per_update, (1e-6, 1e6))
@@ -137,6 +147,39 @@ def test_waits_do_not_grow_with_the_minibatches(device):
         counts.append(waits.count)
     assert counts[0] == counts[1]
     assert device == "cpu" or counts[0] <= 15
+
+
+def test_samples_are_copied_to_a_gpu_asynchronously(monkeypatch):
+    """During an update, and unless the user's buffer has another way."""
+
+    class Mine(RolloutBuffer):
+        def to_torch(self, array, copy=True):
+            return super().to_torch(array, copy)
+
+    copied = []
+    monkeypatch.setattr(eager, "to_device", lambda array, device: copied.append((array, device)))
+    for buffer_class, is_stock in ((RolloutBuffer, True), (Mine, False)):
+        model = CASES["box"].build(AdaptiveKLPPO, rollout_buffer_class=buffer_class, **SMALL)
+        buffer = model.rollout_buffer
+        with asynchronous_copies(buffer):  # on the CPU
+            assert "to_torch" not in vars(buffer)
+        buffer.device = th.device("cuda")
+        with asynchronous_copies(buffer):
+            assert ("to_torch" in vars(buffer)) == is_stock
+            if is_stock:
+                buffer.to_torch(buffer.rewards)
+        assert "to_torch" not in vars(buffer)
+    ((array, device),) = copied
+    assert array.shape == (64, 1)
+    assert device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_validation_stays_where_nan_is_fatal(name):
+    policy = FAMILIES[name].build(AdaptiveKLPPO, **SMALL).policy
+    assert not eager.nan_is_fatal(policy)
+    on_gpu = SimpleNamespace(device=th.device("cuda"), action_dist=policy.action_dist)
+    assert eager.nan_is_fatal(on_gpu) == (name == "multibinary")
 
 
 # ---------------------------------------------------------------- the same numbers
