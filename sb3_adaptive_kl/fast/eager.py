@@ -177,15 +177,15 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
         for parameter, state in zip(parameters, states, strict=True)
     )
     # optimizer.step() would need Adam's step counts on the GPU, where those of a checkpoint are not
-    flag = "fused" if can_fuse and devices == {th.device("cpu")} else "foreach"
+    flag = "fused" if can_fuse and all(device.type == "cpu" for device in devices) else "foreach"
     # User code that listens to optimizer.step()
     listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
     counts = {float(state.get("step", 0)) for state in states}
-    on_one_device = len(devices) == 1 and devices.pop().type in ("cpu", "cuda")
-    bare = can_fuse and on_one_device and not hooked and len(groups) == 1 and not groups[0]["amsgrad"]
-    bare = bare and len(counts) == 1 and all(states)
+    on_one_device = len(devices) == 1 and parameters[0].device.type in ("cpu", "cuda")
+    is_plain = can_fuse and len(groups) == 1 and not groups[0]["amsgrad"] and not hooked
+    bare = is_plain and on_one_device and len(counts) == 1 and all(states)
     for group in groups:
         group[flag] = True
     try:
