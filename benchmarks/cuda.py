@@ -210,18 +210,9 @@ def rank_speeds(env_id: str) -> None:
 
 
 def run_tests(device: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_device.py",
-        "-k",
-        device,
-    ]
+    # Another machine has other versions, and their warnings
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_device.py", "-k", device]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
 
 
