@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -40,13 +41,23 @@ class Variant(NamedTuple):
     vec_env: type[DummyVecEnv] | type[SubprocVecEnv] = DummyVecEnv
 
 
-VARIANTS = (
+ONE_PROCESS = (
     Variant("1 process"),
     Variant("1 process, SubprocVecEnv", vec_env=SubprocVecEnv),
     Variant("1 process, 2 torch threads", n_threads=2),
-    Variant("2 ranks, the same work", n_ranks=2, share=2),
-    Variant("2 ranks, the same work each", n_ranks=2),
 )
+
+
+def variants(numbers_of_ranks: Sequence[int]) -> list[Variant]:
+    ranks = [
+        variant
+        for n in numbers_of_ranks
+        for variant in (
+            Variant(f"{n} ranks, the same work", n_ranks=n, share=n),
+            Variant(f"{n} ranks, the same work each", n_ranks=n),
+        )
+    ]
+    return [*ONE_PROCESS, *ranks]
 
 
 class Clock(BaseCallback):
@@ -109,13 +120,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--n-steps", type=int, default=N_STEPS, help=f"rollout of each environment (default: {N_STEPS})")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2], help=f"numbers of ranks, divisors of {N_ENVS} (default: 2)"
+    )
     parser.add_argument("--compile", action="store_true", help="with compile=True")
     args = parser.parse_args()
     for env_id in TASKS:
         print(f"\n{env_id + (', compiled' if args.compile else ''):32} steps per second   ratio")
-        rounds = [[on_ranks(variant, env_id, args.compile, args.n_steps) for variant in VARIANTS] for _ in range(args.rounds)]
+        chosen = variants(args.ranks)
+        rounds = [[on_ranks(variant, env_id, args.compile, args.n_steps) for variant in chosen] for _ in range(args.rounds)]
         speeds = [statistics.median(of_variant) for of_variant in zip(*rounds, strict=True)]
-        for variant, of_variant in zip(VARIANTS, speeds, strict=True):
+        for variant, of_variant in zip(chosen, speeds, strict=True):
             print(f"{variant.title:32} {of_variant:16.0f} {of_variant / speeds[0]:7.2f}", flush=True)
 
 

@@ -74,9 +74,9 @@ def with_random_rollout(model: PPO) -> PPO:
     return model
 
 
-def build(name: str, policy: str, env: Any, **kwargs: Any) -> PPO:
+def build(name: str, policy: str, env: Any, device: str = "cpu", **kwargs: Any) -> PPO:
     algorithm, options = VARIANTS[name]
-    return algorithm(policy, env, seed=0, device="cpu", **kwargs, **options)
+    return algorithm(policy, env, seed=0, device=device, **kwargs, **options)
 
 
 def seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ class UpdateMetrics:
     def __init__(self) -> None:
         self._minibatches: list[th.Tensor] = []  # stacked MinibatchMetrics
         self._grad_norms: list[th.Tensor] = []
+        self._on_cpu: th.Tensor | None = None  # those of the minibatches that have been read
         self._start_of_epoch = 0
 
     @property
@@ -52,15 +53,15 @@ class UpdateMetrics:
         n_metrics = len(self._minibatches[0]) if self._minibatches else 0
         if n_metrics < len(MinibatchMetrics._fields):
             return 0.0
-        return th.stack(self._minibatches)[:, -1].mean().item()
+        return self._read()[:, -1].mean().item()
 
     def kls(self, minibatches: slice) -> list[float]:
         """Read the KL of some minibatches of the update, each before its step and beyond the KL at rest, in nats."""
-        # One synchronization with the device
         # At rest, before the first step, the policy in training mode differs from the remembered one by dropout and batch
         # normalization alone
-        at_rest, *others = th.stack([self._minibatches[0], *self._minibatches[minibatches]])[:, KL].tolist()
-        return [other - at_rest for other in others]
+        kls = self._read()[:, KL]
+        at_rest = kls[0].item()
+        return [other - at_rest for other in kls[minibatches].tolist()]
 
     def balance(self, minibatches: slice | None = None) -> float:
         """
@@ -71,10 +72,10 @@ class UpdateMetrics:
         :return: NaN without a minibatch after the first step
         """
         # The first one is measured before any step. The surrogate is 0 there, since advantages are normalized
-        chosen = self._minibatches[minibatches or slice(1, self.n_minibatches // 2 + 1)]
-        if not chosen:
+        chosen = minibatches or slice(1, self.n_minibatches // 2 + 1)
+        if not self._minibatches[chosen]:
             return math.nan
-        sums = th.stack(chosen).sum(dim=0).tolist()
+        sums = self._read()[chosen].sum(dim=0).tolist()
         gain, penalty = -sums[POLICY_GRADIENT_LOSS], sums[KL_LOSS]
         return gain / (2 * penalty) if penalty > 0 else math.inf
 
@@ -87,7 +88,7 @@ class UpdateMetrics:
         """
         if not self._minibatches:  # the first one could not be evaluated, and the update was undone
             return
-        minibatches = th.stack(self._minibatches)
+        minibatches = self._read()
         means = MinibatchMetrics(*minibatches.mean(dim=0))
         last_epoch = MinibatchMetrics(*minibatches[self._start_of_epoch :].mean(dim=0))
         last = MinibatchMetrics(*minibatches[-1])
@@ -101,6 +102,15 @@ class UpdateMetrics:
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:
             logger.record("train/clip_range_vf", settings.clip_range_vf)
+
+    def _read(self) -> th.Tensor:
+        """Read the metrics of all minibatches: one synchronization with the device for those that have not been read yet."""
+        n_read = 0 if self._on_cpu is None else len(self._on_cpu)
+        if n_read < len(self._minibatches):
+            new = th.stack(self._minibatches[n_read:]).cpu()
+            self._on_cpu = new if self._on_cpu is None else th.cat([self._on_cpu, new])
+        assert self._on_cpu is not None
+        return self._on_cpu
 
 
 def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: float, kl: RolloutKL) -> None:

@@ -41,6 +41,6 @@ class Snapshot:
 
     def still_finite(self) -> bool:
         """Check that every number that was finite still is. A constant −inf, as in an attention mask, does no harm."""
-        return all(
-            bool((tensor.isfinite() | ~saved.isfinite()).all()) for tensor, saved in zip(self.tensors, self.saved, strict=True)
-        )
+        still = [(tensor.isfinite() | ~saved.isfinite()).all() for tensor, saved in zip(self.tensors, self.saved, strict=True)]
+        # One synchronization with the device. Parts of a policy may be on others
+        return not still or bool(th.stack([each.to(still[0].device) for each in still]).all())

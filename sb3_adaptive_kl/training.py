@@ -32,7 +32,7 @@ from sb3_adaptive_kl.arguments import (
     settings_at,
 )
 from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound, warn_at_limit
-from sb3_adaptive_kl.fast.eager import one_kernel, without_validation
+from sb3_adaptive_kl.fast.eager import asynchronous_copies, one_kernel, without_validation
 from sb3_adaptive_kl.fast.sequences import sequences_at_once
 from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
 from sb3_adaptive_kl.messages import warn_user
@@ -88,7 +88,11 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         problem = None
         self.step_scale = 1.0
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
-        with without_validation(self.policy), sequences_at_once(self.policy, self.rollout_buffer):
+        with (
+            without_validation(self.policy),
+            asynchronous_copies(self.rollout_buffer),
+            sequences_at_once(self.policy, self.rollout_buffer),
+        ):
             snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence, self._reference)
             if self._n_updates == 0:

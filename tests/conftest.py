@@ -27,11 +27,17 @@ from tests.ranks import Ranks
 
 # For tests of compile=True; with an older torch it warns and does not compile
 NEEDS_COMPILER = pytest.mark.skipif(th.__version__ < (2, 13), reason="compile=True needs torch 2.13")
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(), reason="torch finds no GPU (CUDA)"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     th.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")

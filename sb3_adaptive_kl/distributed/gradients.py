@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+from sb3_adaptive_kl.rollout.minibatches import to_device
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
 
@@ -83,7 +84,8 @@ def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]
     present = [parameter.grad is not None for parameter in parameters]
     gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     weighted = n_transitions * th.cat([*(gradient.flatten() for gradient in gradients), metrics])
-    total = th.cat([weighted, weighted.new_tensor([*present, n_transitions])])
+    numbers = th.tensor([*present, n_transitions], dtype=weighted.dtype)
+    total = th.cat([weighted, to_device(numbers, weighted.device)])
     dist.all_reduce(total)
     means = th.split(total[: len(weighted)] / total[-1], [*map(th.numel, gradients), len(metrics)])
     # A branch that no rank takes has no gradient: Adam leaves its parameters alone
@@ -106,17 +108,18 @@ def normalized_over_ranks(
     :return: the same minibatches, with other advantages
     """
     while ahead := list(islice(minibatches, N_AHEAD)):
-        moments = th.empty(len(ahead), 3, dtype=th.float64)
-        for row, (rollout_data, _) in zip(moments, ahead, strict=True):
+        rows = []
+        for rollout_data, _ in ahead:
             valid = adapter.valid(rollout_data)
             advantages = (rollout_data.advantages if valid is None else rollout_data.advantages[valid]).double()
-            row[:] = th.stack([advantages.new_tensor(len(advantages)), advantages.sum(), advantages.square().sum()])
+            rows.append(th.stack([advantages.new_full((), len(advantages)), advantages.sum(), advantages.square().sum()]))
+        moments = th.stack(rows)  # they stay on their device, which nothing waits for
         dist.all_reduce(moments)
         n, total, squares = moments.unbind(dim=1)
         means = total / n
         stds = ((squares - n * means.square()) / (n - 1)).clamp(min=0).sqrt()
         for (rollout_data, index), count, mean, std in zip(ahead, n, means, stds, strict=True):
             advantages = rollout_data.advantages
-            if count > 1:  # a single one is left as it is, as by objective.normalize
-                advantages = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
-            yield rollout_data._replace(advantages=advantages), index
+            normalized = (advantages - mean.to(advantages)) / (std.to(advantages) + 1e-8)
+            # A single one is left as it is, as by objective.normalize
+            yield rollout_data._replace(advantages=th.where(count > 1, normalized, advantages)), index

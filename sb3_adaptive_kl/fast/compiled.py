@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import fast_collection, unvalidated
+from sb3_adaptive_kl.fast.eager import fast_collection, nan_is_fatal, unvalidated
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
@@ -94,7 +94,7 @@ class Compiler:
         :param policy: the policy that collects
         """
         with fast_collection(policy):
-            if not all(is_stock(policy, name) for name in ACTING):
+            if nan_is_fatal(policy) or not all(is_stock(policy, name) for name in ACTING):
                 yield
                 return
             policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign,assignment]
@@ -113,7 +113,7 @@ class Compiler:
             logger.record("time/compilation", seconds)
 
     def _tensors(self, settings: Settings, device: th.device) -> Settings:
-        # Converted when they change, and not at every step: on a GPU, creating a tensor synchronizes
+        # Converted when they change, and not at every step
         if self._settings is None or self._settings[0] != settings:
             self._settings = settings, as_tensors(settings, device)
         return self._settings[1]
@@ -132,7 +132,10 @@ class CompiledForward:
             return type(self.policy).forward(self.policy, observations, *args, **kwargs)
         observations = self.preprocess(observations)
         # Masks: torch compiles functions of tensors only
-        kwargs = {name: th.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
+        kwargs = {
+            name: th.as_tensor(value, device=self.policy.device) if isinstance(value, np.ndarray) else value
+            for name, value in kwargs.items()
+        }
         try:
             return self.act(self.actor, observations, *args, **kwargs)
         except NotCompiled:
@@ -224,7 +227,7 @@ def as_tensors(settings: Settings, device: th.device) -> Settings:
     """
 
     def convert(value: Any) -> Any:
-        # One type for all: an int, or a number of NumPy's, would be compiled again
-        return value if value is None or isinstance(value, bool) else th.tensor(value, device=device, dtype=th.float32)
+        # One type for all: an int, or a number of NumPy's, would be compiled again. th.tensor() would wait for a GPU
+        return value if value is None or isinstance(value, bool) else th.full((), value, device=device, dtype=th.float32)
 
     return Settings(*map(convert, settings))

@@ -13,10 +13,13 @@ from types import FunctionType
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import BernoulliDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_adaptive_kl.rollout.distributions import is_stock
+from sb3_adaptive_kl.rollout.minibatches import to_device
 from sb3_adaptive_kl.step import optimized_parameters
 
 # Options of torch's optimizers: how a step is computed, unless the user chose
@@ -44,7 +47,7 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
         return
     hook = policy.register_forward_hook(raise_for_nan)
     try:
-        with without_validation(policy):
+        with nullcontext() if nan_is_fatal(policy) else without_validation(policy):
             yield
     except RuntimeError as error:
         if str(error).startswith(NAN_MESSAGES):
@@ -52,6 +55,12 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
         raise
     finally:
         hook.remove()
+
+
+def nan_is_fatal(policy: ActorCriticPolicy) -> bool:
+    """Whether sampling from NaN ends all use of the GPU in this process, so that torch's validation has to prevent it."""
+    # Its Bernoulli asserts in the kernel; its categoricals raise the errors above
+    return policy.device.type == "cuda" and isinstance(getattr(policy, "action_dist", None), BernoulliDistribution)
 
 
 def raise_for_nan(policy: Any, args: Any, result: Any) -> None:
@@ -125,10 +134,27 @@ def _unvalidated_family(family: type) -> type:
 
 
 @contextmanager
+def asynchronous_copies(buffer: RolloutBuffer) -> Iterator[None]:
+    """
+    Let a buffer's samples be copied to a GPU while it computes.
+
+    :param buffer: a rollout buffer; one of the user's that overrides ``to_torch`` runs its own code
+    """
+    if buffer.device.type != "cuda" or not is_enabled() or not is_stock(buffer, "to_torch"):
+        yield
+        return
+    buffer.to_torch = lambda array, copy=True: to_device(array, buffer.device)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del buffer.to_torch
+
+
+@contextmanager
 def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     """
     Let one of torch's optimizers take all parameters at once, unless the user chose: Adam by its fused kernel, others by
-    ``foreach``, which is the default on a GPU.
+    ``foreach``, which is the default on a GPU (and Adam's there, until it is bare).
 
     :param optimizer: any optimizer
     :return: a context with the function to call instead of ``optimizer.step``
@@ -141,22 +167,25 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
         return
     parameters = optimized_parameters(optimizer)
     states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    # Elsewhere the fused kernel needs Adam's step counts on the device, where they are not. It knows no complex numbers, and
-    # reads parameters and moments as flat memory, so that they must have the same layout
+    devices = {parameter.device for parameter in parameters}
+    # The fused kernel knows no complex numbers, and reads parameters and moments as flat memory, so that they must have the
+    # same layout
     can_fuse = type(optimizer) in (th.optim.Adam, th.optim.AdamW) and all(
-        parameter.device.type == "cpu"
-        and parameter.is_floating_point()
+        parameter.is_floating_point()
         and not parameter._post_accumulate_grad_hooks  # they may leave another layout
         and all(state[name].stride() == parameter.stride() for name in MOMENTS if name in state)
         for parameter, state in zip(parameters, states, strict=True)
     )
-    flag = "fused" if can_fuse else "foreach"
+    # optimizer.step() would need Adam's step counts on the GPU, where those of a checkpoint are not
+    flag = "fused" if can_fuse and all(device.type == "cpu" for device in devices) else "foreach"
     # User code that listens to optimizer.step()
     listeners = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     global_listeners = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     hooked = any(listeners) or any(global_listeners) or "step" in vars(optimizer)
     counts = {float(state.get("step", 0)) for state in states}
-    bare = can_fuse and not hooked and len(groups) == 1 and not groups[0]["amsgrad"] and len(counts) == 1 and all(states)
+    on_one_device = len(devices) == 1 and parameters[0].device.type in ("cpu", "cuda")
+    is_plain = can_fuse and len(groups) == 1 and not groups[0]["amsgrad"] and not hooked
+    bare = is_plain and on_one_device and len(counts) == 1 and all(states)
     for group in groups:
         group[flag] = True
     try:
@@ -181,7 +210,8 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     options = {name: group[name] for name in ("eps", "maximize", "weight_decay", "amsgrad")}
     options["beta1"], options["beta2"] = group["betas"]
     kernel: Any = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
-    count = states[0]["step"].clone()  # one for all: to advance every parameter's takes as long as the kernel
+    # One for all: to advance every parameter's takes as long as the kernel. A GPU's reads it as a float32 of its own
+    count = states[0]["step"].to(parameters[0].device, th.float32, copy=True)
     counts = [count] * len(parameters)
     is_bare = True
 
@@ -199,8 +229,9 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     def stop() -> None:
         nonlocal is_bare
         is_bare = False
+        taken = count.to(states[0]["step"].device)
         for state in states:
-            state["step"].copy_(count)
+            state["step"].copy_(taken)
 
     try:
         yield step

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.fast.eager import is_enabled
 from sb3_adaptive_kl.rollout.distributions import STOCK_PACKAGES, is_stock
+from sb3_adaptive_kl.rollout.minibatches import to_device
 
 # Modules whose _get_samples pads sequences, and does nothing else
 PADDING = ("sb3_contrib.common.recurrent.buffers",)
@@ -210,5 +211,5 @@ def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, devi
         steps = np.arange(start, end)[:, None]
         (cells,) = np.nonzero((steps < lengths[:n_sequences]).flatten())
         rows = (first[:n_sequences] + steps).flatten()[cells]
-        blocks.append(Block(end - start, n_sequences, th.as_tensor(rows, device=device), th.as_tensor(cells, device=device)))
-    return Sequences(th.as_tensor(begins, dtype=th.float32, device=device).view(1, -1, 1), blocks)
+        blocks.append(Block(end - start, n_sequences, to_device(rows, device), to_device(cells, device)))
+    return Sequences(to_device(begins.astype(np.float32), device).view(1, -1, 1), blocks)

@@ -49,11 +49,24 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple
     if all(is_stock(buffer, name, ROW_BY_ROW) for name in ("get", "_get_samples")):
         n_per_draw = max(1, transitions_per_block(buffer) // size)
     for samples, draw in _draws(buffer, n_per_draw * size):
-        index = th.as_tensor(draw.batch_inds, device=buffer.device)
+        index = to_device(draw.batch_inds, buffer.device)
         if n_per_draw == 1:
             yield samples, index
         else:
             yield from zip(_split(samples, size), th.split(index, size), strict=True)
+
+
+def to_device(array: Any, device: th.device) -> th.Tensor:
+    """
+    Copy an array to a device. From ordinary memory, a GPU would only take it once it has done everything else.
+
+    :param array: NumPy's, or a tensor on the CPU; on the CPU, memory is shared
+    :param device: where to
+    :return: the tensor; a GPU may still be about to copy it
+    """
+    tensor = th.as_tensor(array)
+    # torch keeps pinned memory until it has been copied
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def transitions_per_block(buffer: RolloutBuffer) -> int:
@@ -105,7 +118,7 @@ def _sampler(buffer: RolloutBuffer) -> Callable[[np.ndarray], tuple[Any, th.Tens
 
     def samples_at(batch_inds: np.ndarray) -> tuple[Any, th.Tensor]:
         samples = buffer._get_samples(batch_inds, *draw.args, **draw.kwargs)
-        return samples, th.as_tensor(batch_inds, device=buffer.device)
+        return samples, to_device(batch_inds, buffer.device)
 
     return samples_at
 
@@ -182,6 +195,7 @@ def _draws(buffer: RolloutBuffer, batch_size: int) -> Generator[tuple[Any, Draw]
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Restore the global generators of NumPy and of torch on the CPU on exit."""
+    # Not a GPU's: only a policy that is random in eval mode, which is warned about, draws from it
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng(devices=[]):

@@ -129,7 +129,8 @@ class OldPolicy:
         except ValueError as error:  # before the update they were, in this very sweep
             self.error = error
             return RolloutKL(math.nan, math.nan, None if self.reference is None else math.nan)
-        return RolloutKL(divergence.mean().item(), divergence.max().item(), *(other.mean().item() for other in others))
+        # One synchronization with the device
+        return RolloutKL(*th.stack([divergence.mean(), divergence.max(), *(other.mean() for other in others)]).tolist())
 
     def _on_rollout(self, *measures: Callable[[th.Tensor, Evaluation], th.Tensor]) -> list[th.Tensor]:
         """Evaluate some functions of the policy at each state of the rollout, in one sweep: shapes ``(N,)``."""

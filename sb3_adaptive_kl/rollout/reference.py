@@ -32,7 +32,7 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
-from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time
+from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time, to_device
 
 # What a saved model has to tell about its policy
 NEEDED = ("policy_class", "observation_space", "action_space", "policy_kwargs", "use_sde")
@@ -139,7 +139,7 @@ class Reference:
         if self._memory is None or self._memory[0].shape != shape:  # the first rollout, or one of other environments
             self._memory = (th.zeros(shape, device=self.policy.device), th.zeros(shape, device=self.policy.device))
         recurrent: Any = self.policy
-        episode_starts = th.as_tensor(starts, device=index.device)[index].flatten()
+        episode_starts = to_device(starts, index.device)[index].flatten()
         distribution, self._memory = recurrent.get_distribution(observations, self._memory, episode_starts)
         return distribution  # type: ignore[no-any-return]
 
