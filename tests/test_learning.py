@@ -43,7 +43,9 @@ def test_learns_cartpole():
     assert mean_return(model, env) > 475  # Gymnasium's threshold for "solved"
 
 
-@pytest.mark.parametrize("use_sde", [False, True], ids=["gaussian", "gsde"])
+@pytest.mark.parametrize(
+    "use_sde", [pytest.param(False, id="gaussian"), pytest.param(True, id="gsde", marks=pytest.mark.slow)]
+)
 def test_learns_pendulum(use_sde):
     """An untrained policy reaches about −1200, the zoo's tuned PPO −172."""
     env = make_vec_env("Pendulum-v1", n_envs=4, seed=0)

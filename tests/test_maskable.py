@@ -160,8 +160,8 @@ def test_masking_can_be_disabled(arguments):
     "make_env",
     [
         lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10),
-        lambda: InvalidActionEnvMultiDiscrete(dims=[4, 4], n_invalid_actions=3),
-        lambda: InvalidActionEnvMultiBinary(dims=6, n_invalid_actions=3),
+        pytest.param(lambda: InvalidActionEnvMultiDiscrete(dims=[4, 4], n_invalid_actions=3), marks=pytest.mark.slow),
+        pytest.param(lambda: InvalidActionEnvMultiBinary(dims=6, n_invalid_actions=3), marks=pytest.mark.slow),
     ],
     ids=["discrete", "multidiscrete", "multibinary"],
 )
