@@ -96,7 +96,8 @@ class BalancedLearningRate(LearningRateRule):
     Where it is much larger, the steps were too short to get there. Both are ratios, so the range depends neither on the
     target nor on the task. pat-coady's trpo (https://github.com/pat-coady/trpo) moves both actuators, too, by β alone.
 
-    :param low: below this balance, and after an update that was undone, the learning rate is divided by ``decrease``, > 0
+    :param low: below this balance, the learning rate is divided by ``decrease`` if the KL has reached the lower edge of the
+        paper's band, target / 1.5; so it is after an update that was undone. > 0
     :param high: above this balance, it is multiplied by ``increase``, > low
     :param decrease: > 1
     :param increase: > 1
