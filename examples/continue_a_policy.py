@@ -65,6 +65,18 @@ def clone_behavior(policy: ActorCriticPolicy, observations: th.Tensor, actions: 
             optimizer.step()
 
 
+def continue_as(arm: str, path: Path, env: VecEnv, reference: dict[str, Any]) -> PPO:
+    """Load a model of PPO. It goes on as one of AdaptiveKLPPO: load() replaces its clip range and sets the rest."""
+    if arm == "ppo":
+        return PPO.load(path, env, device="cpu")
+    kwargs = {"reference_policy": {"policy": str(path), **reference}} if arm == "reference" else {}
+    return AdaptiveKLPPO.load(path, env, device="cpu", **HELD, **kwargs)
+
+
+def json_object(text: str) -> Any:
+    return json.loads(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="LunarLander-v3", help="environment")
@@ -74,8 +86,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("evaluations.csv"), help="file of the evaluations")
     parser.add_argument("--expert", type=Path, help="saved model (default: the trained agent of the environment)")
     parser.add_argument("--n-transitions", type=int, default=10_000, help="demonstrations")
-    parser.add_argument("--env-kwargs", type=json.loads, default={}, help="of a changed task, in JSON")
-    parser.add_argument("--reference", type=json.loads, default={}, help='JSON, such as {"target_kl": 0.5}')
+    parser.add_argument("--env-kwargs", type=json_object, default={}, help="of a changed task, in JSON")
+    parser.add_argument("--reference", type=json_object, default={}, help='JSON, such as {"target_kl": 0.5}')
     parser.add_argument("--eval-every", type=int, default=10_000, help="time steps between evaluations")
     parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation")
     args = parser.parse_args()
@@ -100,14 +112,7 @@ def main() -> None:
     path = args.output.with_suffix(".clone.zip")
     clone.save(path)
 
-    # A model of PPO goes on as one of AdaptiveKLPPO: load() replaces its clip range and sets the rest
-    if args.arm == "ppo":
-        model = PPO.load(path, env, device="cpu")
-    elif args.arm == "held":
-        model = AdaptiveKLPPO.load(path, env, device="cpu", **HELD)
-    else:
-        reference = {"policy": str(path), **args.reference}
-        model = AdaptiveKLPPO.load(path, env, device="cpu", **HELD, reference_policy=reference)
+    model = continue_as(args.arm, path, env, args.reference)
     cloned, _ = evaluate_policy(model, evaluation_env, args.eval_episodes)
     evaluation = EvalCallback(
         evaluation_env,

@@ -196,7 +196,7 @@ def learning_rate_rule(rule: str | Mapping[str, Any] | LearningRateRule | None) 
     """
     if rule is None:
         return None
-    signature = "(scale, kl, target_kl, kl_coef)"
+    signature = "(scale, kl, target_kl, balance)"
     known = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
     return known if isinstance(known, LearningRateRule) else FunctionLearningRate(known)
 

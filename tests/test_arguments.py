@@ -38,6 +38,7 @@ BAD = [
     ({"vf_coef": math.nan}, r"vf_coef=nan must be a finite number or a schedule"),
     ({"ent_coef": "lin_0.01"}, r"ent_coef='lin_0.01' must be .*only the zoo's yml files"),
     ({"kl_rule": "0.5"}, r"kl_rule='0.5' is unknown. Valid are [^(]*or a function \(kl_coef, kl, target_kl\)$"),
+    ({"learning_rate_rule": "balance"}, r"did you mean 'balanced'\?.*or a function \(scale, kl, target_kl, balance\)$"),
     ({"kl_rule": "foo"}, r"kl_rule='foo' is unknown. Valid are 'adaptive', 'fixed'"),
     ({"target_kl": True}, r"target_kl=True"),
     ({"target_kl": 10**400}, r"target_kl=1000"),

@@ -58,8 +58,10 @@ def test_target_that_corresponds_to_the_clip_range_of_each_environment():
 def test_held_stands_for_the_preset_and_its_numbers_can_be_overridden():
     assert Arm.parse("ppo_kl:held").overrides == dict(HELD)
     assert Arm.parse("own=ppo_kl_lstm:held,target_kl=0.1").overrides == {**HELD, "target_kl": 0.1}
-    with pytest.raises(PlanError, match="ppo: 'held' is not of the form name=value"):
+    with pytest.raises(PlanError, match=r"ppo: 'held' is not of the form name=value$"):
         Arm.parse("ppo:held")
+    with pytest.raises(PlanError, match=r"ppo_kl: 'hold' .*, did you mean 'held'"):
+        Arm.parse("ppo_kl:hold")
 
 
 def test_arms_can_be_named(tmp_path):

@@ -126,7 +126,8 @@ def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
             continue
         key, equals, value = assignment.partition("=")
         if not equals:
-            raise PlanError(f"{algo}: {assignment!r} is not of the form name=value")
+            hint = suggestion(assignment, ["held"]) if algo in zoo.ALGORITHMS else ""
+            raise PlanError(f"{algo}: {assignment!r} is not of the form name=value{hint}")
         if key == "n_timesteps":
             raise PlanError(f"{algo}: the budget is the same for all arms, set it with n_timesteps of the plan (-n)")
         if key not in known:
