@@ -92,6 +92,7 @@ def objective(
     critic_loss = value_loss(new.values, new.old_values, new.returns, settings.clip_range_vf)
     negative_entropy = entropy_loss(new.entropy, new.log_prob)
     loss = policy_loss + kl_loss + settings.vf_coef * critic_loss
+    # Terms without a coefficient are left out, so that neither they nor their gradients are computed
     if settings.ent_coef is not None:
         loss = loss + settings.ent_coef * negative_entropy
     if reference_kl is not None:

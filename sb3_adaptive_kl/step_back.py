@@ -109,14 +109,14 @@ def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: f
     low, high = 0.0, 1.0
     scale, exponent = 1.0, 2.0
     for _ in range(MAX_TRIES):
-        last_scale, last_kl = scale, max(kl, sys.float_info.min)
+        last_scale, last_kl = scale, max(kl, sys.float_info.min)  # a KL of 0 would be divided by
         scale = last_scale * (TARGET_FRACTION * limit / last_kl) ** (1 / exponent)
         if not low < scale < high:
             scale = (low + high) / 2
         kl = divergence_at(scale)
         if MIN_FRACTION * limit <= kl <= limit:
             return scale
-        low, high = (scale, high) if kl <= limit else (low, scale)
+        low, high = (scale, high) if kl <= limit else (low, scale)  # NaN counts as too far: it compares as False
         if 0 < kl < math.inf and last_kl < math.inf:
             exponent = min(max(math.log(kl / last_kl) / math.log(scale / last_scale), MIN_EXPONENT), MAX_EXPONENT)
     return low

@@ -128,14 +128,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self._undone_updates += 1
         log_update(self, metrics, settings, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
-        rule_kl = raw_kl if problem is None else math.inf
-        clips = metrics.clip_fraction() > MIN_CLIP_FRACTION  # it ends updates below the target, as it should
-        self.kl_coef, side = apply_rule(rule, self.kl_coef, rule_kl, settings.target_kl, bounds)
-        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
-        warn_at_bound(self._rollouts_at_bound, self.kl_coef, rule_kl, settings.target_kl)
-        self._adapt_learning_rate(rule_kl, settings.target_kl, metrics, clips)
-        if self._reference is not None and kl.reference is not None:
-            self.reference_kl_coef = adapted_kl_coef(self._reference.spec, self.reference_kl_coef, kl.reference, bounds)
+        self._adapt(kl._replace(mean=raw_kl if problem is None else math.inf), settings.target_kl, rule, bounds, metrics)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -218,16 +211,28 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             group["lr"] *= scale / self.learning_rate_scale
         self.learning_rate_scale = scale
 
-    def _adapt_learning_rate(self, kl: float, target_kl: float, metrics: UpdateMetrics, clips: bool) -> None:
-        """Update ``learning_rate_scale`` for the next update, if there is a rule for it."""
-        rule = learning_rate_rule(self.learning_rate_rule)
-        if rule is None:
-            return
-        used = self.learning_rate_scale
-        self.learning_rate_scale, side = next_scale(rule, used, kl, target_kl, metrics.balance())
-        self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
-        learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
-        warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)
+    def _adapt(
+        self, kl: RolloutKL, target_kl: float, rule: PenaltyRule, bounds: tuple[float, float], metrics: UpdateMetrics
+    ) -> None:
+        """
+        Move β, the learning rate and the reference policy's coefficient for the next update, and warn where a bound has
+        stopped one of them for long.
+        """
+        clips = metrics.clip_fraction() > MIN_CLIP_FRACTION  # it ends updates below the target, as it should
+        self.kl_coef, side = apply_rule(rule, self.kl_coef, kl.mean, target_kl, bounds)
+        self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
+        warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl.mean, target_kl)
+
+        lr_rule = learning_rate_rule(self.learning_rate_rule)
+        if lr_rule is not None:
+            used = self.learning_rate_scale
+            self.learning_rate_scale, side = next_scale(lr_rule, used, kl.mean, target_kl, metrics.balance())
+            self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
+            learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
+            warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)
+
+        if self._reference is not None and kl.reference is not None:
+            self.reference_kl_coef = adapted_kl_coef(self._reference.spec, self.reference_kl_coef, kl.reference, bounds)
 
     def _warn_or_give_up(self, problem: tuple[str, str] | None) -> None:
         """

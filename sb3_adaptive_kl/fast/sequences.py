@@ -119,6 +119,7 @@ def in_blocks(
     """
     hidden, cell = ((1.0 - sequences.begins) * state for state in lstm_states)
     outputs = features.new_zeros(len(features), lstm.hidden_size)
+    # Sequences are sorted by length: those that go on into the next block are the first ones of this
     for n_steps, n_sequences, rows, cells in sequences.blocks:
         padding = features.new_zeros(n_steps * n_sequences, lstm.input_size)
         padded = padding.index_copy(0, cells, features.index_select(0, rows))
@@ -203,11 +204,13 @@ def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, devi
     cuts = [0]
     while cuts[-1] < len(n_active):
         active = n_active[cuts[-1] :]
+        # As many steps as still keep the padding within the limit. The first always does: it has none
         cells, transitions = active[0] * np.arange(1, len(active) + 1), np.cumsum(active)
         cuts.append(cuts[-1] + int(np.count_nonzero(cells <= MAX_CELLS * transitions)))
     blocks = []
     for start, end in pairwise(cuts):
         n_sequences = int(n_active[start])
+        # A block is flattened with time first, as an LSTM reads it
         steps = np.arange(start, end)[:, None]
         (cells,) = np.nonzero((steps < lengths[:n_sequences]).flatten())
         rows = (first[:n_sequences] + steps).flatten()[cells]

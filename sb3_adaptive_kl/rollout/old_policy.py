@@ -203,6 +203,7 @@ def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: Pol
         if isinstance(output, th.Tensor):
             largest = max(largest, output.numel() * output.element_size())
 
+    # Hooks see the activations of any network: a policy does not tell how wide it is
     hooks = [module.register_forward_hook(note) for module in policy.modules()]
     try:
         with closing(sweep(policy, buffer, adapter, needs_distribution=False)) as evaluations:
