@@ -21,7 +21,6 @@ from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy, interpret_reference, reference_kl_coef
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.reference import Reference
 
 if TYPE_CHECKING:
@@ -82,7 +81,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _rollouts_at_limit: int = 0  # of the learning rate's factor, likewise
     _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
-    _adapter: PolicyAdapter = PolicyAdapter()
     _compiler: "Compiler | None" = None
     _reference: Reference | None = None
 

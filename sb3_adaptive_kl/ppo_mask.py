@@ -14,7 +14,6 @@ from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
-from sb3_adaptive_kl.rollout.adapters import MaskablePolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -32,8 +31,6 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
 
     :raises ValueError: if an argument is out of its range
     """
-
-    _adapter = MaskablePolicyAdapter()
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCr
 from sb3_adaptive_kl.maskable_recurrent.ppo import MaskableRecurrentPPO
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
-from sb3_adaptive_kl.rollout.adapters import MaskableRecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -35,8 +34,6 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
     """
 
     policy: MaskableRecurrentActorCriticPolicy
-
-    _adapter = MaskableRecurrentPolicyAdapter()
 
     def __init__(
         self,

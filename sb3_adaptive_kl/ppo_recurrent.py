@@ -13,7 +13,6 @@ from sb3_adaptive_kl.algorithm import arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
-from sb3_adaptive_kl.rollout.adapters import RecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -32,8 +31,6 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
     """
 
     policy: RecurrentActorCriticPolicy
-
-    _adapter = RecurrentPolicyAdapter()
 
     def __init__(
         self,

@@ -94,7 +94,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             sequences_at_once(self.policy, self.rollout_buffer),
         ):
             snapshot = Snapshot(self.policy, self._versions)
-            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence, self._reference)
+            old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             if self._n_updates == 0:
                 warn_if_random(old_policy, settings.target_kl)
             try:
@@ -160,8 +160,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
         if self._compiler is None:
-            return nullcontext(partial(step.compute_gradients, self.policy, self._adapter, old_policy))
-        return self._compiler.compiled_gradients(self.policy, self._adapter, old_policy)
+            return nullcontext(partial(step.compute_gradients, self.policy, old_policy))
+        return self._compiler.compiled_gradients(self.policy, old_policy)
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
         """Draw one epoch of minibatches, with the indices of their transitions."""

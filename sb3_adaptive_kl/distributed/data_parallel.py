@@ -90,7 +90,7 @@ class DataParallel(KLPenaltyTraining):
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
         minibatches = super()._minibatches(settings)
-        return normalized_over_ranks(minibatches, self._adapter) if settings.normalize_advantage else minibatches
+        return normalized_over_ranks(minibatches) if settings.normalize_advantage else minibatches
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         return pool_kl(super()._measure_kl(old_policy), self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
