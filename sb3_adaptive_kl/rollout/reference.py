@@ -8,7 +8,6 @@ the policy in training.
 
 import json
 import zipfile
-import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,6 @@ class Reference:
         self.policy = frozen.to(policy.device)
         self.policy.requires_grad_(False)
         self.policy.set_training_mode(False)
-        parameters = [parameter.detach().cpu().contiguous() for parameter in self.policy.parameters()]
-        # Tells whether several processes have the same
-        self.checksum = zlib.crc32(b"".join(parameter.view(-1).view(th.uint8).numpy().tobytes() for parameter in parameters))
         self._memory: tuple[th.Tensor, th.Tensor] | None = None  # hidden and cell states of its LSTM
 
     def on_rollout(self, buffer: RolloutBuffer, chunk_size: int) -> ActionDistribution:
