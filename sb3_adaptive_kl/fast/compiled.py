@@ -102,9 +102,9 @@ class Compiler:
 
     def log(self, logger: Logger) -> None:
         """Log the seconds spent compiling since the last call, if any."""
-        seconds = self.compilation.pop_seconds()
-        if seconds > 0:
-            logger.record("time/compilation", seconds)
+        if self.compilation.seconds > 0:
+            logger.record("time/compilation", self.compilation.seconds)
+        self.compilation.seconds = 0.0
 
     def _tensors(self, settings: Settings, device: th.device) -> Settings:
         # Converted when they change, and not at every step
