@@ -88,6 +88,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
         check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
         penalty = {name: kwargs.pop(name) for name in PENALTY_ARGUMENTS}
+        # The host would call _setup_model() before the penalty's arguments are there
         super().__init__(*args, **{**kwargs, "_init_setup_model": False})
         vars(self).update(penalty)
         if _init_setup_model:
@@ -217,7 +218,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         return fast_collection(self.policy) if self._compiler is None else self._compiler.compiled_collection(self.policy)
 
 
-def arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
+def constructor_arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
     """
     Collect what a constructor was given, from its ``locals()``: its class spells the arguments out for IDEs and ``load()``.
     """

@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_adaptive_kl.algorithm import arguments
+from sb3_adaptive_kl.algorithm import constructor_arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.maskable_recurrent.ppo import MaskableRecurrentPPO
@@ -70,4 +70,4 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
-        super().__init__(**arguments(locals()))
+        super().__init__(**constructor_arguments(locals()))

@@ -95,7 +95,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         ):
             snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
-            if self._n_updates == 0:
+            if self._n_updates == 0:  # once: it sweeps the rollout twice
                 warn_if_random(old_policy, settings.target_kl)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)

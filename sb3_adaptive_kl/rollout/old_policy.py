@@ -73,6 +73,7 @@ class OldPolicy:
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
         self._chunk_size = chunk_size_of(policy, buffer)
+        # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
         with closing(sweep(policy, buffer, self.needs_distribution, self._chunk_size)) as evaluations:
