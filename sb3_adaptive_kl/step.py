@@ -71,6 +71,15 @@ def in_layout_of(parameter: th.Tensor, gradient: th.Tensor | None) -> th.Tensor 
     return th.empty_like(parameter).copy_(gradient)
 
 
+def drop_other_gradients(policy: ActorCriticPolicy) -> None:
+    """Remove the gradients of parameters that no step moves."""
+    # backward() adds to them in each step, and nobody clears them
+    moved = set(map(id, optimized_parameters(policy.optimizer)))
+    for parameter in policy.parameters():
+        if id(parameter) not in moved:
+            parameter.grad = None
+
+
 def optimized_parameters(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     """List the parameters that a step can move. They need not be registered in the policy."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

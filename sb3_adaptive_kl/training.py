@@ -104,6 +104,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 # diverged, and the error was something else
                 if math.isfinite(old_policy.kl().mean):  # on this process alone: the error may be, too
                     raise
+            step.drop_other_gradients(self.policy)
             kl = self._measure_kl(old_policy)
             raw_kl = kl.mean
             limit = math.inf if self.kl_ceiling is None else self.kl_ceiling * settings.target_kl
