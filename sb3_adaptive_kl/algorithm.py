@@ -79,6 +79,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # of β, in a row; negative at the lower bound
     _rollouts_at_limit: int = 0  # of the learning rate's factor, likewise
+    _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
     _compiler: "Compiler | None" = None
     _reference: Reference | None = None
@@ -108,14 +109,15 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
             self._prepare_reference()
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
+        self._versions = {}
         if self.compile:
             from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
 
             self._compiler = Compiler()
 
     def _excluded_save_params(self) -> list[str]:
-        # Compiled code cannot be saved; both are made anew
-        return [*super()._excluded_save_params(), "_compiler", "_reference"]
+        # Compiled code and identities cannot be saved, and _setup_model makes them anew
+        return [*super()._excluded_save_params(), "_compiler", "_versions", "_reference"]
 
     def _prepare_reference(self) -> None:
         """

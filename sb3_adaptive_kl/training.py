@@ -93,7 +93,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             asynchronous_copies(self.rollout_buffer),
             sequences_at_once(self.policy, self.rollout_buffer),
         ):
-            snapshot = Snapshot(self.policy)
+            snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             if self._n_updates == 0:  # once: it sweeps the rollout twice
                 warn_if_random(old_policy, settings.target_kl)

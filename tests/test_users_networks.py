@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import action_distribution
 from sb3_adaptive_kl.rollout.old_policy import ACTIVATION_BYTES, CHUNK_PROBE_SIZE
+from sb3_adaptive_kl.snapshot import Snapshot
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -264,6 +265,22 @@ def test_a_sweep_of_a_wide_network_takes_few_transitions_at_a_time():
         assert sizes[0] == CHUNK_PROBE_SIZE
         assert sizes[1] == (256 if features_dim == narrow else ACTIVATION_BYTES // (4 * wide))
         assert sum(sizes[1:]) == 256
+
+
+def test_frozen_parameters_are_not_copied_at_every_update():
+    """Only once, and when somebody has written to them since."""
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    frozen = model.policy.value_net.weight.requires_grad_(False)
+    versions: dict[int, int] = {}
+
+    def is_copied(parameter):
+        return any(tensor is parameter for tensor in Snapshot(model.policy, versions).tensors)
+
+    assert is_copied(frozen)
+    assert not is_copied(frozen)
+    assert is_copied(model.policy.action_net.weight)
+    frozen.mul_(2.0)
+    assert is_copied(frozen)
 
 
 class MovingAverage(Extractor):
