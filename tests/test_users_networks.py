@@ -63,6 +63,21 @@ def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
         assert th.allclose(parameter, other, atol=1e-6), name
 
 
+class Scripted(Extractor):
+    """A module that torch.jit has compiled does not take hooks."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.layer = th.jit.script(self.layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_modules_train():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": Scripted}, **SMALL)
+    before = model.policy.features_extractor.layer.weight.detach().clone()
+    assert not th.equal(model.learn(64).policy.features_extractor.layer.weight, before)
+
+
 def test_complex_weights_step_back():
     """By the same factor as the others: without a ceiling, the same update takes the whole step."""
     full_batch = {"n_steps": 64, "batch_size": 64, "n_epochs": 4}

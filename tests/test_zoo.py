@@ -16,7 +16,7 @@ import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region
-from sb3_adaptive_kl.zoo.launcher import SCRIPTS
+from sb3_adaptive_kl.zoo.launcher import SCRIPTS, main
 from sb3_adaptive_kl.zoo.programs import provide_programs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -156,6 +156,15 @@ def test_launcher_trains_with_the_hook_switched_off(tmp_path):
     assert "hyperparams/ppo_kl.yml" in output
     assert (tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
     assert "usage: python -m sb3_adaptive_kl.zoo SCRIPT" in run(tmp_path, "-m", "sb3_adaptive_kl.zoo", expect=1)
+
+
+def test_launcher_names_an_unknown_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl zoo", "trian"])
+    with pytest.raises(SystemExit, match="unknown script 'trian', did you mean 'train'"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl zoo", "--help"])
+    main()
+    assert "usage: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])
