@@ -1,5 +1,6 @@
 """What all tests share: one torch thread per process, and the algorithm on every kind of space and policy."""
 
+import functools
 import importlib
 import json
 import runpy
@@ -36,6 +37,22 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(),
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     th.set_num_threads(1)
+
+
+@functools.wraps(th.compile)
+def traced(function: Callable[..., Any], *, options: Mapping[str, Any], _compile: Any = th.compile, **kwargs: Any) -> Any:
+    """``th.compile`` without Inductor: the function is traced and guarded, and what was traced runs as it is."""
+    return _compile(function, backend="eager", options={"guard_filter_fn": options["guard_filter_fn"]}, **kwargs)
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    For tests of what ``compile=True`` does around the compiled code, which takes 20 seconds of compiling for each function and
+    each size of minibatch: only the slow tests generate it.
+    """
+    if request.param == "traced":
+        monkeypatch.setattr(th, "compile", traced)
 
 
 @pytest.fixture(params=["cpu", CUDA])
