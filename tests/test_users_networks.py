@@ -52,6 +52,7 @@ class Fourier(BaseFeaturesExtractor):
 
 
 @pytest.mark.parametrize("extractor", [Checkpointed, Fourier])
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
@@ -95,6 +96,7 @@ def test_complex_weights_step_back():
 
 @pytest.mark.parametrize("listen", ["register_hook", "register_post_accumulate_grad_hook"])
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 def test_gradient_hooks_are_called_when_compiled(listen):
     """One warning names the parameter; then the plain step calls them as often as PPO does."""
 
@@ -325,6 +327,7 @@ def test_a_moving_average_is_undone_with_the_update():
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_callback_can_trace_the_policy_of_a_compiled_rollout():
     class Trace(BaseCallback):
