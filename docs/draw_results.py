@@ -1,5 +1,5 @@
 """
-Draw the figures of docs/results.md and of the README from the runs in docs/study: judged.svg and learning_rate.svg, and the same
+Draw the figures of docs/results.md and of the README from the runs in docs/study: judged.svg and learning_rate.svg, each also
 for dark pages.
 
     python docs/draw_results.py
@@ -21,7 +21,7 @@ HELD, PPO, PAPER = "held_farther", "ppo", "paper"
 NAMES = {PPO: "PPO", PAPER: "paper 0.01", HELD: "held 0.03 + clip"}
 MEASURES = {"area": "while learning", "final_return": "final policy"}
 # Families of the sensitivity study, each with its line style: readable without colors, too
-FAMILIES = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "balanced": ("held, balanced learning rate", "C2", "D-")}
+FAMILIES = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "balanced": ("held, balanced rate", "C2", "D-")}
 
 
 def probabilities(runs: pd.DataFrame) -> dict[str, list[float]]:

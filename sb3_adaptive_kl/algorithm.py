@@ -3,6 +3,7 @@ The base of the algorithms: the penalty's arguments, its state, and SB3's hooks 
 """
 
 import math
+from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
@@ -35,12 +36,6 @@ PENALTY_ARGUMENTS = (
 )
 # What save(), load(), get_parameters() and set_parameters() carry from one update to the next
 STATE = ("kl_coef", "learning_rate_scale", "reference_kl_coef")
-
-
-class Parameters(dict[str, dict[str, Any]]):
-    """What ``get_parameters()`` returns: the dictionary of SB3, with the penalty's state in an attribute that PPO ignores."""
-
-    penalty: dict[str, float]
 
 
 class KLPenaltyAlgorithm(OnPolicyAlgorithm):
@@ -79,6 +74,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _undone_in_a_row: int = 0
     _rollouts_at_bound: int = 0  # of β, in a row; negative at the lower bound
     _rollouts_at_limit: int = 0  # of the learning rate's factor, likewise
+    _randomness_checked: bool = False
     _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
     _compiler: "Compiler | None" = None
@@ -154,14 +150,15 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
                 warn_user(f"load({name}=...) is not an argument of {cls.__name__}{suggestion(name, vars(blank))}")
         return super().load(path, *args, **kwargs)
 
-    def get_parameters(self) -> Parameters:
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
         Return the parameters of the policy and of its optimizer as SB3 does.
 
         :return: a dictionary that ``set_parameters`` accepts, also PPO's; its attribute ``penalty`` holds the coefficients
         """
-        parameters = Parameters(super().get_parameters())
-        parameters.penalty = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+        # An attribute, which PPO ignores. th.load() accepts OrderedDict with its attributes, and no class of ours
+        parameters = OrderedDict(super().get_parameters())
+        vars(parameters)["penalty"] = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
         return parameters
 
     def set_parameters(

@@ -61,7 +61,7 @@ def check_arguments(model: Any) -> None:
         value = getattr(model, name, low)
         if not is_number(value) or not low <= value <= high:
             limits = f"within kl_coef_bounds=({low:g}, {high:g})"
-            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint_for_text(value)}")
+            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
     check_settings(model)
     rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
     if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
@@ -88,22 +88,21 @@ def check_settings(model: Any) -> None:
     :param model: the algorithm
     :raises ValueError: if one is out of range
     """
-    remedy = "try 0.01; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
+    remedy = "try 0.02; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
     if model.target_kl is None:
-        remedy = "a model of PPO has none, pass load() a target_kl, such as 0.01"
+        remedy = "a model of PPO has none, pass load() a target_kl, such as 0.02; for no early stopping, leave it out"
     _check_schedule("target_kl", model.target_kl, remedy)
     if isinstance(model.clip_range, str):
-        alternative = ", a positive number, a schedule, or None for no clipping" + _hint_for_text(model.clip_range)
+        alternative = ", a positive number, a schedule, or None for no clipping" + _hint(model.clip_range)
         check_choice("clip_range", model.clip_range, (OUTLIERS,), alternative)
     for name in ("clip_range", "clip_range_vf"):
         if getattr(model, name) is not None and not (name == "clip_range" and isinstance(model.clip_range, str)):
             _check_schedule(name, getattr(model, name), "None deactivates clipping")
     for name in ("ent_coef", "vf_coef"):
         value = getattr(model, name)
-        if not callable(value) and not is_number(value):
+        if not is_schedule(value) and not is_number(value):
             raise ValueError(
-                f"{name}={value!r} must be a finite number or a schedule (a function of the remaining progress)"
-                f"{_hint_for_text(value)}"
+                f"{name}={value!r} must be a finite number or a schedule (a function of the remaining progress){_hint(value)}"
             )
     for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
         # Before the first _setup_model() there is no β yet
@@ -111,8 +110,11 @@ def check_settings(model: Any) -> None:
         if not (value is None and name in OPTIONAL_NUMBERS):
             _check_number(name, value, requirement, remedy)
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
-    if not isinstance(model.compile, bool):  # "False" from a file or a command line would compile
+    # "False" from a file or a command line would mean True; PPO takes normalize_advantage=0, too
+    if not isinstance(model.compile, bool):
         raise ValueError(f"compile={model.compile!r} must be True or False")
+    if isinstance(model.normalize_advantage, str):
+        raise ValueError(f"normalize_advantage={model.normalize_advantage!r} must be True or False")
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
 
 
@@ -126,7 +128,7 @@ def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage
     :raises ValueError: if there is nothing to train on, or a single advantage to normalize
     """
     sizes = [n_epochs] if batch_size is None else [n_epochs, batch_size]
-    if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+    if not all(is_count(size) for size in sizes):
         raise ValueError(
             f"batch_size={batch_size!r} and n_epochs={n_epochs!r} must be whole numbers of at least 1: "
             "the loss of an empty minibatch is NaN"
@@ -180,9 +182,10 @@ def penalty_rule(rule: str | Mapping[str, Any] | PenaltyRule | Callable[[float, 
     known = _rule("kl_rule", rule, RULES, LEARNING_RATE_RULES, "β", "(kl_coef, kl, target_kl)")
     if not isinstance(known, PenaltyRule):
         return FunctionPenalty(known)
-    segments = known.segments
-    if not isinstance(segments, Integral) or isinstance(segments, bool) or segments < 1:
-        raise ValueError(f"kl_rule={rule!r} has segments={segments!r}: the parts of an update, a whole number of at least 1")
+    if not is_count(known.segments):
+        raise ValueError(
+            f"kl_rule={rule!r} has segments={known.segments!r}: the parts of an update, a whole number of at least 1"
+        )
     return known
 
 
@@ -252,6 +255,24 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def is_count(value: Any) -> bool:
+    """
+    Tell a whole number of at least 1, of Python or NumPy, from anything else.
+
+    :param value: anything; booleans do not count
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def is_schedule(value: Any) -> bool:
+    """
+    Tell a schedule from anything else.
+
+    :param value: anything; ``LinearSchedule`` without its arguments is a class
+    """
+    return callable(value) and not isinstance(value, type)
+
+
 def value_at(name: str, schedule: float | Schedule, progress_remaining: float, least: float = 0.0) -> float:
     """
     Evaluate a schedule, or return the number that stands for one.
@@ -268,7 +289,7 @@ def value_at(name: str, schedule: float | Schedule, progress_remaining: float, l
         at_least = "" if least == -math.inf else f" >= {least:g}"
         raise ValueError(
             f"{name}: {value!r} at progress_remaining={progress_remaining} is not a finite number{at_least}: check the "
-            "schedule over [0, 1]"
+            f"schedule over [0, 1]{_hint(value)}"
         )
     return float(value)
 
@@ -282,12 +303,16 @@ def _rule(
     signature: str,
 ) -> Any:
     """Make a rule from its name or a mapping; ``others`` would move the other quantity, and in the wrong direction."""
+    alternative = f" or a function {signature}"
     if isinstance(rule, str):
+        if rule in others and rule not in rules:
+            alternative += f"; {rule!r} is a {'learning_rate_rule' if argument == 'kl_rule' else 'kl_rule'}"
+        check_choice(argument, rule, tuple(rules), alternative)
         rule = {"name": rule}
     if isinstance(rule, Mapping):
         numbers = dict(rule)
         name = numbers.pop("name", None)
-        check_choice(argument, name, tuple(rules), f" or a function {signature}")
+        check_choice(f"{argument}: name", name, tuple(rules), alternative)
         known: Any = rules[name]
         its_numbers = [field.name for field in fields(known)]
         for key, value in numbers.items():
@@ -308,11 +333,13 @@ def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
-        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}{_hint_for_text(value)}")
+        raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}{_hint(value)}")
 
 
-def _hint_for_text(value: Any) -> str:
-    """Explain how to pass what a text means, if it means a number or one of the zoo's forms."""
+def _hint(value: Any) -> str:
+    """Explain how to pass what means a number, or one of the zoo's forms."""
+    if hasattr(value, "__float__") and not isinstance(value, Real):  # tensors, arrays, Decimal
+        return f" (pass float() of this {type(value).__name__})"
     match = re.fullmatch(r"((?:clip_)?(?:lin_)?)\d*\.?\d+(?:e-?\d+)?", value) if isinstance(value, str) else None
     if match is None:
         return ""
@@ -321,5 +348,5 @@ def _hint_for_text(value: Any) -> str:
 
 def _check_schedule(name: str, value: Any, remedy: str) -> None:
     # A schedule's values are not checked: rl-zoo3 replaces schedules by constant zeros to replay an agent
-    if not callable(value):
+    if not is_schedule(value):
         _check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", remedy)

@@ -57,11 +57,15 @@ class UpdateMetrics:
 
     def kls(self, minibatches: slice) -> list[float]:
         """Read the KL of some minibatches of the update, each before its step and beyond the KL at rest, in nats."""
-        # At rest, before the first step, the policy in training mode differs from the remembered one by dropout and batch
-        # normalization alone
-        kls = self._read()[:, KL]
-        at_rest = kls[0].item()
-        return [other - at_rest for other in kls[minibatches].tolist()]
+        at_rest = self.kl_at_rest()
+        return [kl - at_rest for kl in self._read()[minibatches, KL].tolist()]
+
+    def kl_at_rest(self) -> float:
+        """
+        Read the KL of the first minibatch, before any step: the policy in training mode differs from the remembered one by
+        dropout and batch normalization alone. 0 without a minibatch.
+        """
+        return self._read()[0, KL].item() if self._minibatches else 0.0
 
     def balance(self, minibatches: slice | None = None) -> float:
         """

@@ -18,7 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_adaptive_kl.arguments import check_choice, is_number, value_at
+from sb3_adaptive_kl.arguments import check_choice, is_number, is_schedule, value_at
 from sb3_adaptive_kl.control import apply_rule
 from sb3_adaptive_kl.penalty import AdaptivePenalty
 
@@ -88,10 +88,12 @@ def interpret_reference(value: Any) -> ReferencePolicy | None:
             remedy = "that is a class, pass a trained policy, such as reference_policy=model.policy, or a path"
         elif isinstance(spec.policy, th.nn.Module):
             remedy = "it does not tell the probabilities of its actions: pass a policy like PPO's, with get_distribution()"
-        raise ValueError(f"reference_policy={type(spec.policy).__name__}: {remedy}")
-    if not callable(spec.kl_coef) and not (is_number(spec.kl_coef) and spec.kl_coef >= 0):
+        kind: Any = spec.policy if isinstance(spec.policy, type) else type(spec.policy)
+        raise ValueError(f"reference_policy={kind.__name__}: {remedy}")
+    kl_coef: Any = spec.kl_coef
+    if not is_schedule(kl_coef) and not (is_number(kl_coef) and kl_coef >= 0):
         raise ValueError(
-            f"reference_policy: kl_coef={spec.kl_coef!r} must be a finite number >= 0, or a schedule (a function of the "
+            f"reference_policy: kl_coef={kl_coef!r} must be a finite number >= 0, or a schedule (a function of the "
             "remaining progress): 0 only measures the KL"
         )
     if spec.target_kl is not None and not (is_number(spec.target_kl) and spec.target_kl > 0):

@@ -58,6 +58,8 @@ ABOVE_CEILING = (
 )
 # Stop training after this many undone updates in a row
 MAX_UNDONE_IN_A_ROW = 5
+# A KL above this share of the target is enough to mislead a rule, whose band is the target times 1.5
+SMALL_KL = 0.1
 # A clip range acts if it clips at least this share of the ratios. At the target, the outlier clip clips some 5 %
 MIN_CLIP_FRACTION = 0.01
 
@@ -95,8 +97,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         ):
             snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
-            if self._n_updates == 0:  # once: it sweeps the rollout twice
-                warn_if_random(old_policy, settings.target_kl)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
@@ -116,6 +116,10 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                 # Unless the target is 0: then the policy is the old one, and rounding is measured
                 if not kl.mean <= limit and settings.target_kl > MIN_SCHEDULED_TARGET_KL:
                     problem = ABOVE_CEILING
+            # Before its first step, only dropout and batch normalization can have moved it, which do nothing in eval mode
+            if problem is None and not self._randomness_checked and metrics.kl_at_rest() > SMALL_KL * settings.target_kl:
+                self._randomness_checked = True
+                warn_if_random(old_policy, settings.target_kl)
 
         if problem is not None:
             snapshot.restore()
@@ -259,15 +263,16 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
 
 def warn_if_random(old_policy: OldPolicy, target_kl: float) -> None:
-    """Warn if a policy that has not moved is another one whenever it is evaluated."""
+    """Warn if the divergence is another one whenever it is measured."""
     first = old_policy.divergence_on_rollout()
     with preserve_random_state():
         th.rand(())
         np.random.random()
         second = old_policy.divergence_on_rollout()
     difference = (second - first).abs().mean().item()
-    if difference > target_kl / 10:  # enough to mislead a rule, whose band is the target times 1.5
+    if difference > SMALL_KL * target_kl:
         warn_user(
-            f"The policy's KL divergence from itself differs by {difference:.2g} between two evaluations: it is random in "
-            "eval mode, too, as F.dropout(x) makes it (pass training=self.training), and its KL cannot be controlled."
+            f"The policy's KL divergence differs by {difference:.2g} between two measurements without a step in between, and "
+            "so cannot be controlled: the policy is random in eval mode, too, as F.dropout(x) makes it (pass "
+            "training=self.training), or the samples of the rollout buffer are."
         )

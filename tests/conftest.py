@@ -1,6 +1,10 @@
 """What all tests share: one torch thread per process, and the algorithm on every kind of space and policy."""
 
+import functools
+import importlib
 import json
+import runpy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +38,22 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(),
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     th.set_num_threads(1)
+
+
+@functools.wraps(th.compile)
+def traced(function: Callable[..., Any], *, options: Mapping[str, Any], _compile: Any = th.compile, **kwargs: Any) -> Any:
+    """``th.compile`` without Inductor: the function is traced and guarded, and what was traced runs as it is."""
+    return _compile(function, backend="eager", options={"guard_filter_fn": options["guard_filter_fn"]}, **kwargs)
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    For tests of what ``compile=True`` does around the compiled code, which takes 20 seconds of compiling for each function and
+    each size of minibatch: only the slow tests generate it.
+    """
+    if request.param == "traced":
+        monkeypatch.setattr(th, "compile", traced)
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -130,6 +150,29 @@ def logged(model: OnPolicyAlgorithm) -> dict[str, float]:
     """What the last update wrote to the logger, without the prefix."""
     values = model.logger.name_to_value.items()
     return {key.removeprefix("train/"): value for key, value in values if key.startswith("train/")}
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], str]]:
+    """
+    Run a command of the zoo as ``python -m rl_zoo3.…`` would, in ``tmp_path``, and return what it prints. It runs in this
+    process: another would import everything for longer than most of these tests take.
+    """
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.chdir(tmp_path)
+
+    def zoo(command: str) -> str:
+        script, *arguments = command.split()
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)
+        return "".join(capsys.readouterr())
+
+    yield zoo
+    pyplot.close("all")
 
 
 # ---------------------------------------------------------------- compare

@@ -2,9 +2,11 @@
 
 import inspect
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
+import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
@@ -23,7 +25,7 @@ from sb3_adaptive_kl.arguments import settings_at
 from tests.conftest import CASES
 
 BAD = [
-    ({"target_kl": 0}, r"target_kl=0 must be .*> 0.*try 0.01"),
+    ({"target_kl": 0}, r"target_kl=0 must be .*> 0.*try 0.02"),
     ({"target_kl": -0.01}, r"target_kl=-0.01"),
     ({"target_kl": math.nan}, r"target_kl=nan"),
     ({"target_kl": math.inf}, r"target_kl=inf"),
@@ -41,6 +43,10 @@ BAD = [
     ({"learning_rate_rule": "balance"}, r"did you mean 'balanced'\?.*or a function \(scale, kl, target_kl, balance\)$"),
     ({"kl_rule": "foo"}, r"kl_rule='foo' is unknown. Valid are 'adaptive', 'fixed'"),
     ({"target_kl": True}, r"target_kl=True"),
+    ({"target_kl": th.tensor(0.02)}, r"target_kl=tensor\(0.0200\) must be .*pass float\(\) of this Tensor"),
+    ({"init_kl_coef": Decimal(2)}, r"init_kl_coef=Decimal\('2'\) must be .*pass float\(\) of this Decimal"),
+    ({"target_kl": LinearSchedule}, r"target_kl=<class .*LinearSchedule'> must be .*or a schedule"),
+    ({"ent_coef": LinearSchedule}, r"ent_coef=<class .*LinearSchedule'> must be .*or a schedule"),
     ({"target_kl": 10**400}, r"target_kl=1000"),
     ({"kl_ceiling": 0.9}, r"kl_ceiling=0.9.*>= 1.*1.5 is the edge"),
     ({"kl_ceiling": math.nan}, r"kl_ceiling=nan"),
@@ -60,6 +66,9 @@ BAD = [
     ({"init_kl_coef": "1"}, r"init_kl_coef='1'"),
     ({"kl_rule": "adaptative"}, r"kl_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
     ({"kl_rule": "Fix"}, r"did you mean 'fixed'\?"),
+    ({"kl_rule": {"high": 2.0}}, r"kl_rule: name=None is unknown. Valid are 'adaptive'"),
+    ({"kl_rule": "balanced"}, r"kl_rule='balanced' is unknown.*; 'balanced' is a learning_rate_rule$"),
+    ({"learning_rate_rule": "predictive"}, r"learning_rate_rule='predictive' is unknown.*; 'predictive' is a kl_rule$"),
     ({"kl_rule": 3}, r"kl_rule=3 is not a rule for β"),
     ({"kl_rule": AdaptiveLearningRate()}, r"kl_rule=AdaptiveLearningRate\(.*\) is not a rule for β"),
     (
@@ -83,6 +92,8 @@ BAD = [
     ({"batch_size": 0}, r"batch_size=0"),
     ({"batch_size": 32.0}, r"batch_size=32.0"),
     ({"n_epochs": 0}, r"n_epochs=0"),
+    ({"n_epochs": True}, r"n_epochs=True must be whole numbers"),
+    ({"normalize_advantage": "False"}, r"normalize_advantage='False' must be True or False"),
 ]
 
 

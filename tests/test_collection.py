@@ -52,6 +52,7 @@ class Float(gym.ObservationWrapper):
         return np.asarray(observation, dtype=np.float32)
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "multibinary"])
 def test_nan_never_reaches_the_environment(env, compile):
@@ -65,6 +66,7 @@ def test_nan_never_reaches_the_environment(env, compile):
     assert not compile or not model._compiler.compilation.failed
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 def test_policy_copied_by_a_callback_is_its_own(compile):
     copies = []
@@ -89,6 +91,7 @@ def test_policy_pickled_by_a_callback_is_its_own():
     assert again.forward.__self__ is again
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 def test_copy_acts_for_itself_in_the_same_rollout(compile):
     model = CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL)
@@ -106,6 +109,7 @@ def test_copy_acts_for_itself_in_the_same_rollout(compile):
     assert all(theirs == pytest.approx(ours + 5.0) for ours, theirs in values)
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 def test_what_a_callback_does_to_the_policy_is_obeyed(compile):
     """New values of a parameter, another network, noise drawn anew: from the next step on."""
@@ -134,6 +138,7 @@ def test_what_a_callback_does_to_the_policy_is_obeyed(compile):
     assert (noise[8:] < 1e-6).all()
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 def test_what_a_users_policy_remembers_stays_with_it(compile):
     class Remembers(ActorCriticPolicy):
@@ -158,6 +163,7 @@ def counting(function, calls):
     return wrapper
 
 
+@pytest.mark.usefixtures("compiler")
 @COMPILE
 @pytest.mark.parametrize("method", ["forward", "extract_features", "_get_action_dist_from_latent"])
 def test_wrapper_set_on_the_policy_is_called_and_kept(method, compile):
@@ -198,6 +204,7 @@ def test_wrapper_set_during_a_rollout_is_kept():
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 def test_wrapper_of_evaluate_actions_sees_the_observations_of_the_rollout():
     """Compiled, SB3's own methods are given preprocessed ones; an integer image shows the difference."""
     model = CASES["cnn"].build(AdaptiveKLPPO, compile=True, **SMALL)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sb3_adaptive_kl.compare import backends, cli, report, statistics
+from sb3_adaptive_kl.compare import backends, cli, plots, report, statistics
 from sb3_adaptive_kl.compare.arms import PlanError
-from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
 
 # These tests share the runs of one plan
@@ -26,18 +27,60 @@ COMPARE = [sys.executable, "-m", "sb3_adaptive_kl.compare"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
 
 
-def compare(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    child = subprocess.run([*COMPARE, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    assert child.returncode == expect, child.stdout + child.stderr
-    return child
+def in_this_process(runs):
+    """Backend that saves the time in which each process would import everything."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    for run in runs:
+        outcome = backends.attempt(run, lambda timesteps: None)
+        signal.signal(signal.SIGINT, on_interrupt)
+        yield run, outcome
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each run was finished, by its folder."""
+    return {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("runs/**/run.json")}
+
+
+def statistics_of(results: Path) -> str:
+    return (results / "statistics.json").read_text()
 
 
 @pytest.fixture(scope="module")
-def completed(tmp_path_factory):
-    """Results folder of an undisturbed comparison, and the finished process."""
+def undisturbed(tmp_path_factory):
+    """Results of all runs, executed one after the other in this process, without a report."""
+    store = Store.create(tmp_path_factory.mktemp("undisturbed") / "results", Plan.create(PLAN), {})
+    cli.carry_out(store, in_this_process)
+    return store
+
+
+@pytest.fixture(scope="module")
+def resumed(undisturbed, tmp_path_factory):
+    """
+    Folder of a comparison that the command completed, when each run was finished before, and the finished process.
+
+    The driver had been killed after two of four runs, and one of the other folders was damaged.
+    """
     folder = tmp_path_factory.mktemp("compare")
     (folder / "plan.yml").write_text(yaml.safe_dump(PLAN))
-    return folder / "results", compare(folder, "--plan", "plan.yml", "-j", "2", "-o", "results")
+    results = shutil.copytree(undisturbed.folder, folder / "results")
+    missing = [results / run.folder for run in undisturbed.plan.runs() if run.seed == 1]
+    for path in missing:
+        shutil.rmtree(path)
+    missing[0].mkdir()
+    (missing[0] / "episodes.csv").write_text("incomplete")
+    (results / ".unfinished-x").mkdir()
+    before = stamps(results)
+    arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
+    child = subprocess.run(arguments, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    return results, before, child
+
+
+@pytest.fixture(scope="module")
+def completed(resumed):
+    """Results folder of a comparison, and the finished process."""
+    results, _, child = resumed
+    return results, child
 
 
 @pytest.fixture
@@ -56,10 +99,6 @@ def start():
         child.communicate()
 
 
-def statistics_of(results: Path) -> str:
-    return (results / "statistics.json").read_text()
-
-
 def test_command_writes_all_files(completed):
     results, child = completed
     for name in ("plan.yml", "command.json", "runs.csv", "statistics.json", "report.md", "report.html"):
@@ -70,10 +109,11 @@ def test_command_writes_all_files(completed):
     assert len((results / "runs.csv").read_text().splitlines()) == 1 + 4
     assert "Report: results/report.html" in child.stdout
     assert "Warning: 2 seeds" in child.stderr
-    first, *lines = child.stderr.splitlines()
+    first, second, *lines = child.stderr.splitlines()
     assert first == "2 arms × 1 environment × 2 seeds × 1,500 time steps = 4 runs"
-    assert len([line for line in lines if re.match(r"\[\d/4\] ppo(_kl)? CartPole-v1 seed \d: return", line)]) == 4
-    assert len([line for line in lines if re.search(r", \d+:\d\d:\d\d left$", line)]) == 3  # but for the last run
+    assert second == "2 of 4 runs have already finished"
+    assert len([line for line in lines if re.match(r"\[[34]/4\] ppo(_kl)? CartPole-v1 seed 1: return", line)]) == 2
+    assert len([line for line in lines if re.search(r", \d+:\d\d:\d\d left$", line)]) == 1  # but for the last run
     assert "- **CartPole-v1**: ppo_kl and ppo\n  - final policy: " in child.stdout
     assert not list(results.glob(".unfinished*"))
 
@@ -111,81 +151,72 @@ def test_tables_have_the_labels_that_replace_their_header_on_a_phone(completed):
     assert re.search(r'<td>CartPole-v1</td>.*>ppo_kl<.*"seconds">[\d.]+<.*"steps/s">[\d.,]+<', headed[-1])
 
 
-def test_zoo_scripts_work_on_the_run_folders(completed):
+def test_zoo_scripts_work_on_the_run_folders(completed, zoo, monkeypatch):
     """Check with plots.all_plots and enjoy."""
-    results, _ = completed
-    zoo = [sys.executable, "-m"]
-    options = {"cwd": results, "env": {**ENVIRONMENT, "MPLBACKEND": "Agg"}, "capture_output": True, "text": True}
-    logs = ["-f", "runs/ppo_kl", "runs/ppo"]
-    child = subprocess.run(
-        [*zoo, "rl_zoo3.plots.all_plots", "-a", "ppo_kl", "ppo", "-e", "CartPole-v1", *logs, "--no-display"], **options
-    )
-    assert "|CartPole-v1 |" in child.stdout, child.stderr
-    enjoy = "rl_zoo3.enjoy --algo ppo_kl --env CartPole-v1 -f runs/ppo_kl --no-render -n 600 --exp-id 2"
-    child = subprocess.run([*zoo, *enjoy.split()], **options)
-    assert "Mean reward: " in child.stdout, child.stderr
+    monkeypatch.chdir(completed[0])
+    assert "|CartPole-v1 |" in zoo("plots.all_plots -a ppo_kl ppo -e CartPole-v1 -f runs/ppo_kl runs/ppo --no-display")
+    enjoy = "enjoy --algo ppo_kl --env CartPole-v1 -f runs/ppo_kl --no-render -n 600 --exp-id 2"
+    assert "Mean reward: " in zoo(enjoy)
 
 
-def test_finished_runs_are_not_repeated(completed):
-    results, _ = completed
-    before = {path: path.stat().st_mtime_ns for path in results.glob("runs/**/run.json")}
-    statistics = statistics_of(results)
-    child = compare(results.parent, "--plan", "plan.yml", "-j", "2", "-o", "results")
-    assert {path: path.stat().st_mtime_ns for path in results.glob("runs/**/run.json")} == before
-    assert "seed" not in child.stderr.replace("2 seeds", "")
-    assert statistics_of(results) == statistics
+def test_resumption_gives_the_same_statistics_and_repeats_no_finished_run(undisturbed, resumed):
+    results, before, _ = resumed
+    computed, _ = statistics.compute(undisturbed.plan.seeds, undisturbed.results())
+    assert json.loads(statistics_of(results)) == computed
+    after = stamps(results)
+    assert len(after) == 4
+    assert len(before) == 2
+    assert {folder: after[folder] for folder in before} == before
+    assert not list(results.glob(".unfinished*"))
+    cli.carry_out(Store.open(results), backends.loky(jobs=2))
+    assert stamps(results) == after
 
 
-def test_report_can_be_repeated_from_the_finished_runs_alone(completed, tmp_path, capsys):
+def test_run_is_kept_as_soon_as_it_has_finished(undisturbed, tmp_path):
+    """A driver that is killed loses nothing but the runs that are going."""
+    store = Store.create(tmp_path / "results", undisturbed.plan, {})
+
+    def backend(runs):
+        for run in runs:
+            files = (undisturbed.folder / run.folder).rglob("*")
+            yield run, {path.name: path.read_bytes() for path in files if path.is_file()}
+            assert store.finished(run)
+
+    cli.carry_out(store, backend)
+    assert len(store.results()) == 4
+
+
+def test_report_can_be_repeated_from_the_finished_runs_alone(completed, tmp_path, capsys, monkeypatch):
     """For example while other runs are going on: here one of four is missing."""
     results, _ = completed
     copy = tmp_path / "results"
     shutil.copytree(results, copy)
-    statistics = statistics_of(results)
     for name in ("statistics.json", "report.html", "plots/final_returns.svg"):
         (copy / name).unlink()
-    assert report.summarize(Store.open(copy)) == 0
-    assert statistics_of(copy) == statistics
+    # As `python -m sb3_adaptive_kl.compare.report`
+    monkeypatch.setattr(sys, "argv", ["report", str(copy)])
+    monkeypatch.delitem(sys.modules, report.__name__)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(report.__name__, run_name="__main__")
+    assert statistics_of(copy) == statistics_of(results)
     assert (copy / "report.html").read_text() == (results / "report.html").read_text()
     next(copy.glob("runs/ppo/*/*/run.json")).unlink()
-    command = [sys.executable, "-m", "sb3_adaptive_kl.compare.report", str(copy)]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    monkeypatch.setattr(plots, "_render", lambda figure, format: b"")
+    assert report.summarize(Store.open(copy)) == 0
     assert "3 of 4 runs finished" in (copy / "report.md").read_text()
     with pytest.raises(PlanError, match="is not a results folder"):
         Store.open(results / "runs")
 
 
-def test_resumption_after_sigkill_gives_the_same_statistics(completed, tmp_path, start):
-    """Kill the driver during the runs, and damage one of the run folders."""
-    results, _ = completed
-    (tmp_path / "plan.yml").write_text(yaml.safe_dump(PLAN))
-    arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
-    child = start(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    until(lambda: list(tmp_path.glob("results/runs/**/run.json")))
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    store = Store.open(tmp_path / "results")
-    unfinished = [run for run in store.plan.runs() if not store.finished(run)]
-    assert unfinished
-    (store.folder / unfinished[0].folder).mkdir(parents=True)
-    (store.folder / unfinished[0].folder / "episodes.csv").write_text("incomplete")
-    (store.folder / ".unfinished-x").mkdir()
-
-    child = compare(tmp_path, "--plan", "plan.yml", "-j", "2", "-o", "results")
-    assert f"{4 - len(unfinished)} of 4 runs have already finished" in child.stderr
-    assert statistics_of(tmp_path / "results") == statistics_of(results)
-    assert not list((tmp_path / "results").glob(".unfinished*"))
-
-
 def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(tmp_path, start):
     """Ctrl-C reaches every process of the terminal. Afterwards no process may remain, and no run may look finished."""
     (tmp_path / "plan.yml").write_text(yaml.safe_dump({**PLAN, "n_timesteps": 500_000}))
-    arguments = [*COMPARE, "--plan", "plan.yml", "-j", "2", "-o", "results"]
+    arguments = [*COMPARE, "--plan", "plan.yml", "-o", "results"]
     (tmp_path / "tmp").mkdir()
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path / "tmp")}
     child = start(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    # Two runs train: the zoo makes a run's training environment, and then its monitor file, after everything was imported
-    until(lambda: len(list((tmp_path / "tmp").rglob("0.monitor.csv"))) == 2)
+    # A run trains: the zoo makes its training environment, and then its monitor file, after everything was imported
+    until(lambda: list((tmp_path / "tmp").rglob("0.monitor.csv")))
     os.killpg(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=600)  # a busy machine may pause for long
     assert child.returncode == 130
@@ -214,12 +245,13 @@ def until(condition, seconds=600):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("arm", ["ppo:ent_coef=.nan"])
-def test_failing_arm_does_not_stop_the_others(tmp_path, arm):
+def test_failing_arm_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """The network becomes NaN in the first update. The report contains the error, and the exit code is 1."""
-    options = f"--env CartPole-v1 --algo {arm} ppo --seeds 1 -n 300 --n-eval-episodes 1 -o results"
-    child = compare(tmp_path, *options.split(), expect=1)
-    assert f"failed: {arm} CartPole-v1 seed 0: ValueError: Expected parameter" in child.stderr
+    monkeypatch.setattr(backends, "loky", lambda jobs: in_this_process)
+    monkeypatch.setattr(plots, "_render", lambda figure, format: b"")
+    options = f"--env CartPole-v1 --algo ppo:ent_coef=.nan ppo --seeds 1 -n 300 --n-eval-episodes 1 -o {tmp_path}/results"
+    assert cli.main(options.split()) == 1
+    assert "failed: ppo:ent_coef=.nan CartPole-v1 seed 0: ValueError: Expected parameter" in capsys.readouterr().err
     statistics = json.loads(statistics_of(tmp_path / "results"))
     assert list(statistics["environments"]["CartPole-v1"]["arms"]) == ["ppo"]
     for name in ("report.html", "report.md"):
@@ -228,20 +260,21 @@ def test_failing_arm_does_not_stop_the_others(tmp_path, arm):
     assert (tmp_path / "results" / "runs/ppo/ppo/CartPole-v1_1/run.json").exists()
 
 
-def test_run_that_calls_sys_exit_is_reported_as_failed(tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "ending", "error"),
+    [
+        (in_this_process, "sys.exit('bye')", "SystemExit: bye\n"),
+        (backends.loky(jobs=1), "os.kill(os.getpid(), signal.SIGKILL)", "loky.process_executor.TerminatedWorkerError: "),
+    ],
+    ids=["exit", "kill"],
+)
+def test_run_whose_process_ends_is_reported_as_failed(tmp_path, monkeypatch, backend, ending, error):
     """The driver must not wait for it forever."""
-    (tmp_path / "exiting.py").write_text(
-        """
-import gymnasium as gym
-from gymnasium.envs.classic_control import CartPoleEnv
-class Exiting(CartPoleEnv):
-    def step(self, action):
-        raise SystemExit("bye")
-gym.register("Exiting-v0", Exiting, max_episode_steps=10)
-"""
-    )
-    options = "--env Exiting-v0 --algo ppo --seeds 1 -n 64 --gym-packages exiting -o results"
-    assert "failed: SystemExit: bye" in compare(tmp_path, *options.split(), expect=1).stderr
+    (tmp_path / "ending.py").write_text(f"import os, signal, sys\n{ending}")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = Run("CartPole-v1", "ppo", "ppo", 0, {"n_timesteps": 64}, 1, ("ending",), "runs/ppo")
+    *_, (_, outcome) = backend([run])
+    assert outcome.startswith(error)
 
 
 @pytest.mark.parametrize(

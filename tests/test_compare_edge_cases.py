@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sb3_adaptive_kl.compare import intervals, plots, report
-from sb3_adaptive_kl.compare.execute import execute
+from sb3_adaptive_kl.compare.execute import Recorder, execute
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
 
@@ -334,3 +334,12 @@ def test_episodes_have_raw_returns_where_rewards_are_normalized():
     for episode in episodes:
         _, value, length = map(float, episode.split(","))
         assert value == length
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.nan])
+def test_run_with_an_infinite_return_fails_at_once(value):
+    """A report cannot hold it."""
+    recorder = Recorder(lambda timesteps: None)
+    recorder.locals["infos"] = [{"episode": {"r": value, "l": 3}}]
+    with pytest.raises(ValueError, match=rf"return is {value}: only finite rewards"):
+        recorder._on_step()

@@ -96,6 +96,21 @@ def test_plan_of_the_papers_table_is_valid():
         assert differing(plan.hyperparameters[env])["clip_range"] == {"clip_0.2": 0.2, "adaptive_0.01": None}
 
 
+@pytest.mark.parametrize(("part", "n_arms"), [("next", 3), ("rest", 6)])
+def test_plans_of_the_rest_of_the_papers_table_are_valid(part, n_arms):
+    """Nothing of the zoo's own settings for ppo_kl is left, and all that is not said here is as in the first part."""
+    plan, first = (Plan.load(Path(__file__).parents[1] / "benchmarks" / f"table1{name}.yml") for name in (f"_{part}", ""))
+    assert [plan.environments, plan.seeds, plan.first_seed] == [first.environments, first.seeds, first.first_seed]
+    assert len(plan.arms) == n_arms
+    for env in plan.environments:
+        values = effective(
+            [*plan.parsed_arms, *first.parsed_arms], {**plan.hyperparameters[env], **first.hyperparameters[env]}
+        )
+        own = {"target_kl", "kl_rule", "kl_coef_bounds", "init_kl_coef", *(["clip_range"] if part == "rest" else [])}
+        assert set(differing({arm: values[arm] for arm in [*plan.names, "adaptive_0.01"]})) == own, env
+        assert {arm["kl_rule"] for arm in values.values() if "kl_rule" in arm} == {"adaptive", "fixed"}
+
+
 def test_plan_of_the_sensitivity_is_valid():
     """Four values of one hyperparameter, and the trust region is all else that its arms differ in."""
     plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "sensitivity.yml")
@@ -251,11 +266,11 @@ def test_effective_hyperparameters_include_compared_defaults():
 
 
 def test_overrides_are_yml_and_may_contain_brackets():
-    arm = Arm.parse("ppo_kl:target_kl=1e-3,kl_rule=fixed,kl_coef_bounds=[0.1, 3],policy_kwargs=dict(net_arch=[8,8],share=1)")
+    arm = Arm.parse("ppo_kl:target_kl=1e-3,kl_rule=fixed,kl_coef_bounds=[1e-9, 3],policy_kwargs=dict(net_arch=[8,8],share=1)")
     assert arm.overrides == {
         "target_kl": 0.001,
         "kl_rule": "fixed",
-        "kl_coef_bounds": [0.1, 3],
+        "kl_coef_bounds": [1e-9, 3],
         "policy_kwargs": "dict(net_arch=[8,8],share=1)",
     }
     assert Arm.parse("ppo_kl:kl_ceiling=null,clip_range=None").overrides == {"kl_ceiling": None, "clip_range": None}

@@ -61,7 +61,7 @@ def assert_same_trajectory(case, algorithm=AdaptiveKLPPO, n_iterations=10, **kwa
 
 
 def test_same_trajectory_with_everything_switched_on():
-    assert_same_trajectory(CASES["box"], **EVERYTHING)
+    assert_same_trajectory(CASES["box"], n_steps=48, **EVERYTHING)
 
 
 @pytest.mark.slow
@@ -98,8 +98,9 @@ def test_same_trajectory_with_masks():
     assert_same_trajectory(case, MaskableAdaptiveKLPPO, n_iterations=4)
 
 
+@pytest.mark.usefixtures("compiler")
 class TestBox:
-    """One small network; what is compiled is kept on disk, so only the first of these tests takes long."""
+    """One small network."""
 
     def test_first_update_equals_ppos(self):
         """See test_first_update.py. This is the second update: the optimizer has a state."""
@@ -137,10 +138,11 @@ class TestBox:
         assert seconds[1:] == [None] * 3  # told once
 
     def test_many_models_in_one_process(self):
-        """torch limits recompilations to 8 per function: each model has a limit of its own."""
-        for _ in range(9):
+        """torch limits recompilations per function: each model has a limit of its own."""
+        for _ in range(3):
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
-            model.train()
+            with th._dynamo.config.patch(recompile_limit=2):
+                model.train()
             assert not model._compiler.compilation.failed
         assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
 
@@ -224,6 +226,7 @@ class Scaled(FlattenExtractor):
         return SCALE * super().forward(observations)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_globals_of_the_users_code_may_change(monkeypatch):
     case = Case("MlpPolicy", CASES["box"].make_env, {"policy_kwargs": {"features_extractor_class": Scaled}})
     model = collect(case.build(AdaptiveKLPPO, compile=True, **SMALL))
@@ -282,6 +285,7 @@ def test_falls_back_where_python_depends_on_data(policy):
     assert_falls_back("compile=True: torch.compile failed.*[Dd]ata-dependent", policy)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_policy_may_ask_for_its_space():
     """It must not be told another one, with which observations that are preprocessed already are left as they are."""
     assert_same_trajectory(Case(AsksForTheSpace, CASES["box"].make_env), n_iterations=4)
@@ -294,17 +298,21 @@ def test_falls_back_where_compiling_is_switched_off():
         assert_falls_back("compile=True: torch.compile failed.*TORCH_COMPILE_DISABLE")
 
 
+@pytest.mark.usefixtures("compiler")
 def test_what_changes_too_often_alone_falls_back():
     """A callback that asks the policy about batches of many sizes does not end the compiled train step."""
 
     def ask(*_):
         with th.no_grad():
-            for n in range(2, 12):
+            for n in range(2, 6):
                 model.policy(th.zeros(n, 3))
         return True
 
     model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
-    with pytest.warns(UserWarning, match=r"compile=True: act\(\) is no longer compiled.*TORCH_LOGS") as caught:
+    with (
+        th._dynamo.config.patch(recompile_limit=3),
+        pytest.warns(UserWarning, match=r"compile=True: act\(\) is no longer compiled.*TORCH_LOGS") as caught,
+    ):
         model.learn(60, callback=ask)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     assert not model._compiler.compilation.failed

@@ -19,7 +19,7 @@ from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO
 from sb3_adaptive_kl.distributed.gradients import gradients_of_all_ranks
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import compute_gradients
-from tests.conftest import NEEDS_COMPILER, logged
+from tests.conftest import NEEDS_COMPILER, logged, traced
 from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
 
 N_STEPS, N_ENVS = 32, 4
@@ -68,6 +68,7 @@ def trained(algorithm: str, rollout: dict[str, np.ndarray], n_envs: int, argumen
     model = with_rollout(model_of(algorithm, n_envs, **arguments), rollout, n_envs * rank())
     with pytest.MonkeyPatch.context() as patch, th._dynamo.config.patch(disable=rank() == 0):
         patch.setattr(np.random, "randint", lambda _: 0)  # where contrib's buffers cut a sequence in two
+        patch.setattr(th, "compile", traced)
         for _ in range(2):
             model.train()
     assert ("time/compilation" in model.logger.name_to_value) == (model.compile and rank() == 1)

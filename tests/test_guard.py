@@ -266,11 +266,11 @@ class AlwaysRandom(FlattenExtractor):
 
 @pytest.mark.parametrize("kl_divergence", ["forward", "k3"])
 def test_a_policy_that_is_random_in_eval_mode_is_named(kl_divergence):
+    """Also where its actions hardly depend on the observation at first, as in SB3's policies."""
     kwargs = {"policy_kwargs": {"features_extractor_class": AlwaysRandom}, "kl_divergence": kl_divergence, **SMALL}
-    model = CASES["box"].build(AdaptiveKLPPO, **kwargs)
-    model.policy.action_net.weight.data *= 100
-    with pytest.warns(UserWarning, match=r"KL divergence from itself differs by .* random in eval mode.*F.dropout") as caught:
-        model.learn(2 * 64)
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=0.01, **kwargs)
+    with pytest.warns(UserWarning, match=r"KL divergence differs by .* random in eval mode.*F.dropout") as caught:
+        model.learn(5 * 64)
     assert len(caught) == 1
 
 
@@ -287,7 +287,7 @@ class RaisesLater(FlattenExtractor):
 
     def forward(self, observations):
         RaisesLater.calls += len(observations) > 1  # not while it collects
-        if RaisesLater.calls > 8:
+        if RaisesLater.calls > 4:
             raise ValueError("the sensor is broken")
         return super().forward(observations)
 

@@ -252,6 +252,7 @@ def test_invalid_numbers_of_the_balanced_rule_are_rejected(wrong):
         BalancedLearningRate(**wrong)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("learning_rate", "direction"), [(0.03, -1), (1e-6, 1)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 def test_balanced_learning_rate_goes_where_the_kl_buys_what_it_should(learning_rate, direction, compiled):

@@ -195,6 +195,7 @@ class Transposed(FlattenExtractor):
         return th.einsum("bi,hoi->bho", super().forward(observations), self.weight).flatten(1)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 def test_gradients_of_another_memory_layout(compile, monkeypatch):
     """Adam's fused kernel reads flat memory: it must give what torch's plain step gives."""

@@ -272,6 +272,7 @@ def test_dropout_does_not_stop_an_update_early():
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 def test_compiled_it_takes_the_same_steps_and_compiles_nothing_again():
     kwargs = {"kl_rule": "predictive", "kl_ceiling": 1.5, "clip_range": "outliers", "target_kl": 1e-3, **SMALL}
     eager = CASES["box"].build(AdaptiveKLPPO, **kwargs).learn(5 * 64)

@@ -70,6 +70,7 @@ def test_policy_that_was_saved_alone_is_read(case, tmp_path):
             for each in (found, policy)
         ]
         assert th.equal(*log_probs)
+    CASES[case].build(AdaptiveKLPPO, reference_policy=tmp_path / "policy.pt", **SMALL)
 
 
 def test_copy_of_a_trained_policy_has_neither_optimizer_nor_graph():
@@ -171,7 +172,7 @@ def without_spread():
         (lambda: "clone.zip", r"reference_policy='clone\.zip': there is no such file in .*Pass the path of a saved model"),
         (lambda: __file__, "cannot be read .* must be a model saved by model.save"),
         (lambda: CASES["box"].build(PPO), "PPO: that is a model, pass its policy, reference_policy=model.policy"),
-        (lambda: ActorCriticPolicy, "that is a class, pass a trained policy"),
+        (lambda: ActorCriticPolicy, "ActorCriticPolicy: that is a class, pass a trained policy"),
         (lambda: th.nn.Linear(3, 1), r"Linear: it does not tell .* with get_distribution\(\)"),
         (lambda: 0.5, r"float: pass a policy, such as model\.policy, the path"),
         (lambda: policy_of("discrete"), r"the action_space Discrete\(4\), and the environment has Box"),
@@ -181,6 +182,7 @@ def without_spread():
         (lambda: {"policy": "x", "kl_coeff": 1}, "'kl_coeff' is unknown, did you mean 'kl_coef'"),
         (lambda: ReferencePolicy("x", kl_coef=-1), "kl_coef=-1 must be a finite number >= 0"),
         (lambda: ReferencePolicy("x", kl_coef="lin_1"), "kl_coef='lin_1' must be"),
+        (lambda: ReferencePolicy("x", kl_coef=LinearSchedule), "kl_coef=<class .*LinearSchedule'> must be .* a schedule"),
         (lambda: ReferencePolicy("x", target_kl=0), "target_kl=0 must be a finite number > 0"),
         (lambda: ReferencePolicy("x", kl_coef=lambda p: p, target_kl=0.5), "a schedule of kl_coef does, too: pass one"),
         (lambda: ReferencePolicy("x", direction="revers"), "'revers' is unknown, did you mean 'reverse'"),

@@ -95,3 +95,13 @@ def test_parameters_carry_beta():
     ppo.set_parameters(model.get_parameters())
     other.set_parameters(ppo.get_parameters())
     assert other.kl_coef == 4.0
+
+
+def test_parameters_survive_torchs_file(tmp_path):
+    """``th.load`` restores tensors and plain containers only, unless it is told to trust the file."""
+    case = CASES["box"]
+    model, other = (case.build(AdaptiveKLPPO, n_steps=64) for _ in range(2))
+    model.kl_coef = 4.0
+    th.save(model.get_parameters(), tmp_path / "parameters.pt")
+    other.set_parameters(th.load(tmp_path / "parameters.pt", weights_only=True))
+    assert other.kl_coef == 4.0

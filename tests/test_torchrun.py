@@ -2,14 +2,16 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 import yaml
+from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 
@@ -33,43 +35,50 @@ def run(folder: Path, *arguments: str, succeeds: bool = True) -> str:
 
 
 def test_the_zoo_trains_one_agent_in_one_folder(tmp_path: Path) -> None:
-    train = "-m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -n 6144 --eval-freq 2048 --eval-episodes 2 -f logs -P"
-    output = run(tmp_path, *train.split(), "--save-freq", "4096", "-params", "n_steps:256")
-    assert "8,192/6,144" in output
+    train = "-m rl_zoo3.train --algo ppo_kl --env CartPole-v1 -n 1536 --eval-freq 512 --eval-episodes 2 -f logs -P"
+    output = run(tmp_path, *train.split(), "--save-freq", "1024", "-params", "n_steps:64")
+    assert "2,048/1,536" in output
     assert len(re.findall("Saving to logs/ppo_kl/CartPole-v1_1", output)) == 1
     (folder,) = (tmp_path / "logs" / "ppo_kl").iterdir()
     assert sorted(path.name for path in folder.glob("*.zip")) == [
         "CartPole-v1.zip",
         "best_model.zip",
-        "rl_model_4096_steps.zip",
-        "rl_model_8192_steps.zip",
+        "rl_model_1024_steps.zip",
+        "rl_model_2048_steps.zip",
     ]
-    assert AdaptiveKLPPO.load(folder / "CartPole-v1.zip", device="cpu").num_timesteps == 8192
+    assert AdaptiveKLPPO.load(folder / "CartPole-v1.zip", device="cpu").num_timesteps == 2048
     arguments = yaml.unsafe_load((folder / "CartPole-v1" / "args.yml").read_text())
     assert arguments["seed"] == int(re.search(r"2 processes train one agent. Seed: (\d+)", output)[1])
 
 
-def test_the_zoo_refuses_to_optimize_under_torchrun(tmp_path: Path) -> None:
-    output = run(tmp_path, *["-m", "rl_zoo3.train", "--algo", "ppo_kl", "--env", "CartPole-v1", "-optimize"], succeeds=False)
-    assert "-optimize cannot be run by torchrun" in output
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that torchrun has started with ``-m rl_zoo3.train``."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="rl_zoo3.train"))
 
 
-TRAIN_IN_SCRIPT = """
+@pytest.mark.usefixtures("started")
+def test_the_zoo_refuses_to_optimize_under_torchrun() -> None:
+    with pytest.raises(SystemExit, match="-optimize cannot be run by torchrun"):
+        ExperimentManager(Namespace(), "ppo_kl", "CartPole-v1", "logs", optimize_hyperparameters=True)
+
+
+@pytest.mark.usefixtures("started")
+def test_another_algorithm_trains_one_agent_per_process() -> None:
+    ExperimentManager(Namespace(), "ppo", "CartPole-v1", "logs")
+    assert not dist.is_initialized()
+
+
+def test_a_script_of_the_users_trains_one_agent_per_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("""
 import sys
 from rl_zoo3.train import train
 sys.argv += "--algo ppo_kl --env CartPole-v1 -n 256 --eval-freq -1 -params n_steps:32".split()
 train()
-"""
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    ["-m rl_zoo3.train --algo ppo --env CartPole-v1 -n 256 --eval-freq -1 -params n_steps:32 -uuid", "script.py -uuid"],
-    ids=["another algorithm", "a script of the user's"],
-)
-def test_other_programs_train_one_agent_per_process(tmp_path: Path, arguments: str) -> None:
-    (tmp_path / "script.py").write_text(TRAIN_IN_SCRIPT)
-    run(tmp_path, *arguments.split())
+""")
+    run(tmp_path, "script.py", "-uuid")
     assert len(list(tmp_path.glob("logs/*/*/CartPole-v1.zip"))) == 2
 
 
@@ -93,29 +102,27 @@ runpy.run_path({EXAMPLE!r}, run_name="__main__")
 
 
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
-    # Each rank says which process it is before it runs the example
+    # The first process of rank 1 does not survive the first checkpoint
     script = tmp_path / "script.py"
     script.write_text(f"""
-import os, runpy
-with open("pid-of-rank-" + os.environ["RANK"], "w") as file:
-    file.write(str(os.getpid()))
+import os, runpy, signal
+from pathlib import Path
+import gymnasium as gym
+class Killing(gym.Wrapper):
+    def step(self, action):
+        first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and Path("out", "rl_model_4096_steps.zip").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+gym.register("Killing-v0", lambda: Killing(gym.make("CartPole-v1")))
 runpy.run_path({EXAMPLE!r}, run_name="__main__")
 """)
-    arguments = ["--max-restarts", "1", str(script), "--env", "CartPole-v1", "-n", "24576", "--n-envs", "2", "-o", "out"]
-    with subprocess.Popen(
-        [*TORCHRUN, *arguments], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as agent:
-        try:
-            while not (tmp_path / "out" / "rl_model_4096_steps.zip").exists():
-                assert agent.poll() is None, agent.stdout.read()
-                time.sleep(0.05)
-            os.kill(int((tmp_path / "pid-of-rank-1").read_text()), signal.SIGKILL)
-            output, _ = agent.communicate(timeout=300)
-        finally:
-            agent.terminate()  # if the test has failed: the agent ends its ranks
-    assert agent.returncode == 0, output
-    assert AdaptiveKLPPO.load(tmp_path / "out" / "final", device="cpu").num_timesteps == 24576
-    # It did not begin again
+    options = ["--env", "Killing-v0", "-n", "8192", "--n-envs", "2", "-o", "out"]
+    output = run(tmp_path, "--max-restarts", "1", str(script), *options)
+    assert AdaptiveKLPPO.load(tmp_path / "out" / "final", device="cpu").num_timesteps == 8192
+    # It was killed, and did not begin again
     totals = [int(total) for total in re.findall(r"total_timesteps\s*\|\s*(\d+)", output)]
     assert totals.count(1024) == 1
+    assert totals.count(5120) >= 1
+    assert "exitcode: -9" in output
     assert not list((tmp_path / "out").glob(".*"))

@@ -268,6 +268,7 @@ def test_means_over_minibatches(monkeypatch):
     assert logged(model)["loss"] == seen[-1].loss.item()
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["ent_coef", "vf_coef"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 def test_coefficients_can_be_schedules(name, compiled):

@@ -52,6 +52,7 @@ class Fourier(BaseFeaturesExtractor):
 
 
 @pytest.mark.parametrize("extractor", [Checkpointed, Fourier])
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
@@ -61,6 +62,21 @@ def test_first_update_of_unusual_networks_is_ppos(extractor, compiled):
     ours = CASES["box"].build(AdaptiveKLPPO, **kwargs, **compiled).learn(64).policy
     for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert th.allclose(parameter, other, atol=1e-6), name
+
+
+class Scripted(Extractor):
+    """A module that torch.jit has compiled does not take hooks."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.layer = th.jit.script(self.layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_modules_train():
+    model = CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": Scripted}, **SMALL)
+    before = model.policy.features_extractor.layer.weight.detach().clone()
+    assert not th.equal(model.learn(64).policy.features_extractor.layer.weight, before)
 
 
 def test_complex_weights_step_back():
@@ -80,6 +96,7 @@ def test_complex_weights_step_back():
 
 @pytest.mark.parametrize("listen", ["register_hook", "register_post_accumulate_grad_hook"])
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 def test_gradient_hooks_are_called_when_compiled(listen):
     """One warning names the parameter; then the plain step calls them as often as PPO does."""
 
@@ -310,6 +327,7 @@ def test_a_moving_average_is_undone_with_the_update():
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_callback_can_trace_the_policy_of_a_compiled_rollout():
     class Trace(BaseCallback):

@@ -1,8 +1,9 @@
-"""RL Baselines3 Zoo: its own commands, word for word, run as child processes with `--algo ppo_kl`."""
+"""RL Baselines3 Zoo: its own commands, word for word, with `--algo ppo_kl`."""
 
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region
-from sb3_adaptive_kl.zoo.launcher import SCRIPTS
+from sb3_adaptive_kl.zoo.launcher import SCRIPTS, main
 from sb3_adaptive_kl.zoo.programs import provide_programs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -32,58 +33,54 @@ def run(folder: Path, *arguments: str, expect: int = 0, **environment: str) -> s
     return child.stdout + child.stderr
 
 
-def zoo(folder: Path, command: str, **kwargs) -> str:
-    return run(folder, "-m", *f"rl_zoo3.{command}".split(), **kwargs)
-
-
 def saved_kl_coef(path: Path) -> float:
     with zipfile.ZipFile(path) as archive:
         return yaml.safe_load(archive.read("data"))["kl_coef"]
 
 
-def test_train_enjoy_record_continue_and_plot(tmp_path):
-    train = "train --algo ppo_kl --env CartPole-v1 -n 6144 --eval-freq 2048 --eval-episodes 2 -f logs"
-    output = zoo(tmp_path, f"{train} --seed 1 --save-freq 2048")
+def test_train_enjoy_record_continue_and_plot(zoo, tmp_path):
+    train = "train --algo ppo_kl --env CartPole-v1 -n 2048 --eval-freq 1024 --eval-episodes 2 -f logs"
+    output = zoo(f"{train} --seed 1 --save-freq 1024")
     assert "hyperparams/ppo_kl.yml" in output
     folder = tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1"
     agent = folder / "CartPole-v1.zip"
     assert (folder / "evaluations.npz").exists()
-    assert len(list(folder.glob("rl_model_*_steps.zip"))) == 3
+    assert len(list(folder.glob("rl_model_*_steps.zip"))) == 2
 
-    assert "Mean reward: " in zoo(tmp_path, "enjoy --algo ppo_kl --env CartPole-v1 -f logs --no-render -n 600")
+    assert "Mean reward: " in zoo("enjoy --algo ppo_kl --env CartPole-v1 -f logs --no-render -n 600")
 
-    zoo(tmp_path, "record_video --algo ppo_kl --env CartPole-v1 -f logs -n 50")
+    zoo("record_video --algo ppo_kl --env CartPole-v1 -f logs -n 50")
     assert list(folder.glob("videos/*.mp4"))
 
     # Training continues from the saved β, not from the init_kl_coef of the yml: a fixed β does not change
     kl_coef = saved_kl_coef(agent)
     assert kl_coef != 1.0
-    zoo(tmp_path, f"{train} --seed 2 -i {agent} -params kl_rule:'fixed' target_kl:'lin_0.03'")
+    zoo(f"{train} --seed 2 -i {agent} -params kl_rule:'fixed' target_kl:'lin_0.03'")
     assert saved_kl_coef(tmp_path / "logs" / "ppo_kl" / "CartPole-v1_2" / "CartPole-v1.zip") == kl_coef
 
-    zoo(tmp_path, "plots.plot_train -a ppo_kl -e CartPole-v1 -f logs")
-    assert "|CartPole-v1 |" in zoo(tmp_path, "plots.all_plots -a ppo_kl -e CartPole-v1 -f logs -o results")
-    zoo(tmp_path, "plots.plot_from_file -i results -o scores.svg")
+    zoo("plots.plot_train -a ppo_kl -e CartPole-v1 -f logs -w 20")
+    assert "|CartPole-v1 |" in zoo("plots.all_plots -a ppo_kl -e CartPole-v1 -f logs -o results")
+    zoo("plots.plot_from_file -i results -o scores.svg")
     assert (tmp_path / "scores.svg").stat().st_size > 0
 
 
 def test_console_command_trains_with_subproc_progress_bar_and_tensorboard(tmp_path):
     """`rl_zoo3 train` is the same as `python -m rl_zoo3.train`. Pendulum has a Box action space."""
-    command = [Path(sys.executable).parent / "rl_zoo3", "train", "--algo", "ppo_kl", "--env", "Pendulum-v1", "-n", "4096"]
-    options = ["--eval-freq", "-1", "-f", "logs", "--vec-env", "subproc", "-P", "-tb", "tensorboard"]
-    child = subprocess.run([*command, *options], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    command = "train --algo ppo_kl --env Pendulum-v1 -n 1024 --eval-freq -1 -f logs --vec-env subproc -P -tb tensorboard"
+    command = [Path(sys.executable).parent / "rl_zoo3", *command.split(), "-params", "n_envs:1", "n_steps:1024"]
+    child = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    assert "4,096" in child.stdout  # the progress bar
+    assert "1,024" in child.stdout  # the progress bar
     assert (tmp_path / "logs" / "ppo_kl" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
     assert list(tmp_path.glob("tensorboard/Pendulum-v1/AdaptiveKLPPO_1/events.out.tfevents.*"))
 
 
 @pytest.mark.slow
-def test_record_training_needs_no_python_and_ffmpeg_on_the_path(tmp_path):
+def test_record_training_needs_no_python_and_ffmpeg_on_the_path(zoo, tmp_path):
     """record_training starts a child process for each checkpoint. This PATH has no suitable `python` or `ffmpeg`."""
-    zoo(tmp_path, "train --algo ppo_kl --env CartPole-v1 -n 4096 --eval-freq -1 --save-freq 2048 -f logs")
-    record = "record_training --algo ppo_kl --env CartPole-v1 -f logs -n 20 --gif"
-    zoo(tmp_path, record, PATH="/usr/bin:/bin")
+    zoo("train --algo ppo_kl --env CartPole-v1 -n 4096 --eval-freq -1 --save-freq 2048 -f logs")
+    record = "-m rl_zoo3.record_training --algo ppo_kl --env CartPole-v1 -f logs -n 20 --gif"
+    run(tmp_path, *record.split(), PATH="/usr/bin:/bin")
     videos = tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1" / "videos"
     for name in ("training.mp4", "training.gif"):
         assert (videos / name).stat().st_size > 1000
@@ -121,14 +118,14 @@ def test_missing_ffmpeg_names_the_package_to_install(monkeypatch):
         provide_programs()
 
 
-def test_recurrent_algorithm_trains_and_plays(tmp_path):
-    zoo(tmp_path, "train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs")
-    output = zoo(tmp_path, "enjoy --algo ppo_kl_lstm --env CartPoleNoVel-v1 -f logs --no-render -n 100")
+def test_recurrent_algorithm_trains_and_plays(zoo):
+    zoo("train --algo ppo_kl_lstm --env CartPoleNoVel-v1 -n 512 --eval-freq -1 -f logs")
+    output = zoo("enjoy --algo ppo_kl_lstm --env CartPoleNoVel-v1 -f logs --no-render -n 100")
     assert "Mean reward: " in output or "Episode Reward" in output
 
 
 @pytest.mark.slow
-def test_trial_of_a_search_can_be_trained(tmp_path):
+def test_trial_of_a_search_can_be_trained(zoo, tmp_path):
     """Two processes share one Optuna journal. A trial has the penalty, not a clip range, and can be trained."""
     storage = "--storage study.log --study-name kl"
     train = "train --algo ppo_kl --env CartPole-v1 -n 300 --eval-freq -1 -f logs"
@@ -140,7 +137,7 @@ def test_trial_of_a_search_can_be_trained(tmp_path):
     assert codes == [0, 0], (tmp_path / "printed").read_text()
     finished = re.findall(r"Trial (\d) finished", (tmp_path / "printed").read_text())
     assert sorted(finished) == ["0", "1", "2", "3"]
-    output = zoo(tmp_path, f"{train} {storage} --trial-id 1")
+    output = zoo(f"{train} {storage} --trial-id 1")
     assert "Loading from Optuna study" in output
     (config,) = [path.read_text() for path in tmp_path.glob("logs/ppo_kl/CartPole-v1_*/CartPole-v1/config.yml")]
     for name in ("target_kl", "init_kl_coef", "kl_rule"):
@@ -148,20 +145,16 @@ def test_trial_of_a_search_can_be_trained(tmp_path):
     assert "- clip_range\n    - outliers\n" in config  # the entry's, not a clip range of the search
 
 
-def test_launcher_trains_with_the_hook_switched_off(tmp_path):
-    off = {"SB3_ADAPTIVE_KL_ZOO": "0"}
-    arguments = "train --algo ppo_kl --env CartPole-v1 -n 2048 --eval-freq -1 -f logs"
-    assert "invalid choice: 'ppo_kl'" in zoo(tmp_path, arguments, expect=2, **off)
-    output = run(tmp_path, "-m", "sb3_adaptive_kl.zoo", *arguments.split(), **off)
-    assert "hyperparams/ppo_kl.yml" in output
-    assert (tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
-    assert "usage: python -m sb3_adaptive_kl.zoo SCRIPT" in run(tmp_path, "-m", "sb3_adaptive_kl.zoo", expect=1)
+def test_launcher_names_an_unknown_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl zoo", "trian"])
+    with pytest.raises(SystemExit, match="unknown script 'trian', did you mean 'train'"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["sb3-adaptive-kl zoo", "--help"])
+    main()
+    assert "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("switch", ["0", "1"])
-def test_launcher_starts_every_script(tmp_path, switch):
-    """With the hook on and off. Each script parses its arguments under `__main__`, with our algorithms among the choices."""
-    code = f"""
+STARTS_EVERY_SCRIPT = f"""
 import sys
 from sb3_adaptive_kl.zoo import main
 for script in {SCRIPTS}:
@@ -171,15 +164,45 @@ for script in {SCRIPTS}:
     except SystemExit as error:
         print(script, "exits with", error.code)
 """
-    output = run(tmp_path, "-c", code, SB3_ADAPTIVE_KL_ZOO=switch)
+
+
+def assert_every_script_has_started(output):
+    """Each parses its arguments under `__main__`, with our algorithms among the choices."""
     assert re.findall(r"^(\S+) exits with 0$", output, flags=re.MULTILINE) == list(SCRIPTS)
     assert output.count("ppo_kl,ppo_kl_lstm") >= 3  # train, enjoy and record_video list the algorithms
 
 
-def test_zoo_package_imports_neither_the_zoo_nor_optuna(tmp_path):
-    """The launcher must be importable without the extra, to name it."""
-    code = "import sys, sb3_adaptive_kl.zoo; print({'rl_zoo3', 'optuna', 'imageio_ffmpeg'} & sys.modules.keys())"
-    assert run(tmp_path, "-c", code).strip() == "set()"
+@pytest.mark.filterwarnings("ignore")
+def test_launcher_starts_every_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])  # is restored
+    exec(STARTS_EVERY_SCRIPT, {})
+    assert_every_script_has_started(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["zoo"])
+    with pytest.raises(SystemExit, match=r"usage: python -m sb3_adaptive_kl\.zoo SCRIPT"):
+        runpy.run_module("sb3_adaptive_kl.zoo", run_name="__main__", alter_sys=True)
+
+
+def test_launcher_starts_every_script_and_trains_with_the_hook_switched_off(tmp_path):
+    """The zoo alone does not know the algorithm."""
+    arguments = ["train", "--algo", "ppo_kl", "--env", "CartPole-v1", "-n", "2048", "--eval-freq", "-1", "-f", "logs"]
+    code = f"""
+import runpy
+import sys
+sys.argv = {arguments}
+try:
+    runpy.run_module("rl_zoo3.train", run_name="__main__", alter_sys=True)
+except SystemExit as error:
+    print("the zoo exits with", error.code)
+{STARTS_EVERY_SCRIPT}
+sys.argv = ["zoo", *{arguments}]
+runpy.run_module("sb3_adaptive_kl.zoo", run_name="__main__", alter_sys=True)
+"""
+    output = run(tmp_path, "-c", code, SB3_ADAPTIVE_KL_ZOO="0")
+    assert "invalid choice: 'ppo_kl'" in output
+    assert "the zoo exits with 2" in output
+    assert_every_script_has_started(output)
+    assert "hyperparams/ppo_kl.yml" in output
+    assert (tmp_path / "logs" / "ppo_kl" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
 
 
 def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, monkeypatch):
@@ -190,18 +213,16 @@ def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, 
     assert hyperparameter_file("ppo_kl") == package / "hyperparams" / "ppo_kl.yml"
 
 
-def test_names_of_the_zoo_are_not_replaced(tmp_path):
-    code = """
-import rl_zoo3.utils as utils, rl_zoo3.hyperparams_opt as search
-from sb3_adaptive_kl.zoo import complete_registry
-registries = utils.ALGOS, search.HYPERPARAMS_SAMPLER, search.HYPERPARAMS_CONVERTER
-for registry in registries:
-    registry["ppo_kl"] = "the zoo's own"
-complete_registry(utils)
-complete_registry(search)
-print({registry["ppo_kl"] for registry in registries})
-"""
-    assert """{"the zoo's own"}""" in run(tmp_path, "-c", code)
+def test_names_of_the_zoo_are_not_replaced(monkeypatch):
+    from rl_zoo3 import hyperparams_opt
+
+    monkeypatch.setattr(rl_zoo3.utils, "create_test_env", rl_zoo3.utils.create_test_env)  # is restored
+    registries = rl_zoo3.utils.ALGOS, hyperparams_opt.HYPERPARAMS_SAMPLER, hyperparams_opt.HYPERPARAMS_CONVERTER
+    for registry in registries:
+        monkeypatch.setitem(registry, "ppo_kl", "the zoo's own")
+    for module in (rl_zoo3.utils, hyperparams_opt):
+        complete_registry(module)
+    assert {registry["ppo_kl"] for registry in registries} == {"the zoo's own"}
 
 
 def test_search_space_replaces_the_clip_range_by_the_penalty():
@@ -294,10 +315,10 @@ def test_registration_twice_is_registration_once(monkeypatch):
     assert processed["target_kl"](0.5) == pytest.approx(0.015)
 
 
-def test_missing_conf_file_is_an_error(tmp_path):
+def test_missing_conf_file_is_an_error(zoo):
     """The packaged hyperparameters do not stand in for a file that the user named."""
-    output = zoo(tmp_path, "train --algo ppo_kl --env CartPole-v1 -n 64 -f logs --conf-file missing.yml", expect=1)
-    assert "missing.yml" in output.splitlines()[-1]
+    with pytest.raises(FileNotFoundError, match=r"missing\.yml"):
+        zoo("train --algo ppo_kl --env CartPole-v1 -n 64 -f logs --conf-file missing.yml")
 
 
 @pytest.mark.slow
@@ -311,9 +332,9 @@ def test_missing_conf_file_is_an_error(tmp_path):
         ("Swimmer-v5", 5000, 250.0),
     ],
 )
-def test_trained_agent_reaches_its_return(env, n_timesteps, least):
+def test_trained_agent_reaches_its_return(zoo, env, n_timesteps, least):
     """The shipped agents reach the returns of docs/results.md, here over fewer episodes."""
-    output = zoo(REPOSITORY, f"enjoy --algo ppo_kl --env {env} -f trained_agents --no-render -n {n_timesteps}")
+    output = zoo(f"enjoy --algo ppo_kl --env {env} -f {REPOSITORY}/trained_agents --no-render -n {n_timesteps}")
     mean = float(re.search(r"Mean reward: (-?[\d.]+)", output)[1])
     assert mean >= least
     assert re.search(rf"^\| {env} \| \d", (REPOSITORY / "docs" / "results.md").read_text(), flags=re.MULTILINE)

@@ -1,7 +1,5 @@
 """Masks in RL Baselines3 Zoo, whose scripts know none: `--algo ppo_kl_mask` and `ppo_kl_mask_lstm`."""
 
-import sys
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -45,25 +43,15 @@ class Picky(gym.Env):
 gym.register("Picky-v0", Picky)
 
 
-def run(monkeypatch, function, arguments):
-    monkeypatch.setattr(sys, "argv", [function.__name__, *arguments.split()])
-    function()
-
-
-@pytest.mark.filterwarnings("ignore")  # of the zoo
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_masks_reach_training_evaluation_and_playing(algo, tmp_path, monkeypatch, capsys):
-    from rl_zoo3.enjoy import enjoy  # not at module level, since they register environments
-    from rl_zoo3.train import train
-
+def test_masks_reach_training_evaluation_and_playing(algo, zoo, tmp_path):
     options = f"--algo {algo} --env Picky-v0 -f {tmp_path} --num-threads 1"
     params = "-params n_steps:64 batch_size:64 n_envs:2 normalize:True"
-    run(monkeypatch, train, f"{options} -n 256 --eval-freq 128 --n-eval-envs 2 --verbose 0 {params}")
+    zoo(f"train {options} -n 256 --eval-freq 128 --n-eval-envs 2 --verbose 0 {params}")
     folder = tmp_path / algo / "Picky-v0_1"
     for name in ("evaluations.npz", "best_model.zip", "Picky-v0/vecnormalize.pkl"):
         assert (folder / name).exists()
-    run(monkeypatch, enjoy, f"{options} --no-render -n 100 --stochastic")
-    assert "5 Episodes" in capsys.readouterr().out
+    assert "5 Episodes" in zoo(f"enjoy {options} --no-render -n 100 --stochastic")
     # What record_video does: it makes the environments in the same way, and gives them to load()
     env = rl_zoo3.utils.create_test_env("Picky-v0", should_render=False, hyperparams={})
     model = rl_zoo3.utils.ALGOS[algo].load(folder / "best_model.zip", env=env)
@@ -74,12 +62,10 @@ def test_masks_reach_training_evaluation_and_playing(algo, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_environment_without_masks_is_an_error(algo, tmp_path, monkeypatch):
-    from rl_zoo3.train import train
-
+def test_environment_without_masks_is_an_error(algo, zoo):
     without = algo.replace("_mask", "")
     with pytest.raises(ValueError, match=rf"--algo {algo} needs .* action_masks\(\): .*env_wrapper.* take --algo {without}$"):
-        run(monkeypatch, train, f"--algo {algo} --env CartPole-v1 -n 64 -f {tmp_path} --verbose 0")
+        zoo(f"train --algo {algo} --env CartPole-v1 -n 64 -f logs --verbose 0")
 
 
 def test_every_environment_gives_its_own_masks():

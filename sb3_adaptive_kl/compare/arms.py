@@ -259,7 +259,8 @@ def parse_value(text: str) -> Any:
     """Parse yml, but read 3e-4 as a number and None as null: in yml 1.1 they are strings."""
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)
-    return None if text == "None" else yaml.safe_load(text)
+    value = None if text == "None" else yaml.safe_load(text)
+    return [parse_value(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 def _split_outside_brackets(text: str) -> list[str]:

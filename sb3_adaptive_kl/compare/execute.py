@@ -46,7 +46,7 @@ EVAL_SEED = 1_000_000  # added to the run's seed: evaluate on other seeds than t
 
 
 class Recorder(BaseCallback):
-    """Record every training episode, and report the current time step."""
+    """Record every training episode, and report the current time step. An infinite reward ends the run, not the report."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -57,7 +57,8 @@ class Recorder(BaseCallback):
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
-                self.episodes.append((self.num_timesteps, float(info["episode"]["r"]), int(info["episode"]["l"])))
+                episode = info["episode"]
+                self.episodes.append((self.num_timesteps, _finite([episode["r"]])[0], int(episode["l"])))
         if time.monotonic() - self._reported > 0.5:
             self._reported = time.monotonic()
             self._report(self.num_timesteps)
@@ -167,4 +168,12 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )
     env.close()
-    return [float(value) for value in returns]  # type: ignore[union-attr]
+    return _finite(returns)
+
+
+def _finite(returns: Any) -> list[float]:
+    """Convert returns, and refuse those that cannot be averaged or drawn."""
+    for value in returns:
+        if not np.isfinite(value):
+            raise ValueError(f"an episode's return is {value}: only finite rewards can be compared")
+    return [float(value) for value in returns]

@@ -48,8 +48,8 @@ def valid_transitions(rollout_data: Any) -> th.Tensor | None:
     :param rollout_data: a minibatch of the rollout buffer
     :return: a boolean mask, or ``None`` if there is no padding
     """
-    # sb3-contrib pads sequences; its mask holds floats: 1 for a transition, 0 for padding
-    mask = getattr(rollout_data, "mask", None)
+    # sb3-contrib pads sequences; its mask holds floats: 1 for a transition, 0 for padding. Another buffer's may mean anything
+    mask = rollout_data.mask if hasattr(rollout_data, "lstm_states") else None
     return None if mask is None else mask > 0.5
 
 

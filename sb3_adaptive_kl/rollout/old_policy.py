@@ -199,8 +199,9 @@ def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> int:
         if isinstance(output, th.Tensor):
             largest = max(largest, output.numel() * output.element_size())
 
-    # Hooks see the activations of any network: a policy does not tell how wide it is
-    hooks = [module.register_forward_hook(note) for module in policy.modules()]
+    # Hooks see the activations of any network: a policy does not tell how wide it is. torch.jit.script's modules take none
+    modules = [module for module in policy.modules() if not isinstance(module, th.jit.ScriptModule)]
+    hooks = [module.register_forward_hook(note) for module in modules]
     try:
         with closing(sweep(policy, buffer, needs_distribution=False)) as evaluations:
             _, index, _ = next(evaluations)

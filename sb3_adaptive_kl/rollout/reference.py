@@ -60,7 +60,8 @@ class Reference:
                     f"reference_policy={self._name} has the {space} {its}, and the environment has {ours}: pass a policy of "
                     "this environment, wrapped in the same way (SB3 puts the channels of images first)"
                 )
-        if frozen.squash_output != policy.squash_output:
+        # A policy that was loaded from its own file has None for False
+        if bool(frozen.squash_output) != policy.squash_output:
             raise ValueError(
                 f"reference_policy={self._name} has squash_output={frozen.squash_output}, and the policy in training "
                 f"{policy.squash_output}: they are not of one family, so give both the same"

@@ -10,6 +10,7 @@ import runpy
 import sys
 from importlib import import_module
 
+from sb3_adaptive_kl.messages import suggestion
 from sb3_adaptive_kl.zoo.registry import REGISTRIES, complete_registry
 
 SCRIPTS = ("train", "enjoy", "record_video", "plots.plot_train", "plots.all_plots", "plots.plot_from_file")
@@ -23,8 +24,12 @@ def main() -> None:
 
     :raises SystemExit: if the script is unknown
     """
-    if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
-        sys.exit(USAGE)
+    script = sys.argv[1] if len(sys.argv) > 1 else None
+    if script in ("-h", "--help"):
+        print(USAGE)
+        return
+    if script not in SCRIPTS:
+        sys.exit(USAGE if script is None else f"{USAGE}\nunknown script {script!r}{suggestion(script, SCRIPTS)}")
     for name in REGISTRIES:
         complete_registry(import_module(name))  # changes nothing if the hook has done it
     # As if it had been started with -m: the scripts read sys.argv, and torchrun is recognized by the name of __main__
