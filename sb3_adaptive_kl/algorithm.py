@@ -22,7 +22,6 @@ from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy, interpret_reference, reference_kl_coef
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.reference import Reference
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _randomness_checked: bool = False
     _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
-    _adapter: PolicyAdapter = PolicyAdapter()
     _compiler: "Compiler | None" = None
     _reference: Reference | None = None
 
@@ -86,6 +84,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
         check_minibatches(kwargs["batch_size"], kwargs["n_epochs"], kwargs["normalize_advantage"])
         penalty = {name: kwargs.pop(name) for name in PENALTY_ARGUMENTS}
+        # The host would call _setup_model() before the penalty's arguments are there
         super().__init__(*args, **{**kwargs, "_init_setup_model": False})
         vars(self).update(penalty)
         if _init_setup_model:
@@ -216,7 +215,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         return fast_collection(self.policy) if self._compiler is None else self._compiler.compiled_collection(self.policy)
 
 
-def arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
+def constructor_arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
     """
     Collect what a constructor was given, from its ``locals()``: its class spells the arguments out for IDEs and ``load()``.
     """

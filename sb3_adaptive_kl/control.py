@@ -79,8 +79,9 @@ class SegmentedControl:
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
         low, high = self._bounds
+        # Beyond the KL at rest: dropout or rounding can make it negative
         kl = max(fmean(kls), 0.0)
-        kl = math.inf if math.isnan(kl) else kl
+        kl = math.inf if math.isnan(kl) else kl  # of a diverged policy: a rule raises β for inf
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl

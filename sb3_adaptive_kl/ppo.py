@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_adaptive_kl.algorithm import arguments
+from sb3_adaptive_kl.algorithm import constructor_arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
@@ -143,4 +143,4 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     ):
         if batch_size is None:  # as contrib's algorithms allow; PPO's constructor cannot compare it
             raise ValueError("batch_size=None must be a whole number: n_steps * n_envs takes the whole rollout at once")
-        super().__init__(**arguments(locals()))
+        super().__init__(**constructor_arguments(locals()))

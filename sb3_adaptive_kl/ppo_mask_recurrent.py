@@ -7,13 +7,12 @@ import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_adaptive_kl.algorithm import arguments
+from sb3_adaptive_kl.algorithm import constructor_arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.maskable_recurrent.ppo import MaskableRecurrentPPO
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
-from sb3_adaptive_kl.rollout.adapters import MaskableRecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -35,8 +34,6 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
     """
 
     policy: MaskableRecurrentActorCriticPolicy
-
-    _adapter = MaskableRecurrentPolicyAdapter()
 
     def __init__(
         self,
@@ -73,4 +70,4 @@ class MaskableRecurrentAdaptiveKLPPO(KLPenaltyTraining, MaskableRecurrentPPO):  
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
-        super().__init__(**arguments(locals()))
+        super().__init__(**constructor_arguments(locals()))

@@ -9,11 +9,10 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_adaptive_kl.algorithm import arguments
+from sb3_adaptive_kl.algorithm import constructor_arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.penalty import PenaltyRule
 from sb3_adaptive_kl.reference import ReferencePolicy
-from sb3_adaptive_kl.rollout.adapters import RecurrentPolicyAdapter
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 
@@ -32,8 +31,6 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
     """
 
     policy: RecurrentActorCriticPolicy
-
-    _adapter = RecurrentPolicyAdapter()
 
     def __init__(
         self,
@@ -72,4 +69,4 @@ class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[m
         compile: bool = False,
         _init_setup_model: bool = True,
     ):
-        super().__init__(**arguments(locals()))
+        super().__init__(**constructor_arguments(locals()))

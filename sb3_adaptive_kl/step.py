@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.objective import Settings, objective
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 
 # ``compute_gradients`` for one policy and one rollout: of samples, their indices and the settings
@@ -21,7 +21,6 @@ ComputeGradients = Callable[[Any, th.Tensor, Settings], tuple[th.Tensor, th.Tens
 
 def minibatch_loss(
     policy: ActorCriticPolicy,
-    adapter: PolicyAdapter,
     old_policy: OldPolicy,
     rollout_data: Any,
     index: th.Tensor,
@@ -31,14 +30,13 @@ def minibatch_loss(
     Evaluate the policy on one minibatch.
 
     :param policy: the policy in training
-    :param adapter: evaluates the policy
     :param old_policy: remembers the policy before the update
     :param rollout_data: a minibatch of the rollout buffer
     :param index: indices of its B valid transitions in the flattened rollout
     :param settings: the numbers of this step
     :return: the scalar loss with its graph, and the minibatch's metrics, stacked
     """
-    new = adapter.evaluate(policy, rollout_data, old_policy.needs_distribution)
+    new = evaluate(policy, rollout_data, old_policy.needs_distribution)
     # One forward pass for both divergences
     reference_kl = None if settings.reference_kl_coef is None else old_policy.reference_divergence(index, new)
     loss, metrics = objective(new, old_policy.divergence(index, new), settings, reference_kl)
@@ -47,7 +45,6 @@ def minibatch_loss(
 
 def compute_gradients(
     policy: ActorCriticPolicy,
-    adapter: PolicyAdapter,
     old_policy: OldPolicy,
     rollout_data: Any,
     index: th.Tensor,
@@ -58,7 +55,7 @@ def compute_gradients(
 
     :return: the minibatch's metrics before the step, stacked, and the norm of its gradients before clipping
     """
-    loss, metrics = minibatch_loss(policy, adapter, old_policy, rollout_data, index, settings)
+    loss, metrics = minibatch_loss(policy, old_policy, rollout_data, index, settings)
     parameters = optimized_parameters(policy.optimizer)
     for parameter in parameters:  # zero_grad() takes as long as clipping
         parameter.grad = None

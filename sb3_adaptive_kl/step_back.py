@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch as th
 
+from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
 from sb3_adaptive_kl.snapshot import Snapshot
@@ -130,7 +131,7 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
     :param old_policy: knows the policy and the rollout, from which the probed states are taken
     :return: their ``id``
     """
-    policy, adapter = old_policy.policy, old_policy.adapter
+    policy = old_policy.policy
     parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
     was_training, cudnn_was_enabled = policy.training, th.backends.cudnn.enabled
     policy.set_training_mode(False)
@@ -138,7 +139,7 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
     try:
         with preserve_random_state():
             rollout_data, _ = next(in_order(old_policy.buffer, CRITIC_PROBE_SIZE))
-            new = adapter.evaluate(policy, rollout_data, needs_distribution=False)
+            new = evaluate(policy, rollout_data, needs_distribution=False)
             by_value, by_action = (_reached(output.sum(), parameters) for output in (new.values, new.log_prob))
     finally:
         policy.set_training_mode(was_training)

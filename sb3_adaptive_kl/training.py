@@ -96,7 +96,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             sequences_at_once(self.policy, self.rollout_buffer),
         ):
             snapshot = Snapshot(self.policy, self._versions)
-            old_policy = OldPolicy(self.policy, self.rollout_buffer, self._adapter, self.kl_divergence, self._reference)
+            old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
@@ -164,8 +164,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
         if self._compiler is None:
-            return nullcontext(partial(step.compute_gradients, self.policy, self._adapter, old_policy))
-        return self._compiler.compiled_gradients(self.policy, self._adapter, old_policy)
+            return nullcontext(partial(step.compute_gradients, self.policy, old_policy))
+        return self._compiler.compiled_gradients(self.policy, old_policy)
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
         """Draw one epoch of minibatches, with the indices of their transitions."""

@@ -26,6 +26,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.objective import MinibatchMetrics, objective
+from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from tests.ranks import Ranks
 
@@ -128,14 +129,14 @@ def collect(model: OnPolicyAlgorithm, callback: MaybeCallback = None) -> Any:
 
 def remember(model: Any) -> OldPolicy:
     """The model's policy as it is now, remembered on the rollout it has collected."""
-    return OldPolicy(model.policy, model.rollout_buffer, model._adapter, model.kl_divergence)
+    return OldPolicy(model.policy, model.rollout_buffer, model.kl_divergence)
 
 
 def minibatch_loss(
     model: Any, old_policy: OldPolicy, rollout_data: Any, index: th.Tensor, **changes: Any
 ) -> tuple[th.Tensor, MinibatchMetrics]:
     """The loss of one minibatch and its parts, under the model's settings with some of them changed."""
-    new = model._adapter.evaluate(model.policy, rollout_data, old_policy.needs_distribution)
+    new = evaluate(model.policy, rollout_data, old_policy.needs_distribution)
     settings = settings_at(model, model._current_progress_remaining)._replace(**changes)
     return objective(new, old_policy.divergence(index, new), settings)
 

@@ -123,7 +123,7 @@ def test_an_update_waits_once_per_segment(device, name, monkeypatch):
         control = SegmentedControl(penalty_rule(model.kl_rule), model._steps_per_update, (1e-6, 1e6))
         buffer = model.rollout_buffer
         with without_validation(model.policy), asynchronous_copies(buffer), sequences_at_once(model.policy, buffer):
-            old_policy = OldPolicy(model.policy, buffer, model._adapter)
+            old_policy = OldPolicy(model.policy, buffer)
             with Waits(device) if device == "cuda" else nullcontext() as counted:
                 model._optimize(old_policy, control, settings, UpdateMetrics())
         return counted

@@ -114,8 +114,8 @@ def test_two_ranks_equal_one_process(ranks: Ranks, algorithm: str, arguments: di
 def gradients(rollout: dict[str, np.ndarray], ends: list[int]) -> tuple[list[float], list[th.Tensor], float]:
     """Compute the gradients of a part of the transitions: those up to this rank's end that are not the previous rank's."""
     model = with_rollout(model_of("AdaptiveKLPPO", N_ENVS, normalize_advantage=False, ent_coef=0.1), rollout, 0)
-    old_policy = OldPolicy(model.policy, model.rollout_buffer, model._adapter)
-    compute = partial(compute_gradients, model.policy, model._adapter, old_policy)
+    old_policy = OldPolicy(model.policy, model.rollout_buffer)
+    compute = partial(compute_gradients, model.policy, old_policy)
     if dist.is_initialized():
         compute = gradients_of_all_ranks(compute, old_policy)
     index = th.arange(*([0, *ends][rank() : rank() + 2]))

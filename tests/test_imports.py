@@ -57,7 +57,7 @@ def imports(module: str) -> set[str]:
 LAYERS = (
     ("messages", "presets", "penalty", "learning_rate", "clip_range", "divergences"),
     ("objective", "control", "rollout.distributions"),
-    ("arguments", "rollout.adapters"),
+    ("arguments", "rollout.evaluation"),
     ("reference", "rollout.minibatches", "fast.compilation"),
     ("rollout.reference",),
     ("rollout.old_policy",),

@@ -84,7 +84,7 @@ def test_update_uses_the_masks_and_hidden_states_of_the_rollout(case):
     """With unchanged parameters, the update computes the log-probabilities of the rollout. Invalid actions have none."""
     model = collect(CASES[case].build(MaskableRecurrentAdaptiveKLPPO, **SMALL))
     sizes = []
-    for data, _, evaluation in sweep(model.policy, model.rollout_buffer, model._adapter, True, 256):
+    for data, _, evaluation in sweep(model.policy, model.rollout_buffer, True, 256):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
         assert evaluation.log_prob.min() > -10  # that of an invalid action is about −1e8
         probabilities = evaluation.distribution.log_probs.exp()

@@ -20,6 +20,7 @@ from sb3_adaptive_kl import (
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.objective import MinibatchMetrics
+from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import CASES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum, remember
 
@@ -264,7 +265,7 @@ def test_dropout_does_not_stop_an_update_early():
     rollout_data, index = next(minibatches(collect(model).rollout_buffer, 256))
     old_policy = remember(model)
     model.policy.set_training_mode(True)
-    at_rest = old_policy.divergence(index, model._adapter.evaluate(model.policy, rollout_data, True)).mean().item()
+    at_rest = old_policy.divergence(index, evaluate(model.policy, rollout_data, True)).mean().item()
     model.target_kl = at_rest / 2
     model.train()
     assert model._n_updates == 5

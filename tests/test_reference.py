@@ -18,8 +18,7 @@ from sb3_adaptive_kl import (
 )
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.reference import adapted_kl_coef, reference_kl_coef
-from sb3_adaptive_kl.rollout.adapters import RecurrentPolicyAdapter
-from sb3_adaptive_kl.rollout.minibatches import minibatches
+from sb3_adaptive_kl.rollout.minibatches import has_sequences, minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.rollout.reference import Reference
 from sb3_adaptive_kl.step import minibatch_loss
@@ -39,7 +38,7 @@ def other(case, algorithm=PPO, scale=0.1):
 
 
 def on_rollout(model, reference):
-    return OldPolicy(model.policy, model.rollout_buffer, model._adapter, model.kl_divergence, reference)
+    return OldPolicy(model.policy, model.rollout_buffer, model.kl_divergence, reference)
 
 
 def summed(divergence):
@@ -93,7 +92,6 @@ def test_loss_gains_the_coefficient_times_the_kl(direction, kl_divergence_name):
     def gradient(coefficient):
         loss, _ = minibatch_loss(
             model.policy,
-            model._adapter,
             old_policy,
             rollout_data,
             index,
@@ -241,7 +239,7 @@ def test_memory_of_the_reference_is_its_own(lstm_in_training):
     n_starts = 0
     for _ in range(2):
         collect(model) if model.num_timesteps == 0 else continue_collecting(model)
-        distributions = reference.on_rollout(model.rollout_buffer, model._adapter, chunk_size=10)
+        distributions = reference.on_rollout(model.rollout_buffer, chunk_size=10)
         observations = th.as_tensor(model.rollout_buffer.observations).reshape(2, 64, 4)
         starts = th.as_tensor(model.rollout_buffer.episode_starts)
         starts = starts.reshape(2, 64) if lstm_in_training else starts.T
@@ -251,7 +249,7 @@ def test_memory_of_the_reference_is_its_own(lstm_in_training):
                 step, states = theirs.get_distribution(observations[:, t], states, starts[:, t])
             assert th.allclose(distributions.log_probs.reshape(2, 64, 2)[:, t], step.distribution.logits, atol=1e-4)
     assert n_starts > 4
-    assert isinstance(model._adapter, RecurrentPolicyAdapter) == lstm_in_training
+    assert has_sequences(model.rollout_buffer) == lstm_in_training
 
 
 def continue_collecting(model):

@@ -17,6 +17,7 @@ from stable_baselines3.common.envs import IdentityEnv
 from sb3_adaptive_kl import RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.fast import sequences
 from sb3_adaptive_kl.fast.sequences import in_blocks, into_blocks, padded_at_once, sequences_at_once
+from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import Case, collect, image, multi_input, parameters
 from tests.test_recurrent import CASES, lstm
@@ -152,14 +153,14 @@ def test_draws_are_contribs_without_padding():
     for name in ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf"):
         setattr(buffer, name, rng.normal(size=buffer.hidden_state_shape).astype(np.float32))
 
-    def evaluate():
+    def evaluate_all():
         np.random.seed(1)
         drawn = minibatches(buffer, 50)
-        return [(data, index, model._adapter.evaluate(model.policy, data, needs_distribution=False)) for data, index in drawn]
+        return [(data, index, evaluate(model.policy, data, needs_distribution=False)) for data, index in drawn]
 
-    padded = evaluate()
+    padded = evaluate_all()
     with sequences_at_once(model.policy, buffer):
-        ours = evaluate()
+        ours = evaluate_all()
     assert len(ours) == len(padded) == 4
     for (one, index, evaluation), (other, expected_index, expected) in zip(ours, padded, strict=True):
         assert index.equal(expected_index)

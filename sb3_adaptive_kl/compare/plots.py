@@ -61,9 +61,9 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
     finals: dict[str, list[Row]] = {}
     for env, environment in statistics["environments"].items():
         of_arm = {arm: [r for r in results if (r.run.env, r.run.arm) == (env, arm)] for arm in environment["arms"]}
-        yield curves_name(env), _curves(env, environment, number, of_arm)
+        yield file_name("curves", env), _curves(env, environment, number, of_arm)
         if any(entry["curve"] for entry in environment["arms"].values()):
-            yield clock_name(env), _clock(env, environment, number, of_arm)
+            yield file_name("clock", env), _clock(env, environment, number, of_arm)
         means = {arm: entry["final"]["mean"] for arm, entry in environment["arms"].items()}
         finals[env] = [(arm, number[arm], mean, [r.final for r in of_arm[arm]]) for arm, mean in means.items()]
     if finals:
@@ -84,26 +84,21 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
         yield "performance_profile", _profile(across["profile"], number)
 
 
-def curves_name(env: str) -> str:
-    """File name of an environment's figure, without suffix and extension."""
-    return f"curves-{env.replace('/', '-')}"
+def file_name(kind: str, env: str) -> str:
+    """
+    Name the file of an environment's figure, without suffix and extension.
+
+    :param kind: ``curves``, ``clock`` (learning curves over wall-clock time) or ``sweep``
+    :param env: gymnasium id
+    """
+    return f"{kind}-{env.replace('/', '-')}"
 
 
 def sweeps(plan: Plan, statistics: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """Yield the file name and the figure of each environment's returns over the swept hyperparameter."""
     for hyperparameter, values in plan.sweep.items():
         for env, environment in statistics["environments"].items():
-            yield sweep_name(env), _sweep(env, hyperparameter, sorted(values), plan.families, environment["arms"])
-
-
-def sweep_name(env: str) -> str:
-    """File name of an environment's returns over the swept hyperparameter, without suffix and extension."""
-    return f"sweep-{env.replace('/', '-')}"
-
-
-def clock_name(env: str) -> str:
-    """File name of an environment's learning curves over wall-clock time, without suffix and extension."""
-    return f"clock-{env.replace('/', '-')}"
+            yield file_name("sweep", env), _sweep(env, hyperparameter, sorted(values), plan.families, environment["arms"])
 
 
 # ---------------------------------------------------------------- figures

@@ -8,25 +8,10 @@ import copy
 import time
 from typing import Any
 
-from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_adaptive_kl.arguments import settings_at
-from sb3_adaptive_kl.rollout.adapters import (
-    MaskablePolicyAdapter,
-    MaskableRecurrentPolicyAdapter,
-    PolicyAdapter,
-    RecurrentPolicyAdapter,
-)
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
-
-# By whether the policy has a memory, and the buffer masks
-ADAPTERS = {
-    (False, False): PolicyAdapter,
-    (False, True): MaskablePolicyAdapter,
-    (True, False): RecurrentPolicyAdapter,
-    (True, True): MaskableRecurrentPolicyAdapter,
-}
 
 
 class Ruler(BaseCallback):
@@ -50,8 +35,7 @@ class Ruler(BaseCallback):
         buffer = copy.copy(model.rollout_buffer)
         if isinstance(buffer.observations, dict):
             buffer.observations = dict(buffer.observations)
-        adapter = ADAPTERS[isinstance(model, RecurrentPPO), hasattr(buffer, "action_masks")]
-        self._before = OldPolicy(model.policy, buffer, adapter()), getattr(model, "kl_coef", None)
+        self._before = OldPolicy(model.policy, buffer), getattr(model, "kl_coef", None)
         self.seconds += time.perf_counter() - start
 
     def _measure(self) -> None:

@@ -77,7 +77,10 @@ class DataParallel(KLPenaltyTraining):
     def train(self) -> None:
         """Train as the host does, and check that all ranks end with the same parameters."""
         super().train()
-        check_agreement({"the checksum of the parameters": checksum(self.policy)}, CAUSES_OF_DIFFERENCE)
+        # Not of buffers, which are averaged before each update, and may differ in between
+        states = [entry for state in self.policy.optimizer.state_dict()["state"].values() for entry in state.values()]
+        tensors = [*self.policy.parameters(), *(entry for entry in states if isinstance(entry, th.Tensor))]
+        check_agreement({"the checksum of the parameters": checksum(tensors)}, CAUSES_OF_DIFFERENCE)
 
     def _optimize(self, *args: Any) -> None:
         super()._optimize(*args)
@@ -90,7 +93,7 @@ class DataParallel(KLPenaltyTraining):
 
     def _minibatches(self, settings: Settings) -> Iterator[tuple[Any, th.Tensor]]:
         minibatches = super()._minibatches(settings)
-        return normalized_over_ranks(minibatches, self._adapter) if settings.normalize_advantage else minibatches
+        return normalized_over_ranks(minibatches) if settings.normalize_advantage else minibatches
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
         return pool_kl(super()._measure_kl(old_policy), self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
@@ -197,7 +200,7 @@ class DataParallel(KLPenaltyTraining):
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
         if self._reference is not None:  # its file may lie elsewhere on another machine
             spec = self._reference.spec
-            facts["reference_policy"] = spec.target_kl, spec.direction, self._reference.checksum
+            facts["reference_policy"] = spec.target_kl, spec.direction, checksum(self._reference.policy.parameters())
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
         return facts
 

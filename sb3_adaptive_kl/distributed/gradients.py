@@ -14,7 +14,7 @@ import torch as th
 import torch.distributed as dist
 
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
+from sb3_adaptive_kl.rollout.evaluation import evaluate, valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import to_device
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
@@ -59,7 +59,7 @@ def _mean_kl(rollout_data: Any, index: th.Tensor, old_policy: OldPolicy) -> floa
 
     def of_this_rank() -> th.Tensor:
         with th.no_grad():
-            new = old_policy.adapter.evaluate(old_policy.policy, rollout_data, old_policy.needs_distribution)
+            new = evaluate(old_policy.policy, rollout_data, old_policy.needs_distribution)
             return old_policy.divergence(index, new).sum().reshape(1)
 
     total = th.cat([_or_nan(of_this_rank, 1, old_policy).cpu(), th.tensor([len(index)])])
@@ -96,21 +96,18 @@ def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]
     return means[-1]
 
 
-def normalized_over_ranks(
-    minibatches: Iterator[tuple[Any, th.Tensor]], adapter: PolicyAdapter
-) -> Iterator[tuple[Any, th.Tensor]]:
+def normalized_over_ranks(minibatches: Iterator[tuple[Any, th.Tensor]]) -> Iterator[tuple[Any, th.Tensor]]:
     """
     Normalize the advantages by the mean and the standard deviation that they have on all ranks together. *Collective*, once
     per ``N_AHEAD`` minibatches.
 
     :param minibatches: this rank's, as many as on every other rank
-    :param adapter: knows what is padding
     :return: the same minibatches, with other advantages
     """
     while ahead := list(islice(minibatches, N_AHEAD)):
         rows = []
         for rollout_data, _ in ahead:
-            valid = adapter.valid(rollout_data)
+            valid = valid_transitions(rollout_data)
             advantages = (rollout_data.advantages if valid is None else rollout_data.advantages[valid]).double()
             rows.append(th.stack([advantages.new_full((), len(advantages)), advantages.sum(), advantages.square().sum()]))
         moments = th.stack(rows)  # they stay on their device, which nothing waits for

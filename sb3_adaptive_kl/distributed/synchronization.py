@@ -1,7 +1,7 @@
 """What the ranks exchange around an update: the policy at the start, statistics and episodes after each rollout."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from typing import Any
@@ -38,15 +38,13 @@ def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
                 raise RanksDisagree(f"{name} is {first} on rank 0, but {value} on rank {other}: {explanation}")
 
 
-def checksum(policy: ActorCriticPolicy) -> int:
+def checksum(tensors: Iterable[th.Tensor]) -> int:
     """
-    Digest the parameters and the optimizer's state. (Buffers are averaged before each update, and may differ in between.)
+    Digest tensors.
 
-    :param policy: the policy
+    :param tensors: on any device
     :return: a number that is the same on ranks where every bit of them is
     """
-    state = policy.optimizer.state_dict()["state"]
-    tensors = [*policy.parameters(), *(x for entry in state.values() for x in entry.values() if isinstance(x, th.Tensor))]
     digest = 0
     for tensor in tensors:
         digest = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(th.uint8).numpy().tobytes(), digest)

@@ -35,7 +35,7 @@ class Compilation:
 
     def __init__(self) -> None:
         self.failed = False
-        self.seconds = 0.0  # spent compiling
+        self.seconds = 0.0  # spent compiling since they were logged
         # `_compile` passes this argument, which torch has since 2.13
         if "isolate_recompiles" not in inspect.signature(th.compile).parameters:
             self.failed = True
@@ -50,11 +50,6 @@ class Compilation:
     def warn(self, message: str) -> None:
         """Warn, with the name of the argument in front."""
         warn_user(f"compile=True: {message}")
-
-    def pop_seconds(self) -> float:
-        """Return the seconds spent compiling since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
     @contextmanager
     def tracing_gradients(self) -> Iterator[None]:
@@ -102,7 +97,7 @@ class Compiled(Generic[P, T]):
         except Exception as error:
             if not _is_from_compiler(error):
                 raise
-            if _is_recompile_limit(error):
+            if isinstance(error, th._dynamo.exc.FailOnRecompileLimitHit):
                 self.changes_too_often = True
                 self.compilation.warn(
                     f"{self.function.__name__.strip('_')}() is no longer compiled: it was recompiled too often for new shapes "
@@ -149,13 +144,7 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
 
 def _is_from_compiler(error: Exception) -> bool:
     """Whether torch's compiler, or the disk it writes to, raised the error, and not the function."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return isinstance(error, TorchDynamoException | InductorError | OSError) or _is_recompile_limit(error)
-
-
-def _is_recompile_limit(error: Exception) -> bool:
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
-    return isinstance(error, FailOnRecompileLimitHit)
+    return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit | InductorError | OSError)

@@ -22,7 +22,6 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
 from sb3_adaptive_kl.fast.eager import fast_collection, nan_is_fatal, unvalidated
 from sb3_adaptive_kl.objective import Settings
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, in_layout_of, minibatch_loss, optimized_parameters
@@ -45,18 +44,15 @@ class Compiler:
         self._warned = False
 
     @contextmanager
-    def compiled_gradients(
-        self, policy: ActorCriticPolicy, adapter: PolicyAdapter, old_policy: OldPolicy
-    ) -> Iterator[ComputeGradients]:
+    def compiled_gradients(self, policy: ActorCriticPolicy, old_policy: OldPolicy) -> Iterator[ComputeGradients]:
         """
         Compile ``compute_gradients`` for one update.
 
         :param policy: the policy in training
-        :param adapter: evaluates the policy
         :param old_policy: remembers the policy before the update
         :return: a context with a function that computes the same up to rounding
         """
-        plain = partial(compute_gradients, policy, adapter, old_policy)
+        plain = partial(compute_gradients, policy, old_policy)
         if hooked := hooked_parameter(policy):
             if not self._warned:
                 self.compilation.warn(f"only backward() calls the hooks on {hooked}: training runs uncompiled")
@@ -72,9 +68,7 @@ class Compiler:
             preprocessed = rollout_data._replace(observations=preprocess(rollout_data.observations))
             tensors = self._tensors(settings, policy.device)
             try:
-                gradients, metrics, norm = self._clipped_gradients(
-                    twin, adapter, old_policy, parameters, preprocessed, index, tensors
-                )
+                gradients, metrics, norm = self._clipped_gradients(twin, old_policy, parameters, preprocessed, index, tensors)
             except NotCompiled:
                 return plain(rollout_data, index, settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -108,9 +102,9 @@ class Compiler:
 
     def log(self, logger: Logger) -> None:
         """Log the seconds spent compiling since the last call, if any."""
-        seconds = self.compilation.pop_seconds()
-        if seconds > 0:
-            logger.record("time/compilation", seconds)
+        if self.compilation.seconds > 0:
+            logger.record("time/compilation", self.compilation.seconds)
+        self.compilation.seconds = 0.0
 
     def _tensors(self, settings: Settings, device: th.device) -> Settings:
         # Converted when they change, and not at every step
@@ -160,7 +154,6 @@ def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) 
 
 def clipped_gradients(
     policy: ActorCriticPolicy,
-    adapter: PolicyAdapter,
     old_policy: OldPolicy,
     parameters: Sequence[th.Tensor],
     rollout_data: Any,
@@ -173,7 +166,7 @@ def clipped_gradients(
     :param parameters: the parameters to differentiate with respect to; the others as for ``minibatch_loss``
     :return: their gradients, clipped, ``None`` where the loss does not depend on one; metrics; norm before clipping
     """
-    loss, metrics = minibatch_loss(policy, adapter, old_policy, rollout_data, index, settings)
+    loss, metrics = minibatch_loss(policy, old_policy, rollout_data, index, settings)
     gradients = th.autograd.grad(loss, parameters, allow_unused=True)
     forget_distribution(policy)  # compiled code cannot leave a new object behind
     # One vector: compiled, the norm of the norms takes as long as all the rest

@@ -185,6 +185,7 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     counts = {float(state.get("step", 0)) for state in states}
     on_one_device = len(devices) == 1 and parameters[0].device.type in ("cpu", "cuda")
     is_plain = can_fuse and len(groups) == 1 and not groups[0]["amsgrad"] and not hooked
+    # One step count stands for all. Before its first step a parameter has no state: the optimizer itself makes it
     bare = is_plain and on_one_device and len(counts) == 1 and all(states)
     for group in groups:
         group[flag] = True

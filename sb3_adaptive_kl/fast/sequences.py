@@ -47,27 +47,6 @@ class Sequences(NamedTuple):
     blocks: list[Block]
 
 
-class States(NamedTuple):
-    """Hidden and cell states where sequences begin, shape (n_layers, n_sequences, hidden size) each: contrib's RNNStates."""
-
-    pi: LSTMStates
-    vf: LSTMStates
-
-
-class Samples(NamedTuple):
-    """A minibatch of B transitions, with the names of sb3-contrib's ``RecurrentRolloutBufferSamples``, unpadded."""
-
-    observations: Any
-    actions: th.Tensor
-    old_values: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    lstm_states: States
-    episode_starts: Sequences
-    mask: None = None  # nothing is padding
-
-
 @contextmanager
 def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     """
@@ -147,7 +126,7 @@ def padded_at_once(
     return output.transpose(0, 1).flatten(0, 1), states
 
 
-def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Samples:
+def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Any:
     """
     Draw what a recurrent buffer of sb3-contrib draws, without padding.
 
@@ -155,8 +134,10 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
     :param batch_inds: the transitions, those of an episode in their order
     :param env_change: 1 for the first step of each environment, shape (N, 1)
     :param env: not used, as by sb3-contrib
-    :return: these transitions, in this order
+    :return: contrib's samples of these transitions, in this order; ``episode_starts`` are ``Sequences``, and ``mask`` is None
     """
+    # Not at module level: whoever draws from contrib's buffer has contrib, others need not
+    from sb3_contrib.common.recurrent.type_aliases import RecurrentRolloutBufferSamples, RNNStates
 
     def draw(array: np.ndarray) -> th.Tensor:
         return buffer.to_torch(array[batch_inds])  # type: ignore[no-any-return]
@@ -176,15 +157,17 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
     ]
     observations = buffer.observations
     is_dict = isinstance(observations, dict)
-    return Samples(
-        observations={key: draw(array) for key, array in observations.items()} if is_dict else draw(observations),
+    drawn: Any = {key: draw(array) for key, array in observations.items()} if is_dict else draw(observations)
+    return RecurrentRolloutBufferSamples(
+        observations=drawn,
         actions=draw(buffer.actions),
         old_values=draw(buffer.values).flatten(),
         old_log_prob=draw(buffer.log_probs).flatten(),
         advantages=draw(buffer.advantages).flatten(),
         returns=draw(buffer.returns).flatten(),
-        lstm_states=States((states[0], states[1]), (states[2], states[3])),
-        episode_starts=into_blocks(first, lengths, episode_starts[first], buffer.device),
+        lstm_states=RNNStates((states[0], states[1]), (states[2], states[3])),
+        episode_starts=into_blocks(first, lengths, episode_starts[first], buffer.device),  # type: ignore[arg-type]
+        mask=None,  # type: ignore[arg-type]  # nothing is padding
     )
 
 

@@ -94,6 +94,16 @@ def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = Fal
         yield samples_at(np.arange(start, end))
 
 
+def has_sequences(buffer: RolloutBuffer) -> bool:
+    """
+    Whether a sweep may only cut the rollout where an episode ends: a sequence cut in two would restart from the old policy's
+    hidden state, which hides a part of the divergence.
+
+    :param buffer: of a policy with or without a memory
+    """
+    return hasattr(buffer, "hidden_states_pi")
+
+
 def through_time(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.Tensor]]:
     """
     Draw every transition of the rollout once, in the order of time: some steps of all environments, then their next steps.

@@ -11,7 +11,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_adaptive_kl.divergences import DIVERGENCES
 from sb3_adaptive_kl.objective import Evaluation
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
     has_closed_form,
@@ -19,7 +18,8 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
-from sb3_adaptive_kl.rollout.minibatches import in_order, preserve_random_state, transitions_per_block
+from sb3_adaptive_kl.rollout.evaluation import evaluate, taken_actions, valid_transitions
+from sb3_adaptive_kl.rollout.minibatches import has_sequences, in_order, preserve_random_state, transitions_per_block
 from sb3_adaptive_kl.rollout.reference import Reference
 
 # Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
@@ -51,7 +51,6 @@ class OldPolicy:
 
     :param policy: the policy, before the update; it may move afterwards
     :param buffer: the full rollout buffer; it is read, and flattened as an epoch of SB3 flattens it
-    :param adapter: knows how the policy is called, and what is padding
     :param kl_divergence: a name in ``DIVERGENCES``
     :param reference: another policy to measure the distance from, on the same states, if there is one
     :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws, or the
@@ -62,23 +61,22 @@ class OldPolicy:
         self,
         policy: ActorCriticPolicy,
         buffer: RolloutBuffer,
-        adapter: PolicyAdapter,
         kl_divergence: str = "forward",
         reference: Reference | None = None,
     ) -> None:
         self.policy = policy
         self.buffer = buffer
-        self.adapter = adapter
         self._divergence = DIVERGENCES[kl_divergence]
         # Whether distributions are compared, and not only log-probabilities of the actions taken
         self.needs_distribution = self._divergence.needs_distribution or reference is not None
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
-        self._chunk_size = chunk_size_of(policy, buffer, adapter)
+        self._chunk_size = chunk_size_of(policy, buffer)
+        # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
-        with closing(sweep(policy, buffer, adapter, self.needs_distribution, self._chunk_size)) as evaluations:
+        with closing(sweep(policy, buffer, self.needs_distribution, self._chunk_size)) as evaluations:
             for rollout_data, index, new in evaluations:
                 if not self.needs_distribution:
                     continue
@@ -89,7 +87,7 @@ class OldPolicy:
                 self.distribution[index] = new.distribution
         self.reference: ActionDistribution | None = None
         if reference is not None:
-            self.reference = reference.on_rollout(buffer, adapter, self._chunk_size)
+            self.reference = reference.on_rollout(buffer, self._chunk_size)
             self._reference_divergence = DIVERGENCES[reference.spec.direction]
             assert self.distribution is not None
             reference.check_comparable(self.reference, self.distribution, policy.action_dist)
@@ -135,7 +133,7 @@ class OldPolicy:
     def _on_rollout(self, *measures: Callable[[th.Tensor, Evaluation], th.Tensor]) -> list[th.Tensor]:
         """Evaluate some functions of the policy at each state of the rollout, in one sweep: shapes ``(N,)``."""
         results: list[th.Tensor] = []
-        with closing(sweep(self.policy, self.buffer, self.adapter, self.needs_distribution, self._chunk_size)) as evaluations:
+        with closing(sweep(self.policy, self.buffer, self.needs_distribution, self._chunk_size)) as evaluations:
             for _, index, new in evaluations:
                 parts = [measure(index, new) for measure in measures]
                 results = results or [part.new_empty(self._n_transitions) for part in parts]
@@ -152,7 +150,7 @@ class OldPolicy:
         action_dist, actions = self.policy.action_dist, taken_actions(self.policy, rollout_data)
         if torch_distribution(action_dist) is before:
             raise hidden_distribution_error(self.policy)
-        log_prob, valid = action_dist.log_prob(actions), self.adapter.valid(rollout_data)
+        log_prob, valid = action_dist.log_prob(actions), valid_transitions(rollout_data)
         # Another way to the same number may round otherwise
         if not th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, 1e-4, 1e-4, equal_nan=True).all():
             raise hidden_distribution_error(self.policy)
@@ -163,7 +161,6 @@ class OldPolicy:
 def sweep(
     policy: ActorCriticPolicy,
     buffer: RolloutBuffer,
-    adapter: PolicyAdapter,
     needs_distribution: bool,
     chunk_size: int = CHUNK_PROBE_SIZE,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
@@ -174,7 +171,6 @@ def sweep(
 
     :param policy: the policy
     :param buffer: a full rollout buffer
-    :param adapter: evaluates the policy
     :param needs_distribution: whether to extract the parameters of the action distributions
     :param chunk_size: transitions per forward pass
     :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
@@ -183,15 +179,15 @@ def sweep(
     policy.set_training_mode(False)
     try:
         with th.no_grad(), preserve_random_state():
-            for rollout_data, index in in_order(buffer, chunk_size, adapter.keep_sequences_whole):
-                yield rollout_data, index, adapter.evaluate(policy, rollout_data, needs_distribution)
+            for rollout_data, index in in_order(buffer, chunk_size, has_sequences(buffer)):
+                yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
     finally:
         policy.set_training_mode(was_training)
 
 
-def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: PolicyAdapter) -> int:
+def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> int:
     """Find how many transitions a forward pass of a sweep may take."""
-    if adapter.keep_sequences_whole:
+    if has_sequences(buffer):
         return SEQUENCES_CHUNK_SIZE
     fitting = min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
     if fitting <= CHUNK_PROBE_SIZE:
@@ -207,7 +203,7 @@ def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer, adapter: Pol
     modules = [module for module in policy.modules() if not isinstance(module, th.jit.ScriptModule)]
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
-        with closing(sweep(policy, buffer, adapter, needs_distribution=False)) as evaluations:
+        with closing(sweep(policy, buffer, needs_distribution=False)) as evaluations:
             _, index, _ = next(evaluations)
     finally:
         for hook in hooks:

@@ -8,7 +8,6 @@ the policy in training.
 
 import json
 import zipfile
-import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_adaptive_kl.reference import ReferencePolicy, from_frozen_bytes, frozen_bytes, tells_probabilities
-from sb3_adaptive_kl.rollout.adapters import PolicyAdapter, taken_actions
 from sb3_adaptive_kl.rollout.distributions import (
     ActionDistribution,
     Categoricals,
@@ -32,6 +30,7 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
+from sb3_adaptive_kl.rollout.evaluation import taken_actions, valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time, to_device
 
 # What a saved model has to tell about its policy
@@ -70,17 +69,13 @@ class Reference:
         self.policy = frozen.to(policy.device)
         self.policy.requires_grad_(False)
         self.policy.set_training_mode(False)
-        parameters = [parameter.detach().cpu().contiguous() for parameter in self.policy.parameters()]
-        # Tells whether several processes have the same
-        self.checksum = zlib.crc32(b"".join(parameter.view(-1).view(th.uint8).numpy().tobytes() for parameter in parameters))
         self._memory: tuple[th.Tensor, th.Tensor] | None = None  # hidden and cell states of its LSTM
 
-    def on_rollout(self, buffer: RolloutBuffer, adapter: PolicyAdapter, chunk_size: int) -> ActionDistribution:
+    def on_rollout(self, buffer: RolloutBuffer, chunk_size: int) -> ActionDistribution:
         """
         Evaluate the reference on a rollout, and let its memory go on to the next one.
 
         :param buffer: a full rollout buffer
-        :param adapter: of the policy in training; knows what is padding
         :param chunk_size: transitions per forward pass, at most
         :return: its distributions at the N states, in the order of the flattened rollout
         :raises ValueError: if its distribution is not known here, or not finite
@@ -88,7 +83,7 @@ class Reference:
         result = None
         with th.no_grad(), preserve_random_state():
             for rollout_data, index in through_time(buffer, chunk_size):
-                valid = adapter.valid(rollout_data)
+                valid = valid_transitions(rollout_data)
                 masks = getattr(rollout_data, "action_masks", None)
                 try:
                     distribution = self._distribution(_select(rollout_data.observations, valid), buffer, index)

@@ -46,14 +46,10 @@ class AsksForMasks:
         return super().predict(observation, *args, **kwargs)  # type: ignore[misc]
 
 
-def is_maskable(algorithm: type) -> bool:
-    """Whether an algorithm's ``predict`` takes masks."""
-    return MASKS in signature(algorithm.predict).parameters  # type: ignore[attr-defined]
-
-
 def asking_for_masks(algorithm: type) -> type:
     """Return an algorithm of the same name that the zoo's scripts can use: itself if it has no masks."""
-    return type(algorithm.__name__, (AsksForMasks, algorithm), {}) if is_maskable(algorithm) else algorithm
+    takes_masks = MASKS in signature(algorithm.predict).parameters  # type: ignore[attr-defined]
+    return type(algorithm.__name__, (AsksForMasks, algorithm), {}) if takes_masks else algorithm
 
 
 def require_masks(env: VecEnv, algo: str) -> MaskSource:
