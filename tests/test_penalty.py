@@ -77,8 +77,8 @@ def test_rule_with_numbers_can_be_written_as_a_mapping(mapping, rule):
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"high": 2.0}, "kl_rule=None is unknown"),
-        ({"name": "adaptiv"}, "kl_rule='adaptiv' is unknown, did you mean 'adaptive'"),
+        ({"high": 2.0}, "kl_rule: name=None is unknown"),
+        ({"name": "adaptiv"}, "kl_rule: name='adaptiv' is unknown, did you mean 'adaptive'"),
         ({"name": "adaptive", "hi": 2.0}, "hi=2.0 is not a number of 'adaptive', which has low, high, decrease, increase"),
         ({"name": "adaptive", "high": "2"}, "high='2' is not a number of 'adaptive'"),
         ({"name": "fixed", "high": 2.0}, "high=2.0 is not a number of 'fixed', which has none"),
