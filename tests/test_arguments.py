@@ -66,7 +66,6 @@ BAD = [
     ({"init_kl_coef": "1"}, r"init_kl_coef='1'"),
     ({"kl_rule": "adaptative"}, r"kl_rule='adaptative' is unknown, did you mean 'adaptive'\?"),
     ({"kl_rule": "Fix"}, r"did you mean 'fixed'\?"),
-    ({"kl_rule": {"high": 2.0}}, r"kl_rule: name=None is unknown. Valid are 'adaptive'"),
     ({"kl_rule": "balanced"}, r"kl_rule='balanced' is unknown.*; 'balanced' is a learning_rate_rule$"),
     ({"learning_rate_rule": "predictive"}, r"learning_rate_rule='predictive' is unknown.*; 'predictive' is a kl_rule$"),
     ({"kl_rule": 3}, r"kl_rule=3 is not a rule for β"),

@@ -1,6 +1,7 @@
 """Drawing several minibatches at once gives the host's minibatches, to the bit."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO
 from sb3_adaptive_kl.rollout import minibatches as module
+from sb3_adaptive_kl.rollout.evaluation import valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import minibatches
 from tests.conftest import CASES, Case, collect
 
@@ -85,3 +87,10 @@ def test_get_samples_is_restored_after_an_epoch(on_the_instance):
         assert len(list(minibatches(buffer, 16))) == 4
         assert vars(buffer).get("_get_samples") is before
     assert len(calls) == (8 if on_the_instance else 0)
+
+
+def test_only_sequences_are_padded():
+    """A field of this name in the samples of the user's buffer may mean anything."""
+    mask = th.tensor([1.0, 0.0])
+    assert valid_transitions(SimpleNamespace(mask=mask)) is None
+    assert valid_transitions(SimpleNamespace(mask=mask, lstm_states=())).tolist() == [True, False]
