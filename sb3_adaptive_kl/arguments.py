@@ -285,6 +285,7 @@ def value_at(name: str, schedule: float | Schedule, progress_remaining: float, l
     :raises ValueError: if it is not a finite number, or too small
     """
     value = schedule(progress_remaining) if callable(schedule) else schedule
+    # Checked at every update: what a schedule returns cannot be known before
     if not is_number(value) or value < least:
         at_least = "" if least == -math.inf else f" >= {least:g}"
         raise ValueError(
@@ -320,7 +321,7 @@ def _rule(
                 its = ", ".join(its_numbers) or "none"
                 raise ValueError(f"{argument}={dict(rule)!r}: {key}={value!r} is not a number of {name!r}, which has {its}")
         return known(**numbers)
-    if isinstance(rule, type):
+    if isinstance(rule, type):  # it is callable, too, but would make a rule of β instead of the next β
         raise ValueError(f"{argument}={rule.__name__} is a class: pass an instance, {rule.__name__}()")
     if not callable(rule) or type(rule) in others.values():
         raise ValueError(
@@ -331,6 +332,7 @@ def _rule(
 
 def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
+    # The words of the message are the check, so that they cannot contradict each other
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
         raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}{_hint(value)}")

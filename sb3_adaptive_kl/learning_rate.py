@@ -81,6 +81,7 @@ class AdaptiveLearningRate(LearningRateRule):
         check_scales(self.lowest, self.highest)
 
     def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        # By the KL alone: an undone update, whose KL is inf, lowers the learning rate as well
         if kl > self.high * target_kl:
             return scale / self.factor
         return scale * self.factor if kl < self.low * target_kl else scale
@@ -129,12 +130,14 @@ class BalancedLearningRate(LearningRateRule):
         check_scales(self.lowest, self.highest)
 
     def __call__(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        # Below the band, no step is too long, whatever it was spent on
         if kl > target_kl / 1.5 and (balance < self.low or kl == math.inf):
             return scale / self.decrease
         # A small KL is a poor measure: the ratio of two numbers near 0 can have either sign
         return scale * self.increase if abs(balance) > self.high else scale
 
     def within_update(self, scale: float, kl: float, target_kl: float, balance: float) -> float:
+        # It never rises here: early in an update the KL is small because few steps were taken, not because they are short
         return scale / self.decrease_within if kl > target_kl / 1.5 and balance < self.low / 2 else scale
 
 
@@ -187,6 +190,7 @@ def scale_within_update(rule: LearningRateRule, scale: float, kl: float, target_
 
 
 def _checked(wanted: float, source: str, case: str) -> float:
+    # A factor of 0 could never grow again
     if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
         raise ValueError(
             f"learning_rate_rule={source} {wanted!r} for {case}: it must return a positive number, also for inf, which "

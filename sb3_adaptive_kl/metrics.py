@@ -96,6 +96,7 @@ class UpdateMetrics:
         means = MinibatchMetrics(*minibatches.mean(dim=0))
         last_epoch = MinibatchMetrics(*minibatches[self._start_of_epoch :].mean(dim=0))
         last = MinibatchMetrics(*minibatches[-1])
+        # On the CPU since _read(): .item() of each would wait for a GPU
         for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "kl_loss"):
             logger.record(f"train/{name}", getattr(means, name).item())
         logger.record("train/approx_kl", last_epoch.approx_kl.item())
@@ -144,7 +145,7 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
         record("train/learning_rate_scale", model.learning_rate_scale)
         record("train/balance", metrics.balance())
     for name in ("ent_coef", "vf_coef"):
-        if callable(getattr(model, name)):
+        if callable(getattr(model, name)):  # a constant is no news
             record(f"train/{name}", getattr(settings, name))
     record("train/undone_updates", model._undone_updates)
     record("train/explained_variance", model._explained_variance())

@@ -65,6 +65,7 @@ class AdaptivePenalty(PenaltyRule):
     :raises ValueError: if a number is out of its range
     """
 
+    # Section 4: "chosen heuristically, but the algorithm is not very sensitive to them"
     low: float = 1 / 1.5
     high: float = 1.5
     decrease: float = 1 / 2
@@ -160,7 +161,7 @@ class PredictivePenalty(PenaltyRule):
             )
 
     def within_update(self, kl_coef: float, kl: float, previous_kl: float, segments_left: int, target_kl: float) -> float:
-        predicted = math.inf
+        predicted = math.inf  # inf − inf is NaN
         if math.isfinite(kl):
             predicted = max(kl + (kl - previous_kl) * segments_left, self.floor * kl)
         return self(kl_coef, predicted, target_kl)

@@ -80,6 +80,7 @@ def interpret_reference(value: Any) -> ReferencePolicy | None:
             raise ValueError(f"reference_policy={dict(value)!r} has no 'policy': add the path of a saved model")
         value = ReferencePolicy(**value)
     spec: ReferencePolicy = value if isinstance(value, ReferencePolicy) else ReferencePolicy(value)
+    # Each of these has been handed in for a policy
     if not isinstance(spec.policy, str) and not tells_probabilities(spec.policy):
         remedy = "pass a policy, such as model.policy, the path of a saved model, or ReferencePolicy(…)"
         if isinstance(spec.policy, BaseAlgorithm):
@@ -121,6 +122,7 @@ def reference_kl_coef(
     :raises ValueError: if a schedule returns an invalid coefficient, or one that a target moves is beyond its bounds
     """
     if spec.target_kl is None:
+        # Not penalized, then, and its gradient not computed. A schedule that reaches 0 is not compiled again
         if not spec.kl_coef:
             return None
         return value_at("reference_policy: kl_coef", spec.kl_coef, progress_remaining)
@@ -147,6 +149,7 @@ def adapted_kl_coef(spec: ReferencePolicy, kl_coef: float | None, kl: float, bou
     """
     if spec.target_kl is None or kl_coef is None:
         return kl_coef
+    # The rule that acts between updates only: a policy far from the reference must not be torn back within one
     return apply_rule(AdaptivePenalty(), kl_coef, kl, spec.target_kl, bounds)[0]
 
 

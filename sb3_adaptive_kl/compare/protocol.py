@@ -33,6 +33,7 @@ def ppo_paper(runs: pd.DataFrame) -> dict[str, Any]:
             "best_setting": of_arms.groupby("env").max(),
         }
     )
+    # A scale of zero or less would turn the order of the arms around
     scale = scale[scale["best_setting"] > scale["random"]]
     counted = runs[runs["env"].isin(scale.index)].join(scale, on="env")
     arms: dict[str, Any] = {}

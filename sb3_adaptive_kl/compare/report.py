@@ -25,6 +25,7 @@ def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
     plan, results, failures = store.plan, store.results(), store.failures()
     computed, runs = statistics.compute(plan.seeds, results, plan.protocol, plan.families)
+    # The numbers first: the report can be written again from them
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
     # StrictUndefined: a statistic that was renamed must not become an empty cell

@@ -125,6 +125,7 @@ class Store:
         :raises PlanError: if the folder cannot be written to, holds other files, or has another plan
         """
         store = cls(folder, plan)
+        # Runs of two plans side by side would be averaged without a word
         if (folder / PLAN_FILE).is_file():
             if difference := cls.open(folder).plan.difference(plan):
                 raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
@@ -154,6 +155,7 @@ class Store:
             self.write(str(failure), outcome)
             return
         unfinished, destination = self.folder / f"{UNFINISHED}{failure.stem}", self.folder / run.folder
+        # Elsewhere first: a run.json in the run's own folder says that the run is finished
         for name, content in outcome.items():
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).write_bytes(content)

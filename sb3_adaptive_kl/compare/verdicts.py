@@ -76,6 +76,7 @@ def call_winners(pairs: Sequence[tuple[list[str], dict[str, Any] | None]]) -> in
 
 def holm(p: np.ndarray) -> np.ndarray:
     """Adjust p values: the smallest of n is multiplied by n, the next by n − 1, …, and none may be below one before it."""
+    # Each hypothesis is tested against those that have not been rejected yet
     order = np.argsort(p)
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))

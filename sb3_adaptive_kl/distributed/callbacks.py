@@ -41,6 +41,7 @@ def callbacks_of_this_rank(callback: MaybeCallback, progress_bar: bool) -> Callb
     :param progress_bar: whether the user asked for a progress bar
     :return: a list that begins with ``CountAllRanks``
     """
+    # SB3 would add the bar itself, out of reach of CountAllRanks
     callbacks = [*_flat(callback), *([ProgressBarCallback()] if progress_bar else [])]
     mine = [one for one in callbacks if dist.get_rank() == 0 or not _is_only_on_rank_0(one)]
     return CallbackList([CountAllRanks([one for one in mine if isinstance(one, ProgressBarCallback)]), *mine])

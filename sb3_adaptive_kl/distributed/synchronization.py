@@ -31,6 +31,7 @@ def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     :raises RanksDisagree: on all ranks, with the first fact that differs
     """
     of_ranks = gather_objects({name: repr(value) for name, value in facts.items()})
+    # Of all ranks in the order of the first: every rank must raise the same error
     for name in dict.fromkeys(chain.from_iterable(of_ranks)):
         first, *others = (stated.get(name, "something else") for stated in of_ranks)
         for other, value in enumerate(others, start=1):
@@ -57,6 +58,7 @@ def broadcast_parameters(model: KLPenaltyAlgorithm) -> None:
 
     :param model: with the same networks on all ranks
     """
+    # By torch.save, not as objects: tensors would be put on the GPU of rank 0
     saved = BytesIO()
     th.save(dict(model.get_parameters()), saved)
     of_rank_0 = [saved.getvalue()]

@@ -87,7 +87,7 @@ class MaskableRecurrentPPO(RecurrentPPO):
         # RecurrentPPO's loop calls self.policy(observations, lstm_states, episode_starts) once per step, and adds the
         # transition afterwards
         def give_masks(policy: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            if "action_masks" in kwargs:
+            if "action_masks" in kwargs:  # a callback's own call: not a step of the rollout
                 return None
             kwargs["action_masks"] = masks = masks_of(env)
             rollout_buffer.announce_masks(masks)

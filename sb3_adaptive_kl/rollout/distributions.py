@@ -144,6 +144,7 @@ def action_distribution(distribution: Distribution | None) -> ActionDistribution
     :raises ValueError: if it is of a family without an exact KL here
     """
     heads = _heads(distribution)
+    # MultiDiscrete: one closed form over all outcomes, instead of one for each dimension
     if len(heads) > 1 and all(isinstance(head, Categorical) for head in heads):
         return Categoricals(_finite(th.cat([_flat(head.logits) for head in heads], dim=1)))
     parts = [_parameters(head) for head in heads]
@@ -158,6 +159,7 @@ def _parameters(head: Any) -> ActionDistribution | None:
         n_dims = len(head.batch_shape + head.event_shape)
         constant = all(_is_constant_bijection(transform, n_dims) for transform in getattr(head, "transforms", ()))
         return _parameters(head.base_dist) if constant else None  # bijections leave the KL unchanged
+    # Subclasses, too: has_closed_form() tells whether their densities are still these
     if isinstance(head, Normal):
         return DiagGaussian(_flat(head.loc), _flat(head.scale))
     if isinstance(head, Beta):
@@ -171,6 +173,7 @@ def _parameters(head: Any) -> ActionDistribution | None:
 
 def _is_constant_bijection(transform: Transform, n_dims: int) -> bool:
     """Whether a transform cannot depend on the state, nor move with a parameter."""
+    # A mean or scale per state would be another bijection for each policy, and change the KL between them
     if type(transform) is AffineTransform:
         numbers = [number for number in (transform.loc, transform.scale) if isinstance(number, th.Tensor)]
         return not any(number.requires_grad or number.dim() >= n_dims for number in numbers)

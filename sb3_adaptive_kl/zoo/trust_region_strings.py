@@ -46,6 +46,7 @@ def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
         match = re.fullmatch(r"(clip_)?(lin_)?(\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
         if name == "clip_range" and match is None:
             continue  # the algorithm knows "outliers", and suggests it for "outlier"
+        # clip_ makes a target of a clip range, and nothing else
         if match is None or float(match[3]) == 0 or (match[1] and name != "target_kl"):
             raise ValueError(f"{name}={text!r}{remedy}")
         value = LinearSchedule(float(match[3]), 0.0, 1.0) if match[2] else float(match[3])
