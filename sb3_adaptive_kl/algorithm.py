@@ -121,10 +121,10 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
         :raises ValueError: if there is no such policy, or it cannot be compared with the one in training
         """
-        spec = interpret_reference(self.reference_policy)
-        if spec is None:
+        if self.reference_policy is None:
             self._reference = self.reference_kl_coef = None
             return
+        spec = interpret_reference(self.reference_policy)
         if self._reference is None or self._reference.spec.policy != spec.policy:
             self._reference = Reference(spec, self.policy)
         if isinstance(spec.policy, BasePolicy):  # the user may train the original further

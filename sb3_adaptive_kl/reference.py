@@ -62,16 +62,14 @@ class ReferencePolicy:
         return _restored, (policy, self.kl_coef, self.target_kl, self.direction)
 
 
-def interpret_reference(value: Any) -> ReferencePolicy | None:
+def interpret_reference(value: Any) -> ReferencePolicy:
     """
     Interpret ``reference_policy``.
 
-    :param value: the argument: None, a policy, a path, a ``ReferencePolicy`` or a mapping of its fields
-    :return: the same as a ``ReferencePolicy``, or None
+    :param value: the argument: a policy, a path, a ``ReferencePolicy`` or a mapping of its fields
+    :return: the same as a ``ReferencePolicy``
     :raises ValueError: if it is something else, or one of its fields is out of range
     """
-    if value is None:
-        return None
     if isinstance(value, Mapping):
         names = [field.name for field in fields(ReferencePolicy)]
         for name in value:

@@ -32,8 +32,7 @@ from sb3_adaptive_kl.arguments import (
     settings_at,
 )
 from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound, warn_at_limit
-from sb3_adaptive_kl.fast.eager import asynchronous_copies, one_kernel, without_validation
-from sb3_adaptive_kl.fast.sequences import sequences_at_once
+from sb3_adaptive_kl.fast.eager import fast_update, one_kernel
 from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
@@ -90,11 +89,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         problem = None
         self.step_scale = 1.0
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
-        with (
-            without_validation(self.policy),
-            asynchronous_copies(self.rollout_buffer),
-            sequences_at_once(self.policy, self.rollout_buffer),
-        ):
+        with fast_update(self.policy, self.rollout_buffer):
             snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             try:

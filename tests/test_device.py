@@ -23,8 +23,7 @@ from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdapt
 from sb3_adaptive_kl.arguments import penalty_rule, settings_at
 from sb3_adaptive_kl.control import SegmentedControl
 from sb3_adaptive_kl.fast import eager
-from sb3_adaptive_kl.fast.eager import asynchronous_copies, one_kernel, without_validation
-from sb3_adaptive_kl.fast.sequences import sequences_at_once
+from sb3_adaptive_kl.fast.eager import asynchronous_copies, fast_update, one_kernel
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from tests.conftest import CASES, CUDA, FAMILIES, NEEDS_COMPILER, Case, collect, logged, parameters, pendulum
@@ -122,7 +121,7 @@ def test_an_update_waits_once_per_segment(device, name, monkeypatch):
         settings = settings_at(model, 1.0)
         control = SegmentedControl(penalty_rule(model.kl_rule), model._steps_per_update, (1e-6, 1e6))
         buffer = model.rollout_buffer
-        with without_validation(model.policy), asynchronous_copies(buffer), sequences_at_once(model.policy, buffer):
+        with fast_update(model.policy, buffer):
             old_policy = OldPolicy(model.policy, buffer)
             with Waits(device) if device == "cuda" else nullcontext() as counted:
                 model._optimize(old_policy, control, settings, UpdateMetrics())

@@ -18,8 +18,9 @@ from stable_baselines3.common.distributions import BernoulliDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim import optimizer as torch_optimizer
 
+from sb3_adaptive_kl.fast.sequences import sequences_at_once
 from sb3_adaptive_kl.rollout.distributions import is_stock
-from sb3_adaptive_kl.rollout.minibatches import to_device
+from sb3_adaptive_kl.rollout.minibatches import has_sequences, to_device
 from sb3_adaptive_kl.step import optimized_parameters
 
 # Options of torch's optimizers: how a step is computed, unless the user chose
@@ -80,6 +81,22 @@ def nan_error(policy: ActorCriticPolicy) -> ValueError:
 
 
 @contextmanager
+def fast_update(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[None]:
+    """
+    Let an update draw the same samples, and evaluate the policy to the same numbers, in less time.
+
+    :param policy: the policy in training; the caller checks for NaN, which torch's distributions would have refused
+    :param buffer: its rollout buffer
+    """
+    if not is_enabled():
+        yield
+        return
+    sequences = sequences_at_once(policy, buffer) if has_sequences(buffer) else nullcontext()
+    with without_validation(policy), asynchronous_copies(buffer), sequences:
+        yield
+
+
+@contextmanager
 def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     """
     Replace ``policy.action_dist`` by one that does not validate its arguments.
@@ -87,7 +104,7 @@ def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     :param policy: the model's policy; the caller checks for NaN
     """
     action_dist = getattr(policy, "action_dist", None)
-    if action_dist is None or not is_enabled():
+    if action_dist is None:
         yield
         return
     policy.action_dist = lenient = unvalidated(action_dist)
@@ -140,7 +157,7 @@ def asynchronous_copies(buffer: RolloutBuffer) -> Iterator[None]:
 
     :param buffer: a rollout buffer; one of the user's that overrides ``to_torch`` runs its own code
     """
-    if buffer.device.type != "cuda" or not is_enabled() or not is_stock(buffer, "to_torch"):
+    if buffer.device.type != "cuda" or not is_stock(buffer, "to_torch"):
         yield
         return
     buffer.to_torch = lambda array, copy=True: to_device(array, buffer.device)  # type: ignore[method-assign]

@@ -16,7 +16,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.fast.eager import is_enabled
 from sb3_adaptive_kl.rollout.distributions import STOCK_PACKAGES, is_stock
 from sb3_adaptive_kl.rollout.minibatches import to_device
 
@@ -55,7 +54,7 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     :param policy: any policy; one of the user's that overrides what is replaced here runs its own code
     :param buffer: the rollout buffer that it is trained on
     """
-    if not (is_enabled() and hands_sequences_on(policy)):
+    if not hands_sequences_on(policy):
         yield
         return
     one_by_one: ProcessSequence = policy._process_sequence  # type: ignore[assignment]
