@@ -67,7 +67,7 @@ def check_arguments(model: Any) -> None:
     if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
         raise ValueError(
             f"learning_rate_rule={model.learning_rate_rule!r} compares the gain in the surrogate with the penalty: it needs "
-            "normalize_advantage=True, which makes the surrogate 0 at the old policy"
+            "normalize_advantage=True, which makes the surrogate 0 at the old policy, or pass learning_rate_rule=None"
         )
     if isinstance(actuator, AdaptiveLearningRate) and not isinstance(rule, FixedPenalty):
         warn_user(

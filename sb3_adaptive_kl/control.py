@@ -79,13 +79,18 @@ class SegmentedControl:
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
         low, high = self._bounds
-        # Beyond the KL at rest: dropout or rounding can make it negative
-        kl = max(fmean(kls), 0.0)
-        kl = math.inf if math.isnan(kl) else kl  # of a diverged policy: a rule raises β for inf
+        kl = mean_kl(kls)
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl
         return min(max(_checked(wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl), low), high)
+
+
+def mean_kl(kls: Sequence[float]) -> float:
+    """Average the KLs of minibatches, each beyond the KL at rest, for a rule."""
+    # Dropout or rounding can make it negative, and a diverged policy NaN: a rule raises β for inf
+    kl = fmean(kls)
+    return math.inf if math.isnan(kl) else max(kl, 0.0)
 
 
 def count_at_bound(count: int, side: int) -> int:
@@ -127,10 +132,10 @@ def warn_at_limit(count: int, scale: float, learning_rate: float) -> None:
     :param learning_rate: the user's, times the factor
     """
     if abs(count) == PATIENCE_AT_BOUND:
-        limit = "highest" if count > 0 else "lowest"
+        limit, note = ("highest", " (Expected while a schedule takes learning_rate to 0.)") if count > 0 else ("lowest", "")
         warn_user(
             f"learning_rate_scale has been at its {limit} value {scale:g} for {PATIENCE_AT_BOUND} rollouts in a row, and its "
-            f"rule would move it further. Start from where it is, learning_rate={learning_rate:.2g}."
+            f"rule would move it further. Start from where it is, learning_rate={learning_rate:.2g}.{note}"
         )
 
 

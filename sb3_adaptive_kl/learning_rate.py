@@ -28,10 +28,11 @@ class LearningRateRule:
         :param scale: the last factor used by the update that was just measured, > 0
         :param kl: d in nats as measured after that update on the whole rollout, before any step back, ≥ 0; ``inf`` when the
             update was undone. Never NaN.
-        :param target_kl: d_targ in nats, > 0
+        :param target_kl: d_targ in nats, > 0: where a schedule has ended at 0, the rule is not called
         :param balance: the gain of the surrogate over twice the penalty, in the first half of the update: 1 at the optimum of
             the penalized objective, above it before the optimum is reached, below it where a part of the KL is noise, negative
-            where the surrogate was lost; ``inf`` without a penalty, NaN where an update has one minibatch
+            where the surrogate was lost; ``inf`` without a penalty, NaN where an update has one minibatch or penalizes the KL
+            to a reference policy
         :return: factor of ``learning_rate``, > 0
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(scale, kl, target_kl, balance)")
@@ -41,7 +42,8 @@ class LearningRateRule:
         Return the factor for the rest of the update. It is asked where a rule for β adapts it within the update.
 
         :param scale: the factor so far, > 0
-        :param kl: mean KL in nats of the minibatches that β was adapted to, each before its step
+        :param kl: mean KL in nats of the minibatches that β was adapted to, each before its step and
+            beyond that of the update's first minibatch, ≥ 0, or ``inf``. Never NaN.
         :param target_kl: d_targ in nats, > 0
         :param balance: of the same minibatches
         :return: factor of ``learning_rate``, > 0
@@ -99,11 +101,12 @@ class BalancedLearningRate(LearningRateRule):
 
     :param low: below this balance, the learning rate is divided by ``decrease`` if the KL has reached the lower edge of the
         paper's band, target / 1.5; so it is after an update that was undone. > 0
-    :param high: above this balance, it is multiplied by ``increase``, > low
+    :param high: above this balance, it is multiplied by ``increase``; so it is below ``-high`` if the KL is below that edge:
+        the balance of a small KL can have either sign. > low
     :param decrease: > 1
     :param increase: > 1
-    :param decrease_within: by how much it is divided during an update, at each segment whose balance is below half of ``low``:
-        the first updates are not lost to a learning rate that is far too high, ≥ 1
+    :param decrease_within: by how much it is divided during an update, at each segment whose balance is below half of ``low``
+        and whose KL has reached that edge: the first updates are not lost to a learning rate that is far too high, ≥ 1
     :param lowest: smallest scale, in (0, 1]
     :param highest: largest scale, ≥ 1
     :raises ValueError: if a number is out of its range
@@ -133,7 +136,6 @@ class BalancedLearningRate(LearningRateRule):
         # Below the band, no step is too long, whatever it was spent on
         if kl > target_kl / 1.5 and (balance < self.low or kl == math.inf):
             return scale / self.decrease
-        # A small KL is a poor measure: the ratio of two numbers near 0 can have either sign
         return scale * self.increase if abs(balance) > self.high else scale
 
     def within_update(self, scale: float, kl: float, target_kl: float, balance: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.logger import Logger
 
-from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
 # Places in a stacked MinibatchMetrics
@@ -67,21 +67,31 @@ class UpdateMetrics:
         """
         return self._read()[0, KL].item() if self._minibatches else 0.0
 
-    def balance(self, minibatches: slice | None = None) -> float:
+    def balance(self, settings: Settings, minibatches: slice | None = None) -> float:
         """
         Read the gain of the surrogate over twice the penalty, mean over minibatches, each before its step.
 
+        :param settings: the update's settings
         :param minibatches: by default those of the first half: later, the gain is that on transitions which the policy has
             been fitted to
-        :return: NaN without a minibatch after the first step
+        :return: NaN without a minibatch after the first step, and where a reference policy is penalized: coming closer to it
+            is worth a part of the KL, too
         """
         # The first one is measured before any step. The surrogate is 0 there, since advantages are normalized
         chosen = minibatches or slice(1, self.n_minibatches // 2 + 1)
-        if not self._minibatches[chosen]:
+        if not self._minibatches[chosen] or settings.reference_kl_coef is not None:
             return math.nan
-        sums = self._read()[chosen].sum(dim=0).tolist()
+        metrics = self._read()[chosen]
+        sums = metrics.sum(dim=0).tolist()
         gain, penalty = -sums[POLICY_GRADIENT_LOSS], sums[KL_LOSS]
-        return gain / (2 * penalty) if penalty > 0 else math.inf
+        if settings.kl_cutoff_coef is not None:
+            # At the optimum, half the gain is KL times the penalty's slope: more than the penalty where that is not linear.
+            # With e = KL − cutoff, KL · 2 c e instead of c e²
+            beyond = metrics[:, KL].square() - (CUTOFF * settings.target_kl) ** 2
+            penalty += settings.kl_cutoff_coef * beyond.clamp(min=0).sum().item()
+        if sums[KL] > 0:  # no gain is owed for the KL at rest
+            penalty *= 1 - self.kl_at_rest() * len(metrics) / sums[KL]
+        return math.inf if penalty <= 0 else gain / (2 * penalty)
 
     def log(self, logger: Logger, settings: Settings) -> None:
         """
@@ -143,7 +153,7 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
     if model.learning_rate_rule is not None:  # SB3 has logged the schedule's value
         record("train/learning_rate", model.policy.optimizer.param_groups[0]["lr"])
         record("train/learning_rate_scale", model.learning_rate_scale)
-        record("train/balance", metrics.balance())
+        record("train/balance", metrics.balance(settings))
     for name in ("ent_coef", "vf_coef"):
         if callable(getattr(model, name)):  # a constant is no news
             record(f"train/{name}", getattr(settings, name))

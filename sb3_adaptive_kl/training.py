@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from sb3_adaptive_kl.arguments import (
     penalty_rule,
     settings_at,
 )
-from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound, warn_at_limit
+from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, mean_kl, warn_at_bound, warn_at_limit
 from sb3_adaptive_kl.fast.eager import fast_update, one_kernel
 from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
 from sb3_adaptive_kl.messages import warn_user
@@ -118,6 +117,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
 
         if problem is not None:
             snapshot.restore()
+            self._update_learning_rate(self.policy.optimizer)  # as low as a rule has made it within the update
             self.policy.optimizer.zero_grad()  # a NaN is of no use to callbacks
             kl = RolloutKL(0.0, 0.0)  # of the restored policy
             if self._reference is not None:
@@ -127,7 +127,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             self._undone_updates += 1
         log_update(self, metrics, settings, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
-        self._adapt(kl._replace(mean=raw_kl if problem is None else math.inf), settings.target_kl, rule, bounds, metrics)
+        self._adapt(kl._replace(mean=raw_kl if problem is None else math.inf), settings, rule, bounds, metrics)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -153,7 +153,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         self.kl_coef = control.adapt(self.kl_coef, kls, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
                         if lr_rule is not None:
-                            measured = fmean(kls), settings.target_kl, metrics.balance(segment)
+                            measured = mean_kl(kls), settings.target_kl, metrics.balance(settings, segment)
                             self._scale_learning_rate(scale_within_update(lr_rule, self.learning_rate_scale, *measured))
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
@@ -211,21 +211,22 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self.learning_rate_scale = scale
 
     def _adapt(
-        self, kl: RolloutKL, target_kl: float, rule: PenaltyRule, bounds: tuple[float, float], metrics: UpdateMetrics
+        self, kl: RolloutKL, settings: Settings, rule: PenaltyRule, bounds: tuple[float, float], metrics: UpdateMetrics
     ) -> None:
         """
         Move β, the learning rate and the reference policy's coefficient for the next update, and warn where a bound has
         stopped one of them for long.
         """
+        target_kl = settings.target_kl
         clips = metrics.clip_fraction() > MIN_CLIP_FRACTION  # it ends updates below the target, as it should
         self.kl_coef, side = apply_rule(rule, self.kl_coef, kl.mean, target_kl, bounds)
         self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl.mean, target_kl)
 
         lr_rule = learning_rate_rule(self.learning_rate_rule)
-        if lr_rule is not None:
+        if lr_rule is not None and target_kl > MIN_SCHEDULED_TARGET_KL:
             used = self.learning_rate_scale
-            self.learning_rate_scale, side = next_scale(lr_rule, used, kl.mean, target_kl, metrics.balance())
+            self.learning_rate_scale, side = next_scale(lr_rule, used, kl.mean, target_kl, metrics.balance(settings))
             self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
             learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
             warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)

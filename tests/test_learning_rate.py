@@ -8,7 +8,8 @@ import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
-from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, warn_at_limit
+from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, mean_kl, warn_at_limit
 from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.objective import MinibatchMetrics
@@ -61,6 +62,7 @@ def test_warns_once_at_a_limit(sign, expected):
     (warning,) = caught
     assert expected in str(warning.message)
     assert "learning_rate=0.003" in str(warning.message)
+    assert ("while a schedule takes learning_rate to 0" in str(warning.message)) == (sign > 0)
 
 
 @pytest.mark.parametrize(("clip_range", "warns"), [(None, True), ("outliers", False)])
@@ -222,19 +224,62 @@ def test_balanced_rule_within_an_update_only_lowers(kl, balance, expected):
     assert BalancedLearningRate(decrease_within=2.0).within_update(1.0, kl, 0.01, balance) == expected
 
 
-def test_balance_is_the_gain_over_twice_the_penalty():
-    """Of the optimum of g·Δ − β/2 Δ², which is Δ = g/β: a gain of g²/β and a penalty of half of it."""
-    gradient, kl_coef = 0.3, 0.7
-    optimum = gradient / kl_coef
+def update_of(gradient, steps, settings, kl_at_rest=0.0):
+    """An update of one parameter, whose surrogate is g·Δ and whose KL is Δ²/2."""
     metrics = UpdateMetrics()
-    for step in (0.0, optimum / 2, optimum):
-        kl = step**2 / 2
-        parts = MinibatchMetrics(*map(th.tensor, (0.0, -gradient * step, 0.0, 0.0, kl_coef * kl, kl, kl)))
+    for step in steps:
+        kl = th.tensor(kl_at_rest + step**2 / 2)
+        kl_loss = objective.penalty_loss(kl, settings.kl_coef, settings.kl_cutoff_coef, objective.CUTOFF * settings.target_kl)
+        zero = th.tensor(0.0)
+        parts = MinibatchMetrics(zero, th.tensor(-gradient * step), zero, zero, kl_loss, kl, kl)
         metrics.add(parts.stack(), th.tensor(1.0))
-    assert metrics.balance(slice(2, 3)) == pytest.approx(1.0)
-    assert metrics.balance(slice(1, 3)) == pytest.approx((0.5 + 1) / (0.25 + 1))
-    assert metrics.balance() == pytest.approx(2.0)  # half way there
-    assert metrics.balance(slice(0, 1)) == math.inf
+    return metrics
+
+
+@pytest.fixture
+def settings():
+    return settings_at(CASES["box"].build(AdaptiveKLPPO, init_kl_coef=0.7, target_kl=0.01), 1.0)
+
+
+def test_balance_is_the_gain_over_twice_the_penalty(settings):
+    """Of the optimum of g·Δ − β/2 Δ², which is Δ = g/β: a gain of g²/β and a penalty of half of it."""
+    optimum = 0.3 / 0.7
+    metrics = update_of(0.3, (0.0, optimum / 2, optimum), settings)
+    assert metrics.balance(settings, slice(2, 3)) == pytest.approx(1.0)
+    assert metrics.balance(settings, slice(1, 3)) == pytest.approx((0.5 + 1) / (0.25 + 1))
+    assert metrics.balance(settings) == pytest.approx(2.0)  # half way there
+    assert metrics.balance(settings, slice(0, 1)) == math.inf
+
+
+@pytest.mark.parametrize("kl_over_cutoff", [0.5, 1.1, 3.0])
+def test_balance_is_1_where_a_hinge_holds_the_kl(settings, kl_over_cutoff):
+    settings = settings._replace(kl_cutoff_coef=1000.0)
+    cutoff = objective.CUTOFF * settings.target_kl
+    optimum = math.sqrt(2 * kl_over_cutoff * cutoff)
+    gradient = optimum * (0.7 + 2 * 1000 * max(kl_over_cutoff - 1, 0) * cutoff)  # what the penalty's has to be
+    assert update_of(gradient, (0.0, optimum), settings).balance(settings) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_no_gain_is_owed_for_the_kl_at_rest(settings):
+    """Dropout and batch normalization add to the KL of every minibatch."""
+    metrics = update_of(0.3, (0.0, 0.3 / 0.7), settings, kl_at_rest=0.1)
+    assert metrics.balance(settings) == pytest.approx(1.0)
+
+
+def test_balance_of_a_diverged_update_is_unknown(settings):
+    assert math.isnan(update_of(0.3, (0.0, math.nan), settings).balance(settings))
+
+
+def test_the_way_back_to_a_reference_policy_is_not_noise():
+    """It costs KL, and gains nothing in the surrogate."""
+    reference = CASES["box"].build(AdaptiveKLPPO).policy
+    with th.no_grad():
+        reference.action_net.bias += 3.0
+    model = CASES["box"].build(AdaptiveKLPPO, learning_rate=3e-3, reference_policy=reference, target_kl=0.01, **BALANCED)
+    model.learn(256)
+    assert logged(model)["kl"] > 0.01 / 1.5
+    assert math.isnan(logged(model)["balance"])
+    assert model.learning_rate_scale == 1
 
 
 def test_balance_of_a_single_minibatch_is_unknown_and_moves_nothing():
@@ -276,8 +321,36 @@ def test_balanced_learning_rate_reacts_within_the_first_update():
     assert model.learning_rate_scale == pytest.approx(used / 0.03 / 1.5)
 
 
+def test_after_an_undone_update_the_logged_learning_rate_is_the_schedules_times_the_factor(monkeypatch):
+    monkeypatch.setattr(UpdateMetrics, "finite", lambda metrics: False)
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate=0.03, **BALANCED))
+    with pytest.warns(UserWarning, match=r"undone.*learning_rate=0.0[012]\d* is too high"):
+        model.train()
+    assert logged(model)["learning_rate_scale"] < 1 / 1.15**1.5  # lowered more than once before it was undone
+    assert logged(model)["learning_rate"] == pytest.approx(0.03 * logged(model)["learning_rate_scale"])
+    assert model.learning_rate_scale == pytest.approx(logged(model)["learning_rate_scale"] / 1.5)
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "balanced"])
+def test_a_target_of_0_says_nothing_about_the_learning_rate(rule):
+    """Compared with it, any step would be too long."""
+    kwargs = {**BALANCED, "learning_rate_rule": rule, "kl_rule": "fixed", "init_kl_coef": 32.0}
+    model = collect(CASES["box"].build(AdaptiveKLPPO, learning_rate=0.03, target_kl=LinearSchedule(0.02, 0.0, 1.0), **kwargs))
+    assert model._current_progress_remaining == 0
+    model.train()
+    assert model.learning_rate_scale == 1
+
+
+def test_kl_within_an_update_is_what_a_rule_may_expect():
+    assert mean_kl([0.01, 0.03]) == 0.02
+    assert mean_kl([-1e-8]) == 0
+    assert mean_kl([0.01, math.nan]) == math.inf
+
+
 def test_balanced_learning_rate_needs_a_surrogate_that_begins_at_0():
-    with pytest.raises(ValueError, match=r"learning_rate_rule='balanced' .* needs normalize_advantage=True"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate_rule='balanced' .* normalize_advantage=True.* learning_rate_rule=None$"
+    ):
         CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **BALANCED)
 
 
