@@ -45,6 +45,8 @@ def demonstrate(expert: Any, env: VecEnv, n: int) -> tuple[th.Tensor, th.Tensor]
     """Let the expert act for n transitions."""
     observations, actions, observation = [], [], env.reset()
     for _ in range(n // env.num_envs):
+        if expert.use_sde:  # predict() would use one draw of the noise throughout
+            expert.policy.reset_noise(env.num_envs)
         action, _ = expert.predict(observation)  # with its noise: a clone of the best actions alone would have no spread
         observations.append(observation)
         actions.append(action)
