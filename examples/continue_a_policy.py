@@ -6,7 +6,8 @@ with the clone as the reference policy, too.
 
 The expert is one of the trained agents of this repository, or ``--expert``, a model saved by SB3, sb3-contrib or this package
 (with the zoo's ``<env>/vecnormalize.pkl`` beside it, if it has one). The CSV file has one line for each evaluation, the first
-that of the clone. ``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
+that of the clone; it is written at the end, and a run whose file is there is not repeated.
+``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
 """
 
 import argparse
@@ -45,6 +46,8 @@ def demonstrate(expert: Any, env: VecEnv, n: int) -> tuple[th.Tensor, th.Tensor]
     """Let the expert act for n transitions."""
     observations, actions, observation = [], [], env.reset()
     for _ in range(n // env.num_envs):
+        if expert.use_sde:  # predict() would use one draw of the noise throughout
+            expert.policy.reset_noise(env.num_envs)
         action, _ = expert.predict(observation)  # with its noise: a clone of the best actions alone would have no spread
         observations.append(observation)
         actions.append(action)
@@ -94,6 +97,9 @@ def main() -> None:
     args.expert = args.expert or AGENTS / f"{args.env}_1" / f"{args.env}.zip"
     if not args.expert.exists():
         parser.error(f"{args.expert} does not exist: pass a saved model with --expert")
+    if args.output.exists():  # it is written at the end: so a study goes on where it was interrupted
+        print(f"{args.output} is complete: remove it to repeat the run")
+        return
     th.set_num_threads(1)
     set_random_seed(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +129,13 @@ def main() -> None:
     )
     model.learn(args.n_timesteps, callback=evaluation)
     evaluations = zip(evaluation.evaluations_timesteps, np.mean(evaluation.evaluations_results, axis=1), strict=True)
-    with args.output.open("w", newline="") as file:
+    unfinished = args.output.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env", "arm", "seed", "timesteps", "return", "cloned_return"])
         for timesteps, mean_return in [(0, cloned), *evaluations]:
             writer.writerow([args.env, args.arm, args.seed, timesteps, mean_return, cloned])
+    unfinished.replace(args.output)
     print(f"Saved {len(evaluation.evaluations_timesteps)} evaluations to {args.output}; the clone had {cloned:.1f}")
 
 

@@ -135,19 +135,25 @@ def reference_kl_coef(
     return float(coef)
 
 
-def adapted_kl_coef(spec: ReferencePolicy, kl_coef: float | None, kl: float, bounds: tuple[float, float]) -> float | None:
+def adapted_kl_coef(
+    spec: ReferencePolicy, kl_coef: float | None, before: float, kl: float, bounds: tuple[float, float]
+) -> float | None:
     """
     Move the coefficient after an update, where there is a target.
 
     :param spec: the argument, interpreted
     :param kl_coef: c of this update
-    :param kl: the KL to the reference after it in nats
+    :param before: the KL to the reference before it in nats
+    :param kl: the same after it, on the same states
     :param bounds: of β and of this coefficient
     :return: c for the next update
     """
     if spec.target_kl is None or kl_coef is None:
         return kl_coef
-    # The rule that acts between updates only: a policy far from the reference must not be torn back within one
+    # On its way to the target already. It takes many updates, and a coefficient that was halved after each of them could not
+    # stop the policy where it arrives
+    if before < kl < spec.target_kl:
+        return kl_coef
     return apply_rule(AdaptivePenalty(), kl_coef, kl, spec.target_kl, bounds)[0]
 
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch as th
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -50,10 +52,26 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     assert [row["timesteps"] for row in rows] == ["0", "1024", "2048"]
     assert all(row["cloned_return"] == rows[0]["return"] for row in rows)
     assert all(-1 <= float(row["return"]) <= 0 for row in rows)  # only a fall costs something
+    before = output.stat().st_mtime_ns
+    runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
+    assert output.stat().st_mtime_ns == before
+    assert "is complete: remove it to repeat the run" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["", "--env", "Hopper-v5"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "pass a saved model with --expert" in capsys.readouterr().err
+
+
+def test_demonstrations_hold_many_draws_of_the_experts_noise():
+    """gSDE's noise is a function of the state until it is drawn again: a clone would learn it as if it were meant."""
+    env = make_vec_env("Pendulum-v1", 8, seed=0)
+    expert = PPO("MlpPolicy", env, use_sde=True, policy_kwargs={"log_std_init": -2.0}, seed=0)
+    observations, actions = runpy.run_path(str(EXAMPLES / "continue_a_policy.py"))["demonstrate"](expert, env, 800)
+    with th.no_grad():
+        distribution = expert.policy.get_distribution(observations).distribution
+    z = (actions - distribution.mean) / distribution.stddev
+    assert abs(z.mean()) < 0.2
+    assert 0.8 < z.std() < 1.2
 
 
 @pytest.mark.filterwarnings("ignore")  # From Box2D, which crashes if they are errors

@@ -147,6 +147,19 @@ def test_pulled_towards_the_reference_one_allowed_step_after_the_other():
     assert np.diff(np.sqrt(to_reference)).min() > -1.2 * np.sqrt(1.5 * 0.03)
 
 
+def test_coefficient_stays_while_the_policy_is_on_its_way_to_the_target():
+    """It was halved, and too low when the policy arrived: on Pendulum, the KL rose to 3.5 times the target."""
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.reference_policy = ReferencePolicy(model.policy, target_kl=0.5)
+    model.learn(64)
+    assert 0 < logged(model)["reference_kl"] < 0.1
+    assert model.reference_kl_coef == 1.0
+    model.learning_rate = 0.0
+    model.lr_schedule = lambda _: 0.0
+    model.learn(64, reset_num_timesteps=False)
+    assert model.reference_kl_coef == 0.5  # it is not
+
+
 def test_coefficient_of_the_next_update():
     fixed, held = ReferencePolicy("file", kl_coef=0.3), ReferencePolicy("file", target_kl=0.5)
     fading = ReferencePolicy("file", kl_coef=lambda progress: 2 * progress)
@@ -158,10 +171,12 @@ def test_coefficient_of_the_next_update():
     assert reference_kl_coef(held, 4.0, bounds, 1.0) == 4.0
     # The paper's rule: within a factor of 1.5 of the target it stays
     for kl, factor in ((0.32, 0.5), (0.34, 1), (0.74, 1), (0.76, 2), (np.inf, 2)):
-        assert adapted_kl_coef(held, 4.0, kl, bounds) == 4.0 * factor
-    assert adapted_kl_coef(held, 20.0, 9.0, bounds) == 32.0
-    assert adapted_kl_coef(held, 0.04, 0.0, bounds) == 1 / 32
-    assert adapted_kl_coef(fixed, 0.3, 9.0, bounds) == 0.3
+        assert adapted_kl_coef(held, 4.0, kl, kl, bounds) == 4.0 * factor
+        # Moving away from the reference: it is not lowered
+        assert adapted_kl_coef(held, 4.0, 0.9 * min(kl, 1e9), kl, bounds) == 4.0 * max(factor, 1)
+    assert adapted_kl_coef(held, 20.0, 9.0, 9.0, bounds) == 32.0
+    assert adapted_kl_coef(held, 0.04, 0.0, 0.0, bounds) == 1 / 32
+    assert adapted_kl_coef(fixed, 0.3, 9.0, 9.0, bounds) == 0.3
 
 
 def test_schedule_follows_the_progress():

@@ -121,6 +121,18 @@ def test_divergence_is_quadratic_in_the_scale_of_the_step():
     assert kls[0] / kls[1] == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.parametrize(("f", "c"), [(1.0, 2.0), (0.1, 0.5)])
+def test_noise_at_which_the_forward_penalty_balances_the_surrogate(f, c):
+    """Normalized advantages √f · (a − μ) / σ + noise have the gradient √f / σ with respect to μ, and 0 with respect to σ."""
+    std = 1 / math.sqrt(1 - f / c**2)
+    mean, std = normal(math.sqrt(f) * std / c, std)
+    mean.requires_grad_()
+    std.requires_grad_()
+    of_mean, of_std = th.autograd.grad(c * gaussian_kl(*normal(0, 1), mean, std).sum(), (mean, std))
+    assert of_mean.item() == pytest.approx(math.sqrt(f) / std.item())
+    assert of_std.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_five_percent_are_outliers():
     assert round(100 * math.erfc(2 / math.sqrt(2))) == 5
     assert outlier_clip_range(0.02) == pytest.approx(0.4)
