@@ -215,11 +215,13 @@ def test_ctrl_c_stops_all_processes_and_leaves_no_unfinished_run(tmp_path, start
     (tmp_path / "tmp").mkdir()
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path / "tmp")}
     child = start(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    # A run trains: the zoo makes its training environment, and then its monitor file, after everything was imported
+    # A run trains: the zoo makes its training environment, and then its monitor file, after everything was imported. So does
+    # the check of the plan before it, after which the plan is written
+    until((tmp_path / "results" / "plan.yml").exists)
     until(lambda: list((tmp_path / "tmp").rglob("0.monitor.csv")))
     os.killpg(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=600)  # a busy machine may pause for long
-    assert child.returncode == 130
+    assert child.returncode == 130, stderr
     assert stderr.splitlines()[-1].startswith("interrupted; finished runs are kept")
     assert "Traceback" not in stderr
     assert not list(tmp_path.glob("results/runs/**/run.json"))
