@@ -78,7 +78,6 @@ def interpret_reference(value: Any) -> ReferencePolicy:
             raise ValueError(f"reference_policy={dict(value)!r} has no 'policy': add the path of a saved model")
         value = ReferencePolicy(**value)
     spec: ReferencePolicy = value if isinstance(value, ReferencePolicy) else ReferencePolicy(value)
-    # Each of these has been handed in for a policy
     if not isinstance(spec.policy, str) and not tells_probabilities(spec.policy):
         remedy = "pass a policy, such as model.policy, the path of a saved model, or ReferencePolicy(…)"
         if isinstance(spec.policy, BaseAlgorithm):

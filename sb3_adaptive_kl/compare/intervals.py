@@ -31,7 +31,6 @@ def interval(statistic: Statistic, *scores: np.ndarray) -> list[Any]:
         are None.
     """
     estimate = statistic(*scores).tolist()
-    # A single run tells nothing about the spread
     if any(len(matrix) < 2 for matrix in scores):
         return [estimate, None, None]
     # Its own generator, so that a report repeats to the last digit
