@@ -144,7 +144,7 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
     record("train/kl_max", kl.max)
     record("train/kl_over_target", kl.mean / settings.target_kl)
     record("train/kl_coef", model.kl_coef)
-    if kl.reference is not None:
+    if model.reference_policy is not None:
         record("train/reference_kl", kl.reference)
         record("train/reference_kl_coef", settings.reference_kl_coef or 0.0)
     if model.kl_ceiling is not None:

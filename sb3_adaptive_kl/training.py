@@ -91,8 +91,6 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         with fast_update(self.policy, self.rollout_buffer):
             snapshot = Snapshot(self.policy, self._versions)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
-            # The KL to the reference before the update, on the same states as after it
-            reference_before = None if self._reference is None else self._measure_kl(old_policy).reference
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
@@ -121,16 +119,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             snapshot.restore()
             self._update_learning_rate(self.policy.optimizer)  # as low as a rule has made it within the update
             self.policy.optimizer.zero_grad()  # a NaN is of no use to callbacks
-            kl = RolloutKL(0.0, 0.0, reference_before)  # of the restored policy
+            kl = RolloutKL(0.0, 0.0, kl.reference_before, kl.reference_before)  # of the restored policy
             self.step_scale = 0.0
             self.kl_coef = settings.kl_coef  # discard what a rule did within the undone update
             self._undone_updates += 1
         log_update(self, metrics, settings, raw_kl, kl)  # with the β that was used
         # The rules see the KL before any step back: otherwise an overshoot would look to them like a hit
         self._adapt(kl._replace(mean=raw_kl if problem is None else math.inf), settings, rule, bounds, metrics)
-        if self._reference is not None and reference_before is not None and kl.reference is not None:
-            spec = self._reference.spec
-            self.reference_kl_coef = adapted_kl_coef(spec, self.reference_kl_coef, reference_before, kl.reference, bounds)
         self._warn_or_give_up(problem)
 
     def _optimize(self, old_policy: OldPolicy, control: SegmentedControl, settings: Settings, metrics: UpdateMetrics) -> None:
@@ -217,13 +212,17 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self, kl: RolloutKL, settings: Settings, rule: PenaltyRule, bounds: tuple[float, float], metrics: UpdateMetrics
     ) -> None:
         """
-        Move β and the learning rate for the next update, and warn where a bound has stopped one of them for long.
+        Move β, the reference's coefficient and the learning rate for the next update, and warn where a bound has stopped β or
+        the learning rate for long.
         """
         target_kl = settings.target_kl
         clips = metrics.clip_fraction() > MIN_CLIP_FRACTION  # it ends updates below the target, as it should
         self.kl_coef, side = apply_rule(rule, self.kl_coef, kl.mean, target_kl, bounds)
         self._rollouts_at_bound = count_at_bound(self._rollouts_at_bound, 0 if clips and side < 0 else side)
         warn_at_bound(self._rollouts_at_bound, self.kl_coef, kl.mean, target_kl)
+        if self._reference is not None:
+            kls = kl.reference_before, kl.reference
+            self.reference_kl_coef = adapted_kl_coef(self._reference.spec, self.reference_kl_coef, *kls, bounds)
 
         lr_rule = learning_rate_rule(self.learning_rate_rule)
         if lr_rule is not None and target_kl > MIN_SCHEDULED_TARGET_KL:

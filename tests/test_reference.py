@@ -111,6 +111,21 @@ def test_loss_gains_the_coefficient_times_the_kl(direction, kl_divergence_name):
     assert th.allclose(difference, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_distance_before_the_update_is_remembered(direction):
+    """The policy moves, its distance from the reference before it moved does not: measured in a sweep of its own, at first."""
+    model = collect(CASES["box"].build(AdaptiveKLPPO, kl_divergence="k3", **SMALL))
+    old_policy = on_rollout(model, Reference(ReferencePolicy(other(CASES["box"]), direction=direction), model.policy))
+    before = old_policy.kl()
+    assert before.reference_before == pytest.approx(before.reference, rel=1e-6)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1)
+    after = old_policy.kl()
+    assert after.reference != pytest.approx(before.reference, rel=0.01)
+    assert after.reference_before == before.reference_before
+
+
 def test_reference_is_frozen_and_apart():
     """It has no gradients, is in eval mode and not changed, nor is the user's object, which may be trained further."""
     theirs = other(CASES["cnn"])

@@ -89,12 +89,11 @@ def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
     :param n_transitions: how many transitions it holds
     :return: the divergences over the transitions of all ranks
     """
-    means = [kl.mean] if kl.reference is None else [kl.mean, kl.reference]
-    n, largest, *totals = gather(
-        th.tensor([n_transitions, kl.max, *(n_transitions * mean for mean in means)], dtype=th.float64)
-    ).unbind(dim=1)
-    mean, *reference = [(total.sum() / n.sum()).item() for total in totals]
-    return RolloutKL(mean, largest.max().item(), *reference)
+    means = kl.mean, kl.reference, kl.reference_before
+    mine = th.tensor([n_transitions, kl.max, *(n_transitions * mean for mean in means)], dtype=th.float64)
+    n, largest, *totals = gather(mine).unbind(dim=1)
+    mean, *to_reference = [(total.sum() / n.sum()).item() for total in totals]
+    return RolloutKL(mean, largest.max().item(), *to_reference)
 
 
 def running_statistics(normalize: VecNormalize | None) -> list[RunningMeanStd]:

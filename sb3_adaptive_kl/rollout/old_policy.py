@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch as th
@@ -34,12 +35,13 @@ CHUNK_PROBE_SIZE = 64  # transitions that tell how much a module returns
 class RolloutKL(NamedTuple):
     """
     The divergence over the states of a rollout, in nats: its mean, which is d, and its largest value; and the mean KL to the
-    reference policy, if there is one.
+    reference policy, now and before the update, NaN if there is none.
     """
 
     mean: float
     max: float
-    reference: float | None = None
+    reference: float = math.nan
+    reference_before: float = math.nan
 
 
 class OldPolicy:
@@ -86,11 +88,14 @@ class OldPolicy:
                     self.distribution = new.distribution.allocate(self._n_transitions)
                 self.distribution[index] = new.distribution
         self.reference: ActionDistribution | None = None
+        self._reference_before = math.nan
         if reference is not None:
             self.reference = reference.on_rollout(buffer, self._chunk_size)
             self._reference_divergence = DIVERGENCES[reference.spec.direction]
             assert self.distribution is not None
             reference.check_comparable(self.reference, self.distribution, policy.action_dist)
+            at_rest = SimpleNamespace(distribution=self.distribution)  # as much of an Evaluation as this needs
+            self._reference_before = self._reference_divergence.between(self.reference, at_rest).mean().item()
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -126,9 +131,10 @@ class OldPolicy:
             divergence, *others = self._on_rollout(*measures)
         except ValueError as error:  # before the update they were, in this very sweep
             self.error = error
-            return RolloutKL(math.nan, math.nan, None if self.reference is None else math.nan)
+            return RolloutKL(math.nan, math.nan, math.nan, self._reference_before)
         # One synchronization with the device
-        return RolloutKL(*th.stack([divergence.mean(), divergence.max(), *(other.mean() for other in others)]).tolist())
+        means = th.stack([divergence.mean(), divergence.max(), *(other.mean() for other in others)]).tolist()
+        return RolloutKL(*means)._replace(reference_before=self._reference_before)
 
     def _on_rollout(self, *measures: Callable[[th.Tensor, Evaluation], th.Tensor]) -> list[th.Tensor]:
         """Evaluate some functions of the policy at each state of the rollout, in one sweep: shapes ``(N,)``."""
