@@ -74,7 +74,7 @@ class Logged(BaseCallback):
     def _on_rollout_start(self):
         values = self.logger.name_to_value
         if "train/kl" in values:
-            self.rows.append([values[f"train/{key}"] for key in ("kl", "kl_max", "kl_coef")])
+            self.rows.append([values[f"train/{key}"] for key in ("kl", "kl_max", "kl_coef", "learning_rate")])
 
     _on_training_end = _on_rollout_start
 
@@ -83,15 +83,16 @@ class Logged(BaseCallback):
 def test_it_agrees_with_what_ours_log(name):
     model, ruler, logged = ALGORITHMS[name](), Ruler(), Logged()
     model.target_kl = lambda progress: 0.01 * (1 + progress)
+    model.learning_rate_rule = "balanced"
     model.learn(4 * 128, callback=[logged, ruler], log_interval=100)
-    np.testing.assert_allclose([row[1:4] for row in ruler.updates], logged.rows, rtol=1e-5)
+    np.testing.assert_allclose([[*row[1:4], row[-1]] for row in ruler.updates], logged.rows, rtol=1e-5)
     np.testing.assert_allclose([row[4] for row in ruler.updates], [0.0175, 0.015, 0.0125, 0.01])
 
 
 def test_arms_without_a_penalty_have_neither_target_nor_coefficient():
     ruler = Ruler()
     cartpole(PPO, target_kl=0.5).learn(128, callback=ruler)
-    assert ruler.updates[0][3:] == (None, None, None)
+    assert ruler.updates[0][3:] == (None, None, None, 3e-4)
 
 
 def test_an_update_that_changes_nothing_measures_zero():

@@ -17,7 +17,7 @@ from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 class Ruler(BaseCallback):
     """Measures every update. ``updates`` holds a row for each, and ``seconds`` the time spent measuring."""
 
-    COLUMNS = ("timesteps", "kl", "kl_max", "kl_coef", "target_kl", "step_scale")
+    COLUMNS = ("timesteps", "kl", "kl_max", "kl_coef", "target_kl", "step_scale", "learning_rate")
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class Ruler(BaseCallback):
             target_kl = settings_at(model, model._current_progress_remaining).target_kl
         # Only an arm with a ceiling can shorten its steps
         step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
-        self.updates.append((self.num_timesteps, kl.mean, kl.max, kl_coef, target_kl, step_scale))
+        learning_rate = model.policy.optimizer.param_groups[0]["lr"]  # as low as a rule has made it within the update
+        self.updates.append((self.num_timesteps, kl.mean, kl.max, kl_coef, target_kl, step_scale, learning_rate))
         self.seconds += time.perf_counter() - start
 
     _on_rollout_start = _on_training_end = _measure
