@@ -1,6 +1,14 @@
-"""Statistics of finished runs, which the fixture `make` writes to disk."""
+"""For tests of comparisons: a small plan and how it is run, and statistics of runs that the fixture `make` writes to disk."""
 
-from sb3_adaptive_kl.compare import statistics
+import os
+import signal
+import sys
+
+from sb3_adaptive_kl.compare import backends, statistics
+
+PLAN = {"environments": ["CartPole-v1"], "arms": ["ppo_kl", "ppo"], "seeds": 2, "n_timesteps": 1500, "n_eval_episodes": 2}
+COMPARE = [sys.executable, "-m", "sb3_adaptive_kl.compare"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
 
 
 def computed(results):
@@ -16,3 +24,12 @@ def compute(make, arms, environments=("E",), **kwargs):
         for seed, final in enumerate(finals)
     ]
     return computed(results)
+
+
+def in_this_process(runs):
+    """Backend that saves the time in which each process would import everything."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    for run in runs:
+        outcome = backends.attempt(run, lambda timesteps: None)
+        signal.signal(signal.SIGINT, on_interrupt)
+        yield run, outcome
