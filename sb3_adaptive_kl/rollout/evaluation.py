@@ -5,12 +5,15 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 
 from sb3_adaptive_kl.objective import Evaluation
-from sb3_adaptive_kl.rollout.distributions import policy_distribution
+from sb3_adaptive_kl.rollout.distributions import action_distribution, is_stock, policy_distribution
 
 # What MaskablePPO's and RecurrentPPO's buffers hand out besides SB3's samples: evaluate_actions has arguments of these names
 MORE_ARGUMENTS = ("action_masks", "lstm_states", "episode_starts")
+# What evaluate_actions and get_distribution come to the same distribution by
+ACTING = ("evaluate_actions", "get_distribution", "extract_features", "_get_action_dist_from_latent")
 
 
 def evaluate(policy: ActorCriticPolicy, rollout_data: Any, needs_distribution: bool) -> Evaluation:
@@ -39,6 +42,31 @@ def evaluate(policy: ActorCriticPolicy, rollout_data: Any, needs_distribution: b
     if valid is None:
         return evaluation
     return Evaluation(*[None if entries is None else entries[valid] for entries in evaluation])  # type: ignore[arg-type]
+
+
+def evaluate_actor(policy: ActorCriticPolicy, rollout_data: Any) -> Evaluation:
+    """
+    Run as much of the network as the distribution depends on, where SB3's or sb3-contrib's code tells which part that is.
+
+    :param policy: as for ``evaluate``
+    :param rollout_data: as for ``evaluate``
+    :return: the same evaluation; without values, log-probabilities and entropy where the critic was left out
+    """
+    separable = type(getattr(policy, "mlp_extractor", None)) is MlpExtractor and all(is_stock(policy, name) for name in ACTING)
+    if not separable or hasattr(rollout_data, "lstm_states"):
+        return evaluate(policy, rollout_data, needs_distribution=True)
+    masks = {"action_masks": rollout_data.action_masks} if hasattr(rollout_data, "action_masks") else {}
+    left_out: Any = None
+    return Evaluation(
+        values=left_out,
+        log_prob=left_out,
+        entropy=None,
+        old_values=rollout_data.old_values,
+        old_log_prob=rollout_data.old_log_prob,
+        advantages=rollout_data.advantages,
+        returns=rollout_data.returns,
+        distribution=action_distribution(policy.get_distribution(rollout_data.observations, **masks)),
+    )
 
 
 def valid_transitions(rollout_data: Any) -> th.Tensor | None:

@@ -19,7 +19,7 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
-from sb3_adaptive_kl.rollout.evaluation import evaluate, taken_actions, valid_transitions
+from sb3_adaptive_kl.rollout.evaluation import evaluate, evaluate_actor, taken_actions, valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, in_order, preserve_random_state, transitions_per_block
 from sb3_adaptive_kl.rollout.reference import Reference
 
@@ -71,6 +71,7 @@ class OldPolicy:
         self._divergence = DIVERGENCES[kl_divergence]
         # Whether distributions are compared, and not only log-probabilities of the actions taken
         self.needs_distribution = self._divergence.needs_distribution or reference is not None
+        self._needs_log_prob = not self._divergence.needs_distribution
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
@@ -78,7 +79,7 @@ class OldPolicy:
         # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
-        with closing(sweep(policy, buffer, self.needs_distribution, self._chunk_size)) as evaluations:
+        with closing(self._sweep()) as evaluations:
             for rollout_data, index, new in evaluations:
                 if not self.needs_distribution:
                     continue
@@ -139,13 +140,16 @@ class OldPolicy:
     def _on_rollout(self, *measures: Callable[[th.Tensor, Evaluation], th.Tensor]) -> list[th.Tensor]:
         """Evaluate some functions of the policy at each state of the rollout, in one sweep: shapes ``(N,)``."""
         results: list[th.Tensor] = []
-        with closing(sweep(self.policy, self.buffer, self.needs_distribution, self._chunk_size)) as evaluations:
+        with closing(self._sweep()) as evaluations:
             for _, index, new in evaluations:
                 parts = [measure(index, new) for measure in measures]
                 results = results or [part.new_empty(self._n_transitions) for part in parts]
                 for result, part in zip(results, parts, strict=True):
                     result[index] = part
         return results
+
+    def _sweep(self) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
+        return sweep(self.policy, self.buffer, self.needs_distribution, self._chunk_size, self._needs_log_prob)
 
     def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
         """
@@ -156,10 +160,12 @@ class OldPolicy:
         action_dist, actions = self.policy.action_dist, taken_actions(self.policy, rollout_data)
         if torch_distribution(action_dist) is before:
             raise hidden_distribution_error(self.policy)
-        log_prob, valid = action_dist.log_prob(actions), valid_transitions(rollout_data)
-        # Another way to the same number may round otherwise
-        if not th.isclose(log_prob if valid is None else log_prob[valid], new.log_prob, 1e-4, 1e-4, equal_nan=True).all():
-            raise hidden_distribution_error(self.policy)
+        valid = valid_transitions(rollout_data)
+        if new.log_prob is not None:  # None where the actor alone was asked, for its distribution
+            log_prob = action_dist.log_prob(actions) if valid is None else action_dist.log_prob(actions)[valid]
+            # Another way to the same number may round otherwise
+            if not th.isclose(log_prob, new.log_prob, 1e-4, 1e-4, equal_nan=True).all():
+                raise hidden_distribution_error(self.policy)
         if not has_closed_form(action_dist, actions, valid):
             raise no_closed_form_error(action_dist)
 
@@ -169,6 +175,7 @@ def sweep(
     buffer: RolloutBuffer,
     needs_distribution: bool,
     chunk_size: int = CHUNK_PROBE_SIZE,
+    needs_log_prob: bool = True,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
     """
     Evaluate the policy as it acts (eval mode) on every transition of the rollout, in order, without drawing random numbers.
@@ -179,6 +186,7 @@ def sweep(
     :param buffer: a full rollout buffer
     :param needs_distribution: whether to extract the parameters of the action distributions
     :param chunk_size: transitions per forward pass
+    :param needs_log_prob: False if distributions are all that is needed: then the critic is left out where it can be
     :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
     """
     was_training = policy.training
@@ -186,7 +194,10 @@ def sweep(
     try:
         with th.no_grad(), preserve_random_state():
             for rollout_data, index in in_order(buffer, chunk_size, has_sequences(buffer)):
-                yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
+                if needs_log_prob:
+                    yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
+                else:
+                    yield rollout_data, index, evaluate_actor(policy, rollout_data)
     finally:
         policy.set_training_mode(was_training)
 
