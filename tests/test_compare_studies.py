@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sb3_adaptive_kl.compare.arms import effective
+from sb3_adaptive_kl import HELD
+from sb3_adaptive_kl.compare.arms import defaults, effective
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.report import differing
 
@@ -17,6 +18,19 @@ def test_plans_of_the_studies_are_valid(name, n_arms):
     trust_region = {"target_kl", "clip_range", "kl_rule", "kl_ceiling", "compile"}
     for env in plan.environments:
         assert set(differing(plan.hyperparameters[env])) == trust_region, env
+
+
+def test_plan_that_judges_the_default_is_valid():
+    """On each environment the default is compared, and the arguments that README recommends, with a rate that follows."""
+    plan = Plan.load(Path(__file__).parents[1] / "benchmarks" / "judged_nine.yml")
+    assert len(list(plan.runs())) == 9 * 3 * 5
+    held = {**HELD, "learning_rate_rule": "balanced"}
+    default = {name: value for name, value in defaults("ppo_kl").items() if name in held}
+    for env in plan.environments:
+        ppo, *ours = (plan.hyperparameters[env][arm] for arm in plan.names)
+        for arm, expected in zip(ours, (default, held), strict=True):
+            assert arm == {**ppo, **arm, "compile": True}, env
+            assert {**default, **arm}.items() >= expected.items(), env
 
 
 def test_plan_of_the_papers_table_is_valid():
