@@ -1,5 +1,6 @@
 """
-Draw docs/judged.svg and docs/judged-dark.svg, the first figure of docs/results.md, from docs/study/judged.csv.
+Draw the figures of docs/results.md and of the README from the runs in docs/study: judged.svg and learning_rate.svg, each also
+for dark pages.
 
     python docs/draw_results.py
 """
@@ -19,6 +20,8 @@ STYLES = {"": "light", "-dark": "dark"}  # suffix of the file's name → style o
 HELD, PPO, PAPER = "held_farther", "ppo", "paper"
 NAMES = {PPO: "PPO", PAPER: "paper 0.01", HELD: "held 0.03 + clip"}
 MEASURES = {"area": "while learning", "final_return": "final policy"}
+# Families of the sensitivity study, each with its line style: readable without colors, too
+FAMILIES = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "balanced": ("held, balanced rate", "C2", "D-")}
 
 
 def probabilities(runs: pd.DataFrame) -> dict[str, list[float]]:
@@ -38,7 +41,7 @@ def shares_near_target(runs: pd.DataFrame) -> pd.DataFrame:
     return shares.loc[runs["env"].unique()]
 
 
-def draw(runs: pd.DataFrame) -> Figure:
+def draw_judged(runs: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(8.4, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     better = probabilities(runs)
@@ -61,11 +64,35 @@ def draw(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def draw_learning_rate(runs: pd.DataFrame) -> Figure:
+    """Draw the return while learning over the learning rate: a panel for each environment, a line for each family."""
+    runs = runs.assign(family=runs["arm"].str.split(":").str[0], rate=runs["arm"].str.split("=").str[-1].astype(float))
+    environments = runs["env"].unique()
+    figure = Figure(figsize=(2.6 * len(environments), 3.2), layout="constrained")
+    for axes, env in zip(figure.subplots(1, len(environments)), environments, strict=True):
+        of_env = runs[runs["env"] == env]
+        for family, (name, color, style) in FAMILIES.items():
+            areas = of_env[of_env["family"] == family].groupby("rate")["area"]
+            axes.plot(areas.mean(), style, color=color, ms=5, label=name)
+            axes.fill_between(areas.mean().index, areas.min(), areas.max(), color=color, alpha=0.2, lw=0)
+        axes.set_xscale("log")
+        axes.set_title(env, fontsize="medium")
+    figure.supxlabel("learning rate", fontsize="medium")
+    figure.supylabel("return while learning", fontsize="medium")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(FAMILIES), frameon=False)
+    return figure
+
+
+# Name of a figure → the runs that it shows, and how it is drawn
+FIGURES = {"judged": ("judged.csv", draw_judged), "learning_rate": ("sensitivity.csv", draw_learning_rate)}
+
+
 def main() -> None:
-    runs = pd.read_csv(DOCS / "study" / "judged.csv")
-    for suffix, style in STYLES.items():
-        with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
-            draw(runs).savefig(DOCS / f"judged{suffix}.svg", metadata={"Date": None})
+    for name, (file, draw) in FIGURES.items():
+        runs = pd.read_csv(DOCS / "study" / file)
+        for suffix, style in STYLES.items():
+            with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
+                draw(runs).savefig(DOCS / f"{name}{suffix}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -42,8 +42,42 @@ def test_means_are_those_of_the_runs(file, first_cell, number):
     assert len(rows) == runs["env"].nunique()
     for env, *cells in rows:
         for name, cell in zip(head, cells, strict=True):
-            printed = float(cell.split()[0].replace(",", "").replace("−", "-"))
-            assert printed == pytest.approx(means[env, ARMS[name]], abs=0.5 + 1e-9), (env, name)
+            assert as_number(cell.split()[0]) == pytest.approx(means[env, ARMS[name]], abs=0.5 + 1e-9), (env, name)
+
+
+@pytest.fixture
+def sensitivity():
+    runs = pd.read_csv(DOCS / "study" / "sensitivity.csv")
+    found = runs["arm"].str.extract(r"(?P<arm>\w+):learning_rate=(?P<rate>.*)")
+    return runs.drop(columns="arm").join(found.assign(rate=found["rate"].astype(float)))
+
+
+def as_number(cell):
+    return float(cell.replace(",", "").replace("−", "-"))
+
+
+def test_returns_over_the_learning_rate(sensitivity):
+    means = sensitivity.groupby(["env", "arm", "rate"])[["area", "final_return"]].mean()
+    rates, rows = table("while learning / final")
+    assert len(rows) * len(rates) == len(means)
+    for name, *cells in rows:
+        env, arm = name.split(", ")
+        for rate, cell in zip(rates, cells, strict=True):
+            expected = means.loc[env, arm.lower(), float(rate)].tolist()
+            assert [as_number(part) for part in cell.split(" / ")] == pytest.approx(expected, abs=0.5 + 1e-9), (name, rate)
+
+
+def test_scores_over_the_learning_rate(sensitivity):
+    means = sensitivity.groupby(["arm", "rate"])["score"].mean()
+    arms, rows = table("learning rate")
+    assert len(rows) * len(arms) == len(means)
+    for rate, *cells in rows:
+        expected = [means[arm.lower(), float(rate.split(",")[0])] for arm in arms]
+        assert list(map(float, cells)) == pytest.approx(expected, abs=0.005 + 1e-9), rate
+    balanced, ppo = means["balanced"], means["ppo"]
+    assert f"PPO keeps {ppo[0.003] / ppo[0.0003]:.2f}" in PAGE
+    assert f"balanced {balanced[0.003] / balanced[0.0003]:.2f}." in PAGE
+    assert sensitivity["kl_worst_overshoot"].max() <= 1.5
 
 
 def test_control_of_the_judged_runs():
