@@ -1,4 +1,4 @@
-"""Running statistics, of VecNormalize and of the policy, are those of all ranks."""
+"""Running statistics, of VecNormalize and of the policy, and the measured KL are those of all ranks."""
 
 from typing import Any
 
@@ -6,14 +6,29 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO
-from sb3_adaptive_kl.distributed.synchronization import average_buffers, pooled
+from sb3_adaptive_kl.distributed.synchronization import average_buffers, pool_kl, pooled
+from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
+
+
+def pooled_kl() -> RolloutKL:
+    """Rank 0 has measured 10 transitions, rank 1 20."""
+    rank = dist.get_rank()
+    return pool_kl(
+        RolloutKL(mean=[1.0, 4.0][rank], max=[9.0, 5.0][rank], reference=6.0 * rank, reference_before=3.0 * rank),
+        10 + 10 * rank,
+    )
+
+
+def test_every_transition_counts_alike_in_the_kl(ranks: Ranks) -> None:
+    assert ranks.run(pooled_kl) == [pytest.approx((3.0, 9.0, 4.0, 2.0))] * 2
 
 
 def test_statistics_of_vec_normalize_are_pooled(ranks: Ranks) -> None:

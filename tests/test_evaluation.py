@@ -1,17 +1,19 @@
 """The actor is evaluated alone where SB3's or sb3-contrib's code tells which part of a network it is."""
 
+from contextlib import closing
 from dataclasses import fields
 
 import pytest
 import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO
-from sb3_adaptive_kl.rollout.evaluation import evaluate, evaluate_actor
-from sb3_adaptive_kl.rollout.old_policy import sweep
-from tests.conftest import CASES, collect, logged
+from sb3_adaptive_kl.rollout.evaluation import evaluate_actor
+from sb3_adaptive_kl.rollout.old_policy import can_leave_the_critic_out, sweep
+from tests.conftest import CASES, FAMILIES, collect, logged, remember
 from tests.test_maskable import CASES as MASKED
 from tests.test_recurrent import CASES as RECURRENT
 
@@ -24,33 +26,35 @@ def tensors(distribution):
     return [tensor for part in parts for tensor in ([part] if isinstance(part, th.Tensor) else tensors(part))]
 
 
-def evaluations(model):
-    """Evaluate the start of a rollout as a whole, and by the actor; and count how often the critic ran for the latter."""
-    calls = []
-    with th.no_grad():
-        rollout_data, _, _ = next(sweep(model.policy, model.rollout_buffer, True))
-        model.policy.set_training_mode(False)
-        whole = evaluate(model.policy, rollout_data, True)
-        handle = model.policy.value_net.register_forward_hook(lambda *_: calls.append(1))
-        actor = evaluate_actor(model.policy, rollout_data)
-        handle.remove()
-    return whole, actor, len(calls)
+STOCK = {
+    **{name: (AdaptiveKLPPO, CASES[name]) for name in (*FAMILIES, "separate-extractors")},
+    **{f"masked {name}": (MaskableAdaptiveKLPPO, case) for name, case in MASKED.items()},
+}
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "case"),
-    [
-        *((AdaptiveKLPPO, case) for case in CASES.values()),
-        *((MaskableAdaptiveKLPPO, case) for case in MASKED.values()),
-    ],
-    ids=[*CASES, *MASKED],
-)
-def test_actor_alone_has_the_distribution_of_the_whole(algorithm, case):
-    whole, actor, n_calls = evaluations(collect(case.build(algorithm, **SMALL)))
-    assert n_calls == 0
-    assert actor.log_prob is None
-    for mine, its in zip(tensors(actor.distribution), tensors(whole.distribution), strict=True):
-        assert th.equal(mine, its)
+@pytest.mark.parametrize("name", STOCK)
+def test_actor_alone_has_the_distribution_of_the_whole(name):
+    algorithm, case = STOCK[name]
+    model = collect(case.build(algorithm, **SMALL))
+    assert can_leave_the_critic_out(model.policy, model.rollout_buffer)
+    with closing(sweep(model.policy, model.rollout_buffer, True)) as evaluations:
+        for rollout_data, _, whole in evaluations:
+            alone = evaluate_actor(model.policy, rollout_data)
+            for mine, its in zip(tensors(alone.distribution), tensors(whole.distribution), strict=True):
+                assert th.equal(mine, its)
+
+
+@pytest.mark.parametrize(("policy", "n_of_sweeps"), [("MlpPolicy", 0), ("own", 2)])
+def test_critic_is_left_out_of_both_sweeps(policy, n_of_sweeps):
+    """It runs for the minibatches, and for a few transitions that tell how the policy may be swept."""
+    case = CASES["box"]._replace(policy=OwnFeatures if policy == "own" else policy)
+    model = collect(case.build(AdaptiveKLPPO, n_steps=1024, batch_size=512, n_epochs=1))
+    rows = []
+    model.policy.value_net.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    model.train()
+    assert rows.count(512) == 2
+    assert rows.count(1024) == n_of_sweeps
+    assert set(rows) <= {64, 512, 1024}
 
 
 class OwnExtractor(MlpExtractor):
@@ -81,15 +85,53 @@ class OwnMasks(MaskableActorCriticPolicy):
         (AdaptiveKLPPO, CASES["discrete"], OwnNetwork),
         (AdaptiveKLPPO, CASES["discrete"], OwnFeatures),
         (MaskableAdaptiveKLPPO, MASKED["discrete"], OwnMasks),
+        (AdaptiveKLPPO, CASES["cnn"], None),  # the critic is next to nothing
         (RecurrentAdaptiveKLPPO, RECURRENT["discrete"], None),
     ],
 )
-def test_other_code_is_run_as_a_whole(algorithm, case, policy):
+def test_other_code_is_evaluated_as_a_whole(algorithm, case, policy):
     model = collect(case._replace(policy=policy or case.policy).build(algorithm, **SMALL))
-    whole, actor, n_calls = evaluations(model)
-    assert n_calls == 1
-    for mine, its in zip(actor, whole, strict=True):
-        assert mine is its is None or not isinstance(mine, th.Tensor) or th.equal(mine, its)
+    assert not can_leave_the_critic_out(model.policy, model.rollout_buffer)
+
+
+class Shifted(FlattenExtractor):
+    def forward(self, observations):
+        return super().forward(observations) + 1
+
+
+def replace_the_extractor(policy):
+    """``get_distribution`` goes on with the one that the policy was built with."""
+    policy.features_extractor = Shifted(policy.observation_space)
+
+
+def hook_both_networks(policy):
+    """``get_distribution`` calls one of them."""
+    policy.mlp_extractor.register_forward_hook(lambda module, args, latents: (latents[0] + 1, latents[1]))
+
+
+@pytest.mark.parametrize("change", [replace_the_extractor, hook_both_networks])
+def test_what_lies_on_one_of_the_two_ways_counts(change):
+    """The KL at rest would not be 0."""
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    change(model.policy)
+    collect(model)
+    assert not can_leave_the_critic_out(model.policy, model.rollout_buffer)
+    assert remember(model).kl().mean == 0
+
+
+class Elsewhere(DiagGaussianDistribution):
+    """Leaves other parameters behind than it returns."""
+
+    def proba_distribution(self, mean_actions, log_std):
+        super().proba_distribution(mean_actions, log_std)
+        return DiagGaussianDistribution(self.action_dim).proba_distribution(mean_actions + 1, log_std)
+
+
+def test_parameters_that_are_kept_elsewhere_are_told():
+    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+    model.policy.action_dist = Elsewhere(1)
+    with pytest.raises(ValueError, match="does not leave the distribution it evaluated"):
+        model.learn(64)
 
 
 def test_kl_of_an_update_is_that_of_the_whole():

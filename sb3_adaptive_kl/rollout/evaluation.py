@@ -12,7 +12,7 @@ from sb3_adaptive_kl.rollout.distributions import action_distribution, is_stock,
 
 # What MaskablePPO's and RecurrentPPO's buffers hand out besides SB3's samples: evaluate_actions has arguments of these names
 MORE_ARGUMENTS = ("action_masks", "lstm_states", "episode_starts")
-# What evaluate_actions and get_distribution come to the same distribution by
+# Methods that must be SB3's or sb3-contrib's for get_distribution to be known to have the distribution of evaluate_actions
 ACTING = ("evaluate_actions", "get_distribution", "extract_features", "_get_action_dist_from_latent")
 
 
@@ -44,17 +44,22 @@ def evaluate(policy: ActorCriticPolicy, rollout_data: Any, needs_distribution: b
     return Evaluation(*[None if entries is None else entries[valid] for entries in evaluation])  # type: ignore[arg-type]
 
 
+def has_separate_actor(policy: ActorCriticPolicy) -> bool:
+    """
+    Whether the policy's code is SB3's or sb3-contrib's, which can run the actor without the critic, and leaving the critic out
+    saves something: shared features of images would be most of the work.
+    """
+    stock = type(getattr(policy, "mlp_extractor", None)) is MlpExtractor and all(is_stock(policy, name) for name in ACTING)
+    return stock and not (policy.share_features_extractor and any(True for _ in policy.features_extractor.parameters()))
+
+
 def evaluate_actor(policy: ActorCriticPolicy, rollout_data: Any) -> Evaluation:
     """
-    Run as much of the network as the distribution depends on, where SB3's or sb3-contrib's code tells which part that is.
+    Evaluate the actor alone. Parameters: as for ``evaluate``.
 
-    :param policy: as for ``evaluate``
-    :param rollout_data: as for ``evaluate``
-    :return: the same evaluation; without values, log-probabilities and entropy where the critic was left out
+    :param policy: one that ``has_separate_actor``
+    :return: the evaluation, without values, log-probabilities and entropy
     """
-    separable = type(getattr(policy, "mlp_extractor", None)) is MlpExtractor and all(is_stock(policy, name) for name in ACTING)
-    if not separable or hasattr(rollout_data, "lstm_states"):
-        return evaluate(policy, rollout_data, needs_distribution=True)
     masks = {"action_masks": rollout_data.action_masks} if hasattr(rollout_data, "action_masks") else {}
     left_out: Any = None
     return Evaluation(

@@ -19,7 +19,7 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
-from sb3_adaptive_kl.rollout.evaluation import evaluate, evaluate_actor, taken_actions, valid_transitions
+from sb3_adaptive_kl.rollout.evaluation import evaluate, evaluate_actor, has_separate_actor, taken_actions, valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, in_order, preserve_random_state, transitions_per_block
 from sb3_adaptive_kl.rollout.reference import Reference
 
@@ -71,13 +71,13 @@ class OldPolicy:
         self._divergence = DIVERGENCES[kl_divergence]
         # Whether distributions are compared, and not only log-probabilities of the actions taken
         self.needs_distribution = self._divergence.needs_distribution or reference is not None
-        self._needs_log_prob = not self._divergence.needs_distribution
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
         self._chunk_size = chunk_size_of(policy, buffer)
         # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
+        self._actor_alone = self._divergence.needs_distribution and can_leave_the_critic_out(policy, buffer)
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
         with closing(self._sweep()) as evaluations:
             for rollout_data, index, new in evaluations:
@@ -149,7 +149,7 @@ class OldPolicy:
         return results
 
     def _sweep(self) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
-        return sweep(self.policy, self.buffer, self.needs_distribution, self._chunk_size, self._needs_log_prob)
+        return sweep(self.policy, self.buffer, self.needs_distribution, self._chunk_size, self._actor_alone)
 
     def _check_distribution(self, rollout_data: Any, new: Evaluation, before: Any) -> None:
         """
@@ -161,7 +161,7 @@ class OldPolicy:
         if torch_distribution(action_dist) is before:
             raise hidden_distribution_error(self.policy)
         valid = valid_transitions(rollout_data)
-        if new.log_prob is not None:  # None where the actor alone was asked, for its distribution
+        if not self._actor_alone:  # otherwise both ways have just led to the same distribution
             log_prob = action_dist.log_prob(actions) if valid is None else action_dist.log_prob(actions)[valid]
             # Another way to the same number may round otherwise
             if not th.isclose(log_prob, new.log_prob, 1e-4, 1e-4, equal_nan=True).all():
@@ -175,7 +175,7 @@ def sweep(
     buffer: RolloutBuffer,
     needs_distribution: bool,
     chunk_size: int = CHUNK_PROBE_SIZE,
-    needs_log_prob: bool = True,
+    actor_alone: bool = False,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
     """
     Evaluate the policy as it acts (eval mode) on every transition of the rollout, in order, without drawing random numbers.
@@ -186,7 +186,7 @@ def sweep(
     :param buffer: a full rollout buffer
     :param needs_distribution: whether to extract the parameters of the action distributions
     :param chunk_size: transitions per forward pass
-    :param needs_log_prob: False if distributions are all that is needed: then the critic is left out where it can be
+    :param actor_alone: whether to evaluate nothing but the distributions
     :return: minibatches, their indices into the flattened rollout, and the evaluation of these transitions
     """
     was_training = policy.training
@@ -194,12 +194,23 @@ def sweep(
     try:
         with th.no_grad(), preserve_random_state():
             for rollout_data, index in in_order(buffer, chunk_size, has_sequences(buffer)):
-                if needs_log_prob:
-                    yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
-                else:
+                if actor_alone:
                     yield rollout_data, index, evaluate_actor(policy, rollout_data)
+                else:
+                    yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
     finally:
         policy.set_training_mode(was_training)
+
+
+def can_leave_the_critic_out(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
+    """Find whether the actor alone has the distribution that the whole policy has."""
+    if has_sequences(buffer) or not has_separate_actor(policy):
+        return False
+    # Tried: a hook, a module that was replaced, or the parameters of a user's distribution may lie on one of the two ways only
+    with closing(sweep(policy, buffer, needs_distribution=True)) as evaluations:
+        rollout_data, _, whole = next(evaluations)
+        alone = evaluate_actor(policy, rollout_data)
+        return type(alone.distribution) is type(whole.distribution) and not alone.distribution.kl(whole.distribution).any()
 
 
 def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> int:
