@@ -74,9 +74,11 @@ def test_scores_over_the_learning_rate(sensitivity):
     for rate, *cells in rows:
         expected = [means[arm.lower(), float(rate.split(",")[0])] for arm in arms]
         assert list(map(float, cells)) == pytest.approx(expected, abs=0.005 + 1e-9), rate
-    balanced, ppo = means["balanced"], means["ppo"]
-    assert f"PPO keeps {ppo[0.003] / ppo[0.0003]:.2f}" in PAGE
-    assert f"balanced {balanced[0.003] / balanced[0.0003]:.2f}." in PAGE
+    ppo, held, balanced = (f"{means[arm, 0.003] / means[arm, 0.0003]:.2f}" for arm in ("ppo", "held", "balanced"))
+    assert f"PPO keeps {ppo} of its score there, held {held} and balanced {balanced}." in PAGE
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    for arm, before in (("balanced", "33 times it: "), ("ppo", "PPO ")):
+        assert before + ", ".join(f"{score:.2f}" for score in means[arm]) in readme
     assert sensitivity["kl_worst_overshoot"].max() <= 1.5
 
 
