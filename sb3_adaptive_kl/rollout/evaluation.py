@@ -25,9 +25,9 @@ def evaluate(policy: ActorCriticPolicy, rollout_data: Any, needs_distribution: b
     :param needs_distribution: whether to extract the parameters of the action distributions
     :return: the evaluation of the B valid transitions
     """
-    more = {name: getattr(rollout_data, name) for name in MORE_ARGUMENTS if hasattr(rollout_data, name)}
+    more, actions = more_arguments(rollout_data), taken_actions(policy, rollout_data)
     # Afterwards policy.action_dist is the distribution it used, with its graph
-    values, log_prob, entropy = policy.evaluate_actions(rollout_data.observations, taken_actions(policy, rollout_data), **more)
+    values, log_prob, entropy = policy.evaluate_actions(rollout_data.observations, actions, **more)
     evaluation = Evaluation(
         values=values.flatten(),
         log_prob=log_prob,
@@ -50,7 +50,7 @@ def has_separate_actor(policy: ActorCriticPolicy) -> bool:
     saves something: shared features of images would be most of the work.
     """
     stock = type(getattr(policy, "mlp_extractor", None)) is MlpExtractor and all(is_stock(policy, name) for name in ACTING)
-    return stock and not (policy.share_features_extractor and any(True for _ in policy.features_extractor.parameters()))
+    return stock and not (policy.share_features_extractor and any(map(th.is_tensor, policy.features_extractor.parameters())))
 
 
 def evaluate_actor(policy: ActorCriticPolicy, rollout_data: Any) -> Evaluation:
@@ -58,20 +58,20 @@ def evaluate_actor(policy: ActorCriticPolicy, rollout_data: Any) -> Evaluation:
     Evaluate the actor alone. Parameters: as for ``evaluate``.
 
     :param policy: one that ``has_separate_actor``
-    :return: the evaluation, without values, log-probabilities and entropy
+    :return: the evaluation, with nothing but the distribution
     """
-    masks = {"action_masks": rollout_data.action_masks} if hasattr(rollout_data, "action_masks") else {}
-    left_out: Any = None
-    return Evaluation(
-        values=left_out,
-        log_prob=left_out,
-        entropy=None,
-        old_values=rollout_data.old_values,
-        old_log_prob=rollout_data.old_log_prob,
-        advantages=rollout_data.advantages,
-        returns=rollout_data.returns,
-        distribution=action_distribution(policy.get_distribution(rollout_data.observations, **masks)),
-    )
+    distribution = policy.get_distribution(rollout_data.observations, **more_arguments(rollout_data))
+    return of_distribution(action_distribution(distribution))
+
+
+def of_distribution(distribution: Any) -> Evaluation:
+    """Wrap an ``ActionDistribution``: as much of an evaluation as a divergence in closed form needs."""
+    return Evaluation(*[None] * len(Evaluation._fields))._replace(distribution=distribution)  # type: ignore[arg-type]
+
+
+def more_arguments(rollout_data: Any) -> dict[str, Any]:
+    """Find what a policy with masks or a memory is evaluated with, besides observations and actions."""
+    return {name: getattr(rollout_data, name) for name in MORE_ARGUMENTS if hasattr(rollout_data, name)}
 
 
 def valid_transitions(rollout_data: Any) -> th.Tensor | None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch as th
@@ -19,7 +18,14 @@ from sb3_adaptive_kl.rollout.distributions import (
     no_closed_form_error,
     torch_distribution,
 )
-from sb3_adaptive_kl.rollout.evaluation import evaluate, evaluate_actor, has_separate_actor, taken_actions, valid_transitions
+from sb3_adaptive_kl.rollout.evaluation import (
+    evaluate,
+    evaluate_actor,
+    has_separate_actor,
+    of_distribution,
+    taken_actions,
+    valid_transitions,
+)
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, in_order, preserve_random_state, transitions_per_block
 from sb3_adaptive_kl.rollout.reference import Reference
 
@@ -95,8 +101,8 @@ class OldPolicy:
             self._reference_divergence = DIVERGENCES[reference.spec.direction]
             assert self.distribution is not None
             reference.check_comparable(self.reference, self.distribution, policy.action_dist)
-            at_rest = SimpleNamespace(distribution=self.distribution)  # as much of an Evaluation as this needs
-            self._reference_before = self._reference_divergence.between(self.reference, at_rest).mean().item()
+            before_update = self._reference_divergence.between(self.reference, of_distribution(self.distribution))
+            self._reference_before = before_update.mean().item()
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
