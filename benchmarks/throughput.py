@@ -165,9 +165,13 @@ def print_peak_memory(name: str, policy: str, n_steps: int) -> None:
     print(int(peak.split()[1]) / 1024)
 
 
-def print_profile() -> None:
-    """Print the time of each part of a compiled iteration with one environment, as a median over nine iterations."""
-    model = build("compiled", "MlpPolicy", make_vec_env("CartPole-v1", 1, seed=0)).learn(2 * 2048)
+def print_profile(env_id: str, n_envs: int) -> None:
+    """
+    Print the time of each part of a compiled iteration, as a median over nine iterations, beside the time of what it cannot do
+    without: the simulation alone, and the matrix products alone.
+    """
+    n_transitions = 2048 * n_envs
+    model = build("compiled", "MlpPolicy", make_vec_env(env_id, n_envs, seed=0)).learn(2 * n_transitions)
     parts: list[dict[str, float]] = []
 
     def timed(title: str, owner: Any, name: str) -> None:
@@ -193,20 +197,63 @@ def print_profile() -> None:
     timed("all", model, "learn")
     for _ in range(10):
         parts.append({})
-        model.learn(2048)
+        model.learn(n_transitions)
     ms = {title: 1e3 * statistics.median(part[title] for part in parts[1:]) for title in parts[-1]}
     everything, updating = ms.pop("all"), ms.pop("updating")
     ms["updating: other"] = updating - sum(ms[title] for title in ms if title.startswith("updating"))
     ms["collecting: other"] = everything - updating - sum(ms[title] for title in ms if title.startswith("collecting"))
-    print(f"{'compiled iteration':40}{everything:8.1f} ms")
+    limits = {
+        "collecting: environment": n_transitions * simulation_alone(env_id),
+        "collecting: policy": 2048 * products_alone(model.policy, n_envs),
+        "updating: gradients": model._steps_per_update * products_alone(model.policy, model.batch_size, backward=True),
+    }
+    print(f"{f'{env_id}, {n_envs} environment(s)':40}{'ms':>8}{'share':>8}{'limit':>8}")
+    print(f"{'compiled iteration':40}{everything:8.1f}")
     for title in sorted(ms):
-        print(f"{title:40}{ms[title]:8.1f} ms{ms[title] / everything:8.0%}")
+        limit = f"{1e3 * limits[title]:8.1f}" if title in limits else ""
+        print(f"{title:40}{ms[title]:8.1f}{ms[title] / everything:8.0%}{limit}")
+
+
+def simulation_alone(env_id: str) -> float:
+    """Seconds of one time step of an environment without wrappers, including its share of a reset."""
+    env = gym.make(env_id).unwrapped
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    actions = [env.action_space.sample() for _ in range(2048)]
+
+    def steps() -> None:
+        for action in actions:
+            if env.step(action)[2]:
+                env.reset()
+
+    return seconds({"steps": steps}, 5)["steps"] / len(actions)
+
+
+def products_alone(policy: Any, batch_size: int, backward: bool = False) -> float:
+    """Seconds of the matrix products of a policy's forward pass, and of its backward pass, into memory that is there."""
+    products = []
+    for layer in (module for module in policy.modules() if isinstance(module, th.nn.Linear)):
+        weight = layer.weight.detach()
+        inputs, outputs = th.randn(batch_size, layer.in_features), th.randn(batch_size, layer.out_features)
+        products.append((inputs, weight.t(), th.empty_like(outputs)))
+        if backward:
+            products.append((outputs, weight, th.empty_like(inputs)))
+            products.append((outputs.t(), inputs, th.empty_like(weight)))
+
+    def multiply() -> None:
+        for _ in range(100):
+            for left, right, result in products:
+                th.mm(left, right, out=result)
+
+    return seconds({"products": multiply}, 5)["products"] / 100
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of the short benchmarks (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="only print the time of each part of a compiled iteration")
+    parser.add_argument(
+        "--profile", nargs=2, metavar=("ENV", "N_ENVS"), help="only print the time of each part of a compiled iteration"
+    )
     parser.add_argument("--recurrent", action="store_true", help="only compare the algorithms with an LSTM")
     parser.add_argument("--peak-memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -217,7 +264,7 @@ def main() -> None:
         return
 
     if args.profile:
-        print_profile()
+        print_profile(args.profile[0], int(args.profile[1]))
         return
 
     print(f"torch {th.__version__}, Python {platform.python_version()}, {platform.machine()}, 1 thread")
@@ -232,8 +279,10 @@ def main() -> None:
 
     print("\ntrain(), µs per transition and epoch (relative)")
     ours = ("PPO", "AdaptiveKLPPO")
-    cnn = {"n_steps": 512, "batch_size": 64, "n_epochs": 10}
-    update_times("CnnPolicy 84×84×4, minibatch 64, 10 epochs", "CnnPolicy", images, (*ours, "shortened"), 2, **cnn)
+    for batch_size, n_epochs in ((64, 10), (256, 10), (256, 4)):  # the last as for Atari games
+        title = f"CnnPolicy 84×84×4, minibatch {batch_size}, {n_epochs} epochs"
+        kwargs = {"n_steps": 512, "batch_size": batch_size, "n_epochs": n_epochs}
+        update_times(title, "CnnPolicy", images, (*ours, "shortened"), 2, **kwargs)
     everything = (*ours, "compiled")
     for batch_size in (64, 512, 4096):
         title = f"minibatch {batch_size} of 8192 transitions, 10 epochs"

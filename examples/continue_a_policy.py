@@ -6,17 +6,19 @@ with the clone as the reference policy, too.
 
 The expert is one of the trained agents of this repository, or ``--expert``, a model saved by SB3, sb3-contrib or this package
 (with the zoo's ``<env>/vecnormalize.pkl`` beside it, if it has one). The CSV file has one line for each evaluation, the first
-that of the clone; it is written at the end, and a run whose file is there is not repeated.
-``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
+that of the clone, and beside each what the clone and random actions reach; it is written at the end, and a run whose file is
+there is not repeated. ``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
@@ -68,12 +70,30 @@ def clone_behavior(policy: ActorCriticPolicy, observations: th.Tensor, actions: 
             optimizer.step()
 
 
-def continue_as(arm: str, path: Path, env: VecEnv, reference: dict[str, Any]) -> PPO:
+def clone_expert(args: argparse.Namespace, path: Path) -> float:
+    """Save a clone of the expert as a model of PPO, and return the expert's discount factor."""
+    # Any saved model does: PPO reads the agents of AdaptiveKLPPO, too
+    objects = {"clip_range": 0.2, "target_kl": None, "lr_schedule": lambda _: 0.0, "learning_rate": 0.0}
+    expert = PPO.load(args.expert, device="cpu", custom_objects=objects)
+    env = make_env(args, N_ENVS, args.seed, {})
+    clone = PPO("MlpPolicy", env, n_steps=2048 // N_ENVS, gamma=expert.gamma, seed=args.seed, device="cpu")
+    clone_behavior(clone.policy, *demonstrate(expert, env, args.n_transitions))
+    clone.save(path)
+    return expert.gamma
+
+
+def continue_as(args: argparse.Namespace, path: Path, env: VecEnv) -> PPO:
     """Load a model of PPO. It goes on as one of AdaptiveKLPPO: load() replaces its clip range and sets the rest."""
-    if arm == "ppo":
+    if args.arm == "ppo":
         return PPO.load(path, env, device="cpu")
-    kwargs = {"reference_policy": {"policy": str(path), **reference}} if arm == "reference" else {}
-    return AdaptiveKLPPO.load(path, env, device="cpu", **HELD, **kwargs)
+    kwargs = {"reference_policy": {"policy": str(path), **args.reference}} if args.arm == "reference" else {}
+    return AdaptiveKLPPO.load(path, env, device="cpu", compile=args.compile, **HELD, **kwargs)
+
+
+def random_policy(space: gym.Space, seed: int) -> Any:
+    """Act as a policy that knows nothing, for ``evaluate_policy``."""
+    space.seed(seed)
+    return SimpleNamespace(predict=lambda observations, **_: (np.array([space.sample() for _ in observations]), None))
 
 
 def json_object(text: str) -> Any:
@@ -91,6 +111,7 @@ def main() -> None:
     parser.add_argument("--n-transitions", type=int, default=10_000, help="demonstrations")
     parser.add_argument("--env-kwargs", type=json_object, default={}, help="of a changed task, in JSON")
     parser.add_argument("--reference", type=json_object, default={}, help='JSON, such as {"target_kl": 0.5}')
+    parser.add_argument("--compile", action="store_true", help="compile the training, unless the arm is ppo")
     parser.add_argument("--eval-every", type=int, default=10_000, help="time steps between evaluations")
     parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation")
     args = parser.parse_args()
@@ -104,22 +125,21 @@ def main() -> None:
     set_random_seed(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    # Any saved model does: PPO reads the agents of AdaptiveKLPPO, too
-    objects = {"clip_range": 0.2, "target_kl": None, "lr_schedule": lambda _: 0.0, "learning_rate": 0.0}
-    expert = PPO.load(args.expert, device="cpu", custom_objects=objects)
-    demonstrations = demonstrate(expert, make_env(args, N_ENVS, args.seed, {}), args.n_transitions)
-
-    env = make_env(args, N_ENVS, 1000 + args.seed, args.env_kwargs)
-    env = VecNormalize(env, norm_obs=False, gamma=expert.gamma)  # rewards of one scale for the critic, whatever the task
-    evaluation_env = make_env(args, 1, 2000 + args.seed, args.env_kwargs)
-    evaluation_env = VecNormalize(evaluation_env, training=False, norm_obs=False, norm_reward=False)
-    clone = PPO("MlpPolicy", env, n_steps=2048 // N_ENVS, gamma=expert.gamma, seed=args.seed, device="cpu")
-    clone_behavior(clone.policy, *demonstrations)
     path = args.output.with_suffix(".clone.zip")
-    clone.save(path)
+    gamma = clone_expert(args, path)
+    env = make_env(args, N_ENVS, 1000 + args.seed, args.env_kwargs)
+    env = VecNormalize(env, norm_obs=False, gamma=gamma)  # rewards of one scale for the critic, whatever the task
+    # An environment for each episode, so that all are evaluated at once
+    evaluation_env = make_env(args, args.eval_episodes, 2000 + args.seed, args.env_kwargs)
+    evaluation_env = VecNormalize(evaluation_env, training=False, norm_obs=False, norm_reward=False)
+    model = continue_as(args, path, env)
 
-    model = continue_as(args.arm, path, env, args.reference)
-    cloned, _ = evaluate_policy(model, evaluation_env, args.eval_episodes)
+    known = {"env": args.env, "arm": args.arm, "seed": args.seed}
+    if args.env_kwargs:
+        known["env"] += f" {json.dumps(args.env_kwargs)}"
+    for name, policy in (("cloned", model), ("random", random_policy(evaluation_env.action_space, args.seed))):
+        known[f"{name}_return"], _ = evaluate_policy(policy, evaluation_env, 5 * args.eval_episodes)
+
     evaluation = EvalCallback(
         evaluation_env,
         n_eval_episodes=args.eval_episodes,
@@ -128,15 +148,14 @@ def main() -> None:
         verbose=0,
     )
     model.learn(args.n_timesteps, callback=evaluation)
-    evaluations = zip(evaluation.evaluations_timesteps, np.mean(evaluation.evaluations_results, axis=1), strict=True)
+    evaluations = {
+        "timesteps": [0, *evaluation.evaluations_timesteps],
+        "return": [known["cloned_return"], *np.mean(evaluation.evaluations_results, axis=1)],
+    }
     unfinished = args.output.with_suffix(".unfinished")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["env", "arm", "seed", "timesteps", "return", "cloned_return"])
-        for timesteps, mean_return in [(0, cloned), *evaluations]:
-            writer.writerow([args.env, args.arm, args.seed, timesteps, mean_return, cloned])
+    pd.DataFrame(evaluations).assign(**known).to_csv(unfinished, index=False)
     unfinished.replace(args.output)
-    print(f"Saved {len(evaluation.evaluations_timesteps)} evaluations to {args.output}; the clone had {cloned:.1f}")
+    print(f"Saved {len(evaluations['return'])} evaluations to {args.output}, the first that of the clone")
 
 
 if __name__ == "__main__":

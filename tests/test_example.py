@@ -52,6 +52,8 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     assert [row["timesteps"] for row in rows] == ["0", "1024", "2048"]
     assert all(row["cloned_return"] == rows[0]["return"] for row in rows)
     assert all(-1 <= float(row["return"]) <= 0 for row in rows)  # only a fall costs something
+    assert {row["random_return"] for row in rows} == {"-1.0"}  # a policy of random actions always falls
+    assert rows[0]["env"] == 'CartPole-v1 {"sutton_barto_reward": true}'
     before = output.stat().st_mtime_ns
     runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert output.stat().st_mtime_ns == before
