@@ -94,3 +94,13 @@ def test_control_of_the_judged_runs():
         ]
         assert float(largest) == pytest.approx(paper["kl_worst_overshoot"].max()[env], rel=2e-3)
         assert held["kl_worst_overshoot"].max()[env] <= 1.5 * (1 + 1e-4)
+
+
+def test_forms_of_the_second_actuator_that_were_not_taken():
+    runs = pd.read_csv(DOCS / "study" / "soft_start.csv").set_index(["arm", "env", "learning_rate"]).sort_index()
+    head, rows = table("form")
+    for form, *cells in rows:
+        for (env, rate), cell in zip((name.replace(" (zoo)", "").split(", ") for name in head), cells, strict=True):
+            key = form, env, float(rate)
+            returns = runs.loc[[key]].sort_values("seed")["while_learning"] if key in runs.index else []
+            assert cell == (", ".join(f"{value:.0f}".replace("-", "−") for value in returns) or "–"), key
