@@ -237,8 +237,9 @@ def products_alone(policy: Any, batch_size: int, backward: bool = False) -> floa
         inputs, outputs = th.randn(batch_size, layer.in_features), th.randn(batch_size, layer.out_features)
         products.append((inputs, weight.t(), th.empty_like(outputs)))
         if backward:
-            products.append((outputs, weight, th.empty_like(inputs)))
             products.append((outputs.t(), inputs, th.empty_like(weight)))
+            if layer.in_features != policy.features_dim:  # observations have no gradient
+                products.append((outputs, weight, th.empty_like(inputs)))
 
     def multiply() -> None:
         for _ in range(100):
