@@ -1,11 +1,16 @@
 """The distributions with which a policy over images acted need not be evaluated again, if they are still the policy's."""
 
+import copy
+import zipfile
+
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_adaptive_kl import AdaptiveKLPPO
+from sb3_adaptive_kl.fast.recording import acts_as_stock
 from sb3_adaptive_kl.rollout.old_policy import CHUNK_PROBE_SIZE, PROBE_SIZE
 from tests.conftest import CASES, collect, logged, remember
 from tests.test_evaluation import tensors
@@ -17,7 +22,12 @@ SMALL = {"n_steps": N_STEPS, "batch_size": 32, "n_epochs": 1}
 def build(name, **kwargs):
     case = CASES[name]
     env = DummyVecEnv([case.make_env] * N_ENVS)
-    return AdaptiveKLPPO(case.policy, env, seed=0, device="cpu", **SMALL, **case.kwargs, **kwargs)
+    for i, one in enumerate(env.envs):
+        one.unwrapped.observation_space.seed(i)  # each shows other images
+    model = AdaptiveKLPPO(case.policy, env, seed=0, device="cpu", **SMALL, **case.kwargs, **kwargs)
+    with th.no_grad():
+        model.policy.action_net.weight *= 100  # whose distributions differ: SB3 begins with nearly the same one for all
+    return model
 
 
 def n_evaluated(model):
@@ -48,19 +58,23 @@ def test_images_are_evaluated_once_after_the_update_and_a_few_before():
     assert logged(model)["kl"] > 0
 
 
+def move(policy):
+    with th.no_grad():
+        policy.action_net.bias += th.tensor([0.1, 0.0, 0.0])
+
+
 class Moves(BaseCallback):
     def _on_step(self):
         return True
 
     def _on_rollout_end(self):
-        with th.no_grad():
-            self.model.policy.action_net.bias += th.tensor([0.1, 0.0, 0.0])
+        move(self.model.policy)
 
 
-class MovesInBetween(Moves):
+class MovesInBetween(BaseCallback):
     def _on_step(self):
-        if self.n_calls == N_STEPS // 2:
-            self._on_rollout_end()
+        if self.n_calls % N_STEPS == N_STEPS // 2:
+            move(self.model.policy)
         return True
 
 
@@ -85,13 +99,45 @@ def test_nothing_is_recorded_where_it_saves_nothing(monkeypatch):
     assert collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))._recording.take(N_STEPS, 1) is None
     monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", "0")
     assert collect(build("cnn"))._recording.take(N_STEPS, N_ENVS) is None
-    monkeypatch.delenv("SB3_ADAPTIVE_KL_FAST")
-    assert n_evaluated(collect(build("cnn", kl_divergence="k3"))) >= 2 * N_STEPS * N_ENVS
 
 
-def test_recording_is_of_one_rollout(tmp_path):
+def test_recording_is_of_one_rollout_and_is_not_saved(tmp_path):
     model = collect(collect(build("cnn")))
     assert n_evaluated(model) == N_STEPS * N_ENVS + PROBE_SIZE + CHUNK_PROBE_SIZE
     collect(model).save(tmp_path / "model")
-    loaded = AdaptiveKLPPO.load(tmp_path / "model", model.get_env())
-    assert loaded._recording.take(N_STEPS, N_ENVS) is None
+    with zipfile.ZipFile(tmp_path / "model.zip") as saved:
+        assert b"_recording" not in saved.read("data")
+
+
+class Copies(BaseCallback):
+    def _on_step(self):
+        if self.n_calls == 1:
+            self.copy = copy.deepcopy(self.model.policy)
+        with th.no_grad():
+            self.copy(self.copy.obs_to_tensor(self.locals["new_obs"])[0])
+        return True
+
+
+def test_copy_of_the_policy_records_nothing():
+    model, callback = build("cnn"), Copies()
+    collect(model, callback)
+    (its,) = [its for hook in callback.copy._forward_hooks.values() if (its := getattr(hook, "__self__", None)) is not None]
+    assert its is not model._recording
+    assert its.take(N_STEPS, N_ENVS) is None
+    assert model._recording.take(N_STEPS, N_ENVS) is not None
+
+
+class OtherLogProb(CategoricalDistribution):
+    def log_prob(self, actions):
+        return super().log_prob(actions) - 1
+
+
+def test_users_code_is_not_recorded():
+    model = build("cnn")
+    model.policy.action_dist = OtherLogProb(3)
+    assert not acts_as_stock(model.policy)
+    model = build("cnn")
+    model.policy.forward = model.policy.forward
+    assert acts_as_stock(model.policy)
+    model.policy.forward = lambda obs, deterministic=False: type(model.policy).forward(model.policy, obs, deterministic)
+    assert not acts_as_stock(model.policy)

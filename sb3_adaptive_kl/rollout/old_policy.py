@@ -37,7 +37,7 @@ SEQUENCES_CHUNK_SIZE = 256
 ACTIVATION_BYTES = 2**23  # 64 transitions of 64 × 512 numbers: some minibatch, with its graph, takes more
 PROBE_SIZE = 64  # transitions that tell whether two ways lead to the same distributions
 CHUNK_PROBE_SIZE = 16  # transitions that tell how much a module returns
-ROUNDING = 1e-6  # largest KL in nats between evaluations of one policy in batches of different sizes
+ROUNDING = 1e-8  # largest KL in nats between evaluations of one policy in batches of different sizes
 
 
 class RolloutKL(NamedTuple):
@@ -89,7 +89,11 @@ class OldPolicy:
         # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         self._actor_alone = self._divergence.needs_distribution and can_leave_the_critic_out(policy, buffer)
-        if recorded is not None and self.needs_distribution and still_has(policy, buffer, recorded):
+        if (
+            recorded is not None
+            and self.needs_distribution
+            and still_has(policy, buffer, recorded, min(PROBE_SIZE, self._chunk_size))
+        ):
             self.distribution = recorded
         else:
             self._remember(before)
@@ -148,7 +152,7 @@ class OldPolicy:
         measures = [self.divergence] if self.reference is None else [self.divergence, self.reference_divergence]
         try:
             divergence, *others = self._on_rollout(*measures)
-        except ValueError as error:  # before the update they were, in this very sweep
+        except ValueError as error:  # before the update they were
             self.error = error
             return RolloutKL(math.nan, math.nan, math.nan, self._reference_before)
         # One synchronization with the device
@@ -220,10 +224,10 @@ def sweep(
         policy.set_training_mode(was_training)
 
 
-def still_has(policy: ActorCriticPolicy, buffer: RolloutBuffer, recorded: ActionDistribution) -> bool:
-    """Find whether the policy still has the distributions with which it acted, as far as can be told from some of them."""
+def still_has(policy: ActorCriticPolicy, buffer: RolloutBuffer, recorded: ActionDistribution, n_probed: int) -> bool:
+    """Find whether the policy still has the distributions with which it acted, as far as the first of them can tell."""
     # A callback may have moved it since, or filled the buffer with something else
-    with closing(sweep(policy, buffer, needs_distribution=True)) as evaluations:
+    with closing(sweep(policy, buffer, needs_distribution=True, chunk_size=n_probed)) as evaluations:
         _, index, new = next(evaluations)
         return bool(recorded[index].kl(new.distribution).max() < ROUNDING)
 
