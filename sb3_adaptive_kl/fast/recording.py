@@ -70,7 +70,7 @@ class Recording:
 
 
 def acts_as_stock(policy: ActorCriticPolicy) -> bool:
-    """Whether the distribution with which a policy acts is all that its actions depend on, each time it is called."""
+    """Whether everything that acts in a policy is the code of SB3 or sb3-contrib."""
     action_dist = getattr(policy, "action_dist", None)
     return all(is_stock(action_dist, name) for name in ("proba_distribution", "log_prob")) and all(
         is_stock(policy, name) for name in ("forward", *ACTING)
