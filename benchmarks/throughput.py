@@ -6,8 +6,7 @@ Compare the speed and memory of AdaptiveKLPPO with SB3's PPO, with sbx's PPO if 
 This prints the comparison in docs/performance.md, from one process with one torch thread. The algorithms take turns, so that
 all run under the same load. The times are medians over the rounds after a warm-up round; "relative" compares them with SB3's
 PPO, or sb3-contrib's RecurrentPPO, in the same rounds. Benchmarks of `train()` use random rollouts, since their contents do
-not change the time of an update; those with an LSTM, where it depends on the lengths of episodes, use one of a random policy,
-and those with images one that was just collected.
+not change the time of an update; those with an LSTM, where it depends on the lengths of episodes, use one of a random policy.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,23 +79,11 @@ def build(name: str, policy: str, env: Any, device: str = "cpu", **kwargs: Any) 
     return algorithm(policy, env, seed=0, device=device, **kwargs, **options)
 
 
-def collect(model: PPO, n_steps: int) -> PPO:
-    """Collect a rollout, and do not train on it."""
-    model.train = lambda: None  # type: ignore[method-assign]
-    model.learn(n_steps)
-    del model.train
-    return model
-
-
-def seconds(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, before: Mapping[str, Callable[[], Any]] | None = None
-) -> dict[str, float]:
-    """Median time of each run in seconds; the runs take turns. What is to be done before each is not counted."""
+def seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median time of each run in seconds; the runs take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            if before is not None:
-                before[name]()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
@@ -142,7 +128,10 @@ def recurrent_speeds(rounds: int) -> None:
     models = {}
     for name, (algorithm, options) in RECURRENT.items():
         env = make_vec_env("CartPole-v1", 8, seed=0)
-        models[name] = collect(algorithm("MlpLstmPolicy", env, n_steps=128, seed=0, device="cpu", **options), 8 * 128)
+        models[name] = model = algorithm("MlpLstmPolicy", env, n_steps=128, seed=0, device="cpu", **options)
+        model.train = lambda: None  # only collect, under the same policy each
+        model.learn(8 * 128)
+        del model.train
     print("\nMlpLstmPolicy: CartPole-v1, 8 environments, 128 steps each, minibatch 128, 10 epochs")
     print(f"{'':24}{'train(), ms per minibatch':>26}{'relative':>10}{'learn(), steps per second':>28}{'relative':>10}")
     updates = seconds({name: model.train for name, model in models.items()}, rounds)
@@ -154,15 +143,9 @@ def recurrent_speeds(rounds: int) -> None:
 
 
 def update_times(title: str, policy: str, env: Callable[[], Any], names: tuple[str, ...], rounds: int, **kwargs: Any) -> None:
-    """Print the time of an update in µs per transition and epoch. Images are collected: their distributions are recorded."""
-    models = {name: build(name, policy, env(), **kwargs) for name in names}
-    updates: dict[str, Callable[[], Any]] = {name: model.train for name, model in models.items()}
-    if policy == "CnnPolicy":
-        times = seconds(updates, rounds, {name: partial(collect, model, kwargs["n_steps"]) for name, model in models.items()})
-    else:
-        for model in models.values():
-            with_random_rollout(model)
-        times = seconds(updates, rounds)
+    """Print the time of an update in µs per transition and epoch."""
+    models = {name: with_random_rollout(build(name, policy, env(), **kwargs)) for name in names}
+    times = seconds({name: model.train for name, model in models.items()}, rounds)
     n_drawn = kwargs["n_steps"] * kwargs["n_epochs"]
     cells = [f"{name} {1e6 * of_run / n_drawn:8.1f} ({of_run / times['PPO']:.2f})" for name, of_run in times.items()]
     print(f"{title:50}" + "   ".join(cells), flush=True)

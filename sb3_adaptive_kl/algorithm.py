@@ -18,7 +18,6 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, Tenso
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches, kl_coef_limits
 from sb3_adaptive_kl.fast.eager import fast_collection
-from sb3_adaptive_kl.fast.recording import Recording
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
@@ -80,7 +79,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     _compiler: "Compiler | None" = None
     _reference: Reference | None = None
-    _recording: Recording
 
     def __init__(self, *args: Any, _init_setup_model: bool = True, **kwargs: Any) -> None:
         # PPO's constructor would divide by a batch_size of 0, and assert where we can say what to do
@@ -108,7 +106,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
         self._versions = {}
-        self._recording = Recording()
         if self.compile:
             from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
 
@@ -116,7 +113,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code and identities cannot be saved, and _setup_model makes them anew
-        return [*super()._excluded_save_params(), "_compiler", "_versions", "_reference", "_recording"]
+        return [*super()._excluded_save_params(), "_compiler", "_versions", "_reference"]
 
     def _prepare_reference(self) -> None:
         """
@@ -210,7 +207,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout as the host does."""
-        with self._recording.of(self.policy), self._collecting():
+        with self._collecting():
             return super().collect_rollouts(*args, **kwargs)
 
     def _collecting(self) -> AbstractContextManager[None]:

@@ -90,8 +90,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
         with fast_update(self.policy, self.rollout_buffer):
             snapshot = Snapshot(self.policy, self._versions)
-            recorded = self._recording.take(self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs)
-            old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference, recorded)
+            old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:

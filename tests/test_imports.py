@@ -63,7 +63,7 @@ LAYERS = (
     ("rollout.old_policy",),
     ("step", "metrics"),
     ("snapshot", "fast.eager"),
-    ("step_back", "fast.compiled", "fast.recording"),
+    ("step_back", "fast.compiled"),
     ("algorithm",),
     ("training",),
     ("maskable_recurrent.evaluation", "maskable_recurrent.buffers", "maskable_recurrent.policies"),

@@ -37,11 +37,11 @@ class ActionDistribution(ABC):
     def kl(self: SelfActionDistribution, other: SelfActionDistribution) -> th.Tensor:
         """KL(self ‖ other) of every state, summed over the action dimensions, shape (B,), in nats."""
 
-    def __getitem__(self: SelfActionDistribution, index: th.Tensor | slice) -> SelfActionDistribution:
-        """Select the distributions of the states that ``index`` (integers, a boolean mask or a slice) names."""
+    def __getitem__(self: SelfActionDistribution, index: th.Tensor) -> SelfActionDistribution:
+        """Select the distributions of the states that ``index`` (integers or a boolean mask) names."""
         return type(self)(*[tensor[index] for tensor in vars(self).values()])
 
-    def __setitem__(self: SelfActionDistribution, index: th.Tensor | slice, batch: SelfActionDistribution) -> None:
+    def __setitem__(self: SelfActionDistribution, index: th.Tensor, batch: SelfActionDistribution) -> None:
         for mine, theirs in zip(vars(self).values(), vars(batch).values(), strict=True):
             mine[index] = theirs
 

@@ -50,12 +50,7 @@ def has_separate_actor(policy: ActorCriticPolicy) -> bool:
     saves something: shared features of images would be most of the work.
     """
     stock = type(getattr(policy, "mlp_extractor", None)) is MlpExtractor and all(is_stock(policy, name) for name in ACTING)
-    return stock and not has_learned_features(policy)
-
-
-def has_learned_features(policy: ActorCriticPolicy) -> bool:
-    """Whether actor and critic share features that are learned, as those of images are: they are most of the work."""
-    return policy.share_features_extractor and any(map(th.is_tensor, policy.features_extractor.parameters()))
+    return stock and not (policy.share_features_extractor and any(map(th.is_tensor, policy.features_extractor.parameters())))
 
 
 def evaluate_actor(policy: ActorCriticPolicy, rollout_data: Any) -> Evaluation:

@@ -35,9 +35,7 @@ from sb3_adaptive_kl.rollout.reference import Reference
 SWEEP_CHUNK_SIZE = 2048
 SEQUENCES_CHUNK_SIZE = 256
 ACTIVATION_BYTES = 2**23  # 64 transitions of 64 × 512 numbers: some minibatch, with its graph, takes more
-PROBE_SIZE = 64  # transitions that tell whether two ways lead to the same distributions
-CHUNK_PROBE_SIZE = 16  # transitions that tell how much a module returns
-ROUNDING = 1e-8  # largest KL in nats between evaluations of one policy in batches of different sizes
+CHUNK_PROBE_SIZE = 64  # transitions that tell how much a module returns
 
 
 class RolloutKL(NamedTuple):
@@ -56,15 +54,13 @@ class OldPolicy:
     """
     Remembers the policy's action distributions on a rollout, and measures how far the policy has moved since.
 
-    One forward pass over the rollout stores the *parameters* of the distributions, in the order of the flattened rollout,
-    unless they were recorded when the policy acted. Estimators from sampled actions need none: the rollout holds the old
-    log-probabilities.
+    One forward pass over the rollout stores the *parameters* of the distributions, in the order of the flattened rollout.
+    Estimators from sampled actions need none: the rollout holds the old log-probabilities.
 
     :param policy: the policy, before the update; it may move afterwards
     :param buffer: the full rollout buffer; it is read, and flattened as an epoch of SB3 flattens it
     :param kl_divergence: a name in ``DIVERGENCES``
     :param reference: another policy to measure the distance from, on the same states, if there is one
-    :param recorded: the distributions of the rollout, in its order, if they were recorded
     :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws, or the
         reference cannot be compared
     """
@@ -75,7 +71,6 @@ class OldPolicy:
         buffer: RolloutBuffer,
         kl_divergence: str = "forward",
         reference: Reference | None = None,
-        recorded: ActionDistribution | None = None,
     ) -> None:
         self.policy = policy
         self.buffer = buffer
@@ -89,26 +84,6 @@ class OldPolicy:
         # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         self._actor_alone = self._divergence.needs_distribution and can_leave_the_critic_out(policy, buffer)
-        if (
-            recorded is not None
-            and self.needs_distribution
-            and still_has(policy, buffer, recorded, min(PROBE_SIZE, self._chunk_size))
-        ):
-            self.distribution = recorded
-        else:
-            self._remember(before)
-        self.reference: ActionDistribution | None = None
-        self._reference_before = math.nan
-        if reference is not None:
-            self.reference = reference.on_rollout(buffer, self._chunk_size)
-            self._reference_divergence = DIVERGENCES[reference.spec.direction]
-            assert self.distribution is not None
-            reference.check_comparable(self.reference, self.distribution, policy.action_dist)
-            before_update = self._reference_divergence.between(self.reference, of_distribution(self.distribution))
-            self._reference_before = before_update.mean().item()
-
-    def _remember(self, before: Any) -> None:
-        """Evaluate the distributions. ``before`` is what the policy had evaluated earlier."""
         # Swept even where no distribution is needed: a policy or buffer that cannot be used is found before the update
         with closing(self._sweep()) as evaluations:
             for rollout_data, index, new in evaluations:
@@ -119,6 +94,15 @@ class OldPolicy:
                     # Filled in place: small tensors between the large ones of a network would leave holes in memory
                     self.distribution = new.distribution.allocate(self._n_transitions)
                 self.distribution[index] = new.distribution
+        self.reference: ActionDistribution | None = None
+        self._reference_before = math.nan
+        if reference is not None:
+            self.reference = reference.on_rollout(buffer, self._chunk_size)
+            self._reference_divergence = DIVERGENCES[reference.spec.direction]
+            assert self.distribution is not None
+            reference.check_comparable(self.reference, self.distribution, policy.action_dist)
+            before_update = self._reference_divergence.between(self.reference, of_distribution(self.distribution))
+            self._reference_before = before_update.mean().item()
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """
@@ -152,7 +136,7 @@ class OldPolicy:
         measures = [self.divergence] if self.reference is None else [self.divergence, self.reference_divergence]
         try:
             divergence, *others = self._on_rollout(*measures)
-        except ValueError as error:  # before the update they were
+        except ValueError as error:  # before the update they were, in this very sweep
             self.error = error
             return RolloutKL(math.nan, math.nan, math.nan, self._reference_before)
         # One synchronization with the device
@@ -196,7 +180,7 @@ def sweep(
     policy: ActorCriticPolicy,
     buffer: RolloutBuffer,
     needs_distribution: bool,
-    chunk_size: int = PROBE_SIZE,
+    chunk_size: int = CHUNK_PROBE_SIZE,
     actor_alone: bool = False,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
     """
@@ -222,14 +206,6 @@ def sweep(
                     yield rollout_data, index, evaluate(policy, rollout_data, needs_distribution)
     finally:
         policy.set_training_mode(was_training)
-
-
-def still_has(policy: ActorCriticPolicy, buffer: RolloutBuffer, recorded: ActionDistribution, n_probed: int) -> bool:
-    """Find whether the policy still has the distributions with which it acted, as far as the first of them can tell."""
-    # A callback may have moved it since, or filled the buffer with something else
-    with closing(sweep(policy, buffer, needs_distribution=True, chunk_size=n_probed)) as evaluations:
-        _, index, new = next(evaluations)
-        return bool(recorded[index].kl(new.distribution).max() < ROUNDING)
 
 
 def can_leave_the_critic_out(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
@@ -261,7 +237,7 @@ def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> int:
     modules = [module for module in policy.modules() if not isinstance(module, th.jit.ScriptModule)]
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
-        with closing(sweep(policy, buffer, False, CHUNK_PROBE_SIZE)) as evaluations:
+        with closing(sweep(policy, buffer, needs_distribution=False)) as evaluations:
             _, index, _ = next(evaluations)
     finally:
         for hook in hooks:
