@@ -265,6 +265,8 @@ def main() -> None:
         return
 
     if args.profile:
+        if not args.profile[1].isdecimal() or args.profile[0] not in gym.registry:
+            parser.error(f"--profile {' '.join(args.profile)}: the id of an environment and a number of them are needed")
         print_profile(args.profile[0], int(args.profile[1]))
         return
 

@@ -118,6 +118,8 @@ def main() -> None:
     args.expert = args.expert or AGENTS / f"{args.env}_1" / f"{args.env}.zip"
     if not args.expert.exists():
         parser.error(f"{args.expert} does not exist: pass a saved model with --expert")
+    if not N_ENVS <= args.eval_every <= args.n_timesteps:
+        parser.error(f"--eval-every {args.eval_every} must be between {N_ENVS} environments and {args.n_timesteps} time steps")
     if args.output.exists():  # it is written at the end: so a study goes on where it was interrupted
         print(f"{args.output} is complete: remove it to repeat the run")
         return

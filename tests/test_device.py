@@ -92,10 +92,11 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["gsde", "discrete", "multidiscrete", "multibinary", "dict", "masked discrete", "lstm"])
 @pytest.mark.parametrize("device", ["meta", CUDA])
-def test_an_update_waits_once_per_segment(device, name, monkeypatch):
+def test_an_update_waits_once_per_segment(device, name, monkeypatch, request):
     """And never for a minibatch, though both controllers look at each segment."""
-    if device == "cuda" and name.startswith("masked"):
-        pytest.skip("sb3-contrib's distributions copy a constant for each minibatch")
+    if device == "cuda" and name.startswith("masked"):  # strict: docs/performance.md says so, until sb3-contrib mends it
+        reason = "sb3-contrib's distributions copy a constant for each minibatch"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
     algorithm, _, case = SET_UPS[name]
     kwargs = {"kl_rule": {"name": "predictive", "segments": 4}, "learning_rate_rule": "balanced", "n_steps": 32}
     model = on(device, collect(case.build(algorithm, batch_size=4, n_epochs=1, **kwargs)))

@@ -62,6 +62,11 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "pass a saved model with --expert" in capsys.readouterr().err
+    # Otherwise it would be trained, and fail when there are no evaluations to write
+    monkeypatch.setattr(sys, "argv", ["", "--env", "CartPole-v1", "-o", str(tmp_path / "new.csv"), "-n", "2048"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
+    assert "--eval-every 10000 must be between 8 environments and 2048 time steps" in capsys.readouterr().err
 
 
 def test_demonstrations_hold_many_draws_of_the_experts_noise():

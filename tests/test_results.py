@@ -99,6 +99,7 @@ def test_control_of_the_judged_runs():
 def test_forms_of_the_second_actuator_that_were_not_taken():
     runs = pd.read_csv(DOCS / "study" / "soft_start.csv").set_index(["arm", "env", "learning_rate"]).sort_index()
     head, rows = table("form")
+    assert {form for form, *_ in rows} == set(runs.index.get_level_values("arm"))
     for form, *cells in rows:
         for (env, rate), cell in zip((name.replace(" (zoo)", "").split(", ") for name in head), cells, strict=True):
             key = form, env, float(rate)
