@@ -6,6 +6,7 @@ import json
 import runpy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -203,7 +204,9 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         )
         columns = "timesteps,kl,kl_max,kl_coef,target_kl" + (",step_scale" if updates and len(updates[0]) == 3 else "")
         (folder / "updates.csv").write_text(f"{columns}\n{rows}")
+        run = Run(env, arm, "ppo_kl", seed, {"n_timesteps": budget}, 1, (), "")
         summary = {
+            **asdict(run),
             "final_returns": list(final),
             "random_returns": list(random),
             "reward_threshold": threshold,
@@ -212,6 +215,6 @@ def make(tmp_path: Path) -> Callable[..., Any]:
             "machine": "here",
         }
         (folder / "run.json").write_text(json.dumps(summary))
-        return Result.read(Run(env, arm, "ppo_kl", seed, {"n_timesteps": budget}, 1, (), ""), folder)
+        return Result.read(run, folder)
 
     return make

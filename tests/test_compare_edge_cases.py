@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sb3_adaptive_kl.compare import intervals, plots, report
+from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.execute import Recorder, execute
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
@@ -23,6 +24,7 @@ def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, t
     """Files of a finished run: updates as (time step, KL), None if not measured; episodes as (time step, return)."""
     penalty = "1.0,0.01" if run.algo == "ppo_kl" else ","
     summary = {
+        **asdict(run),
         "timesteps": 256,
         "final_returns": [final],
         "random_returns": [10.0],
@@ -83,6 +85,47 @@ def summarize(tmp_path, capsys, monkeypatch):
         return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None, figures)
 
     return summarize
+
+
+@pytest.fixture
+def finished_store(tmp_path):
+    """A results folder with a finished run."""
+    plan = Plan.create({"environments": [ENV], "arms": ["ppo"], "seeds": 1, "n_timesteps": 256, "n_eval_episodes": 1})
+    store = Store.create(tmp_path / "results", plan, COMMAND)
+    for run in plan.runs():
+        store.keep(run, finished(run))
+    return store
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_epochs: 20", "n_epochs: 10"), ("n_eval_episodes: 1", "n_eval_episodes: 2")])
+def test_runs_of_a_plan_that_was_edited_in_its_folder_are_refused(finished_store, key, value):
+    """The edited file is the folder's plan: nothing but the runs themselves tells that they are of another one."""
+    file = finished_store.folder / "plan.yml"
+    assert key in file.read_text()
+    file.write_text(file.read_text().replace(key, value))
+    with pytest.raises(PlanError, match=f"was run with other {key.split(':')[0].replace('n_epochs', 'hyperparameters')} than"):
+        Store.create(finished_store.folder, Plan.load(file), COMMAND)
+
+
+def test_report_names_the_versions_of_earlier_commands(finished_store):
+    """They are kept once each, however often the comparison is resumed."""
+    folder, plan = finished_store.folder, finished_store.plan
+    for version in ("2", "2", "1", "2", "1"):
+        store = Store.create(folder, plan, {**COMMAND, "versions": {"torch": version}})
+    report.summarize(store)
+    for file in ("report.md", "report.html"):
+        text = (folder / file).read_text()
+        for earlier in (", torch 2", ""):
+            assert f"some of the runs may be from: here; Python 3{earlier}\n" in text.replace("</p>", "\n")
+        assert text.count("may be from") == 2
+
+
+def test_files_that_a_killed_driver_left_are_removed(finished_store):
+    """A file, or the folder of a run."""
+    (finished_store.folder / ".unfinished-report.html").touch()
+    (finished_store.folder / ".unfinished-run").mkdir()
+    Store.create(finished_store.folder, finished_store.plan, COMMAND)
+    assert not list(finished_store.folder.glob(".unfinished*"))
 
 
 def test_one_update_that_changes_the_policy_is_drawn(summarize):
@@ -165,24 +208,27 @@ def test_one_seed_does_not_have_intervals(summarize):
     summary = summarize(lambda run: finished(run, final=30.0 if run.arm == "ppo" else 20.0))
     assert "final policy: no difference is shown (ppo_kl − ppo = −10.0, 1 seed)." in summary.report
     for text in (summary.report, summary.stderr):
-        assert "1 seed: with fewer than 5, the intervals say little; a single run has none" in text
+        assert "1 seed: with fewer than 5, intervals say little, and no arm is called better" in text
 
 
 def test_report_says_what_the_number_of_seeds_can_show(summarize):
-    summary = summarize(lambda run: finished(run, final=20.0 + run.seed * (run.arm == "ppo")), seeds=3)
-    assert "(ppo_kl − ppo = −1.00 [−2.00, 0.00], Student's t [−3.48, 1.48], p = 0.225, 3 seeds)." in summary.report
-    assert "With 3 seeds, a single comparison shows a difference of 3.26 standard deviations" in summary.report
+    summary = summarize(lambda run: finished(run, final=20.0 + run.seed % 2 * (run.arm == "ppo")), seeds=5)
+    assert "(ppo_kl − ppo = −0.400 [−0.800, 0.00], Student's t [−1.08, 0.280], p = 0.178, 5 seeds)." in summary.report
+    assert "With 5 seeds, a single comparison shows a difference of 1.68 standard deviations" in summary.report
     assert "the first of" not in summary.report
-    summary = summarize(finished, seeds=3, environments=(ENV, "Acrobot-v1"))
-    assert "with a probability of 80 %, and the first of 2 comparisons one of 4.62." in summary.report
-    assert (
-        "Fewer than three seeds never show a difference."
-        in summarize(finished, environments=(ENV, "Acrobot-v1", "Pendulum-v1")).report
-    )
+    summary = summarize(finished, seeds=5, environments=(ENV, "Acrobot-v1"))
+    assert "with a probability of 80 %, and the first of 2 comparisons one of 2.05." in summary.report
+    summary = summarize(finished, seeds=4, environments=(ENV, "Acrobot-v1", "Pendulum-v1"))
+    assert "With fewer than five seeds, no arm is called better." in summary.report
 
 
 def test_one_episode_is_counted_in_the_singular(summarize):
     assert "scored over\n1 episode, " in summarize(finished).report
+
+
+def test_arms_are_named_as_they_are_in_html(summarize, tmp_path):
+    summarize(finished, arms=["a<b=ppo", "ppo_kl"])
+    assert "a&lt;b − ppo_kl = " in next(tmp_path.glob("*/report.html")).read_text()
 
 
 def test_one_arm_has_nothing_to_compare(summarize):
@@ -250,7 +296,7 @@ def test_sweep_is_reported_and_drawn(summarize):
     assert "- each with learning_rate = 0.01, 0.001, 0.0001" in summary.report
     assert "Fewer than two arms have finished runs with the same value" in summary.report
     assert "## Sensitivity to learning_rate" in summary.report
-    assert "| ppo | 0.001 | 1.00 [0.995, 1.00] | 0.00 [0.00, 0.00] | 0.001 |" in summary.report
+    assert "| ppo | 0.001 | 1.00 [0.995, 1.00] | – | 0.001 |" in summary.report
     assert "(plots/sweep-CartPole-v1.png)" in summary.report
     final, learning = summary.figures[-1].axes
     assert final.get_xscale() == "log"

@@ -112,6 +112,15 @@ def test_arm_that_clearly_beats_random_is_enough(make):
     assert environment["threshold"] == pytest.approx(5 + 0.9 * 4.5)
 
 
+def test_random_policy_of_other_seeds_is_not_the_zero_of_an_arm(make):
+    """On average over all runs, a random policy gets more than the best arm: a scale below 0 would turn the order around."""
+    runs = [make(final=(-5.0,), random=(-10.0,), arm="a", seed=seed) for seed in range(3)]
+    runs += [make(final=(-20.0,), random=(5.0,), arm="b", seed=seed) for seed in (3, 4)]
+    environment = computed(runs)["environments"]["E"]
+    assert environment["random"] > environment["best"]
+    assert not environment["beats_random"]
+
+
 def test_one_environment_is_not_aggregated(make):
     assert compute(make, {"a": [90, 110], "b": [60, 60]}, random=(20.0,))["across"] is None
 

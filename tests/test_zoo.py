@@ -16,9 +16,11 @@ import rl_zoo3.utils
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
+from sb3_adaptive_kl.arguments import value_at
 from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region
 from sb3_adaptive_kl.zoo.launcher import SCRIPTS, main
 from sb3_adaptive_kl.zoo.programs import provide_programs
+from sb3_adaptive_kl.zoo.registry import COMPLETED
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
@@ -107,6 +109,8 @@ def test_programs_are_put_on_the_path(monkeypatch):
 def test_only_record_training_gets_the_programs(monkeypatch, arguments, expected):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "orig_argv", ["python", *arguments.split()])
+    monkeypatch.setattr(rl_zoo3.utils, "create_test_env", rl_zoo3.utils.create_test_env)  # is restored
+    monkeypatch.setattr(rl_zoo3.utils, COMPLETED, False)
     complete_registry(rl_zoo3.utils)
     assert (shutil.which("ffmpeg") is not None) == expected
 
@@ -221,6 +225,7 @@ def test_names_of_the_zoo_are_not_replaced(monkeypatch):
     for registry in registries:
         monkeypatch.setitem(registry, "ppo_kl", "the zoo's own")
     for module in (rl_zoo3.utils, hyperparams_opt):
+        monkeypatch.setattr(module, COMPLETED, False)
         complete_registry(module)
     assert {registry["ppo_kl"] for registry in registries} == {"the zoo's own"}
 
@@ -256,6 +261,10 @@ def test_strings_of_the_trust_region_are_parsed():
     for name in ("clip_range", "clip_range_vf"):
         assert parse_trust_region({name: "lin_0.2"})[name](0.5) == pytest.approx(0.1)
         assert parse_trust_region({name: "2e-1"})[name] == 0.2  # a string in yml 1.1
+    for text in ("lin_1e-1", "1e-1"):
+        reference = parse_trust_region({"reference_policy": {"policy": "a.zip", "kl_coef": text}})["reference_policy"]
+        assert reference == {"policy": "a.zip", "kl_coef": reference["kl_coef"]}
+        assert value_at("kl_coef", reference["kl_coef"], 1.0) == pytest.approx(0.1)
     unchanged = {"target_kl": 0.03, "clip_range": "outliers", "clip_range_vf": None, "learning_rate": "lin_0.1"}
     assert parse_trust_region(unchanged) == unchanged
 
@@ -305,14 +314,17 @@ def test_other_algorithms_have_the_zoos_hyperparameters_and_errors():
 
 
 def test_registration_twice_is_registration_once(monkeypatch):
-    """The launcher registers, too, where the start-up hook has done so."""
+    """The launcher registers, too, where the start-up hook has done so: ranks would join twice, and masks be wrapped twice."""
     from rl_zoo3 import exp_manager
 
-    monkeypatch.setattr(exp_manager.ExperimentManager, "__init__", exp_manager.ExperimentManager.__init__)  # is restored
-    complete_registry(exp_manager)
-    processed = experiment_manager("ppo_kl")._preprocess_schedules({"clip_range": "outliers", "target_kl": "lin_0.03"})
-    assert processed["clip_range"] == "outliers"
-    assert processed["target_kl"](0.5) == pytest.approx(0.015)
+    joined = []
+    monkeypatch.setattr(hyperparameters, "join_ranks", joined.append)
+    create_test_env = rl_zoo3.utils.create_test_env
+    for module in (exp_manager, rl_zoo3.utils):
+        complete_registry(module)
+    manager = experiment_manager("ppo_kl")
+    assert joined == [manager]
+    assert rl_zoo3.utils.create_test_env is create_test_env
 
 
 def test_missing_conf_file_is_an_error(zoo):
@@ -335,6 +347,9 @@ def test_missing_conf_file_is_an_error(zoo):
 def test_trained_agent_reaches_its_return(zoo, env, n_timesteps, least):
     """The shipped agents reach the returns of docs/results.md, here over fewer episodes."""
     output = zoo(f"enjoy --algo ppo_kl --env {env} -f {REPOSITORY}/trained_agents --no-render -n {n_timesteps}")
-    mean = float(re.search(r"Mean reward: (-?[\d.]+)", output)[1])
+    n, mean = map(float, re.search(r"(\d+) Episodes\s+Mean reward: (-?[\d.]+)", output).groups())
     assert mean >= least
-    assert re.search(rf"^\| {env} \| \d", (REPOSITORY / "docs" / "results.md").read_text(), flags=re.MULTILINE)
+    page = (REPOSITORY / "docs" / "results.md").read_text().replace("−", "-")
+    row = re.search(rf"^\| {env} \| [\d,]+ \| [^|]+ \| (-?[\d.]+) ± ([\d.]+) ", page, flags=re.MULTILINE)
+    published, deviation = map(float, row.groups())
+    assert mean == pytest.approx(published, abs=3 * deviation / n**0.5 + 0.01)

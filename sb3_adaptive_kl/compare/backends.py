@@ -39,7 +39,7 @@ def attempt(run: Run, report: Callable[[int], None]) -> Outcome:
 
 
 def _described(error: BaseException) -> str:
-    line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
     return "\n".join([line, "", *traceback.format_exception(error)])
 
 
@@ -123,8 +123,8 @@ def ray(jobs: int, address: str | None = None) -> Backend:
         import ray as library
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    cluster = {"address": address} if address else {"address": "local", "num_cpus": jobs, "include_dashboard": False}
     # The dashboard is a web server, which nobody who compares has asked for
+    cluster = {"address": address} if address else {"address": "local", "num_cpus": jobs, "include_dashboard": False}
     with reported(f"no Ray cluster at {address}" if address else "cannot start a Ray cluster"):
         library.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
 
@@ -133,7 +133,7 @@ def ray(jobs: int, address: str | None = None) -> Backend:
         driver_node = NodeAffinitySchedulingStrategy(library.get_runtime_context().get_node_id(), soft=False)
         progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
         one_process: dict[str, Any] = {"num_cpus": 1, "max_calls": 1, "runtime_env": {"env_vars": ONE_THREAD}}
-        # Retried on another node after losing one; a run that fails by itself is not
+        # Retried if its process or node is lost. An exception in the run is its outcome, and is not retried
         task = library.remote(max_retries=5, **one_process)(_report_to_queue)
         active = {task.remote(run, progress).future(): run for run in runs}
         timesteps: dict[str, int] = {}

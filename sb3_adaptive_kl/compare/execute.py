@@ -41,12 +41,15 @@ from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.ruler import Ruler
 
 N_EVALUATIONS = 10  # the zoo's evaluations during training, for its plots
-MIN_EVAL_FREQ = 500  # time steps; an algorithm completes its first rollout, even if that is far more than the budget
+MIN_EVAL_FREQ = 500  # time steps: a first rollout longer than the budget is collected in full, and not evaluated at every step
 EVAL_SEED = 1_000_000  # added to the run's seed: evaluate on other seeds than those used for training
 
 
 class Recorder(BaseCallback):
-    """Record every training episode, and report the current time step. An infinite reward ends the run, not the report."""
+    """
+    Record every training episode, and report the current time step. A return that is not finite fails this run, rather than
+    the report of all runs.
+    """
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class Recorder(BaseCallback):
         for info in self.locals["infos"]:
             if "episode" in info:
                 episode = info["episode"]
-                self.episodes.append((self.num_timesteps, _finite([episode["r"]])[0], int(episode["l"])))
+                self.episodes.append((self.num_timesteps, finite_return(episode["r"]), int(episode["l"])))
         if time.monotonic() - self._reported > 0.5:
             self._reported = time.monotonic()
             self._report(self.num_timesteps)
@@ -168,12 +171,11 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )
     env.close()
-    return _finite(returns)
+    return list(map(finite_return, returns))
 
 
-def _finite(returns: Any) -> list[float]:
-    """Convert returns, and refuse those that cannot be averaged or drawn."""
-    for value in returns:
-        if not np.isfinite(value):
-            raise ValueError(f"an episode's return is {value}: only finite rewards can be compared")
-    return [float(value) for value in returns]
+def finite_return(value: Any) -> float:
+    """Convert a return, and refuse one that cannot be averaged or drawn."""
+    if not np.isfinite(value):
+        raise ValueError(f"an episode's return is {value}: only finite rewards can be compared")
+    return float(value)

@@ -38,7 +38,7 @@ from sb3_adaptive_kl.compare.arms import (
 )
 from sb3_adaptive_kl.messages import suggestion
 
-FEW_SEEDS = 5  # with fewer seeds the intervals say little
+FEW_SEEDS = 5  # with fewer, intervals say little, and no arm is called better
 ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
 
 # In yml, 1e-3 is a string

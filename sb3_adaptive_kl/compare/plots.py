@@ -11,7 +11,6 @@ import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import chain
 from typing import Any
 
 import matplotlib as mpl
@@ -47,17 +46,16 @@ def write(store: Store, statistics: dict[str, Any], results: Sequence[Result]) -
     for suffix, style in STYLES.items():
         with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
             # A generator: a figure takes its colors from the style in which it is drawn
-            drawn = chain(pictures(store.plan.names, statistics, results), sweeps(store.plan, statistics))
-            for name, figure in drawn:
+            for name, figure in pictures(store.plan, statistics, results):
                 names[name] = None
                 for format in ("svg", "png"):
                     store.write(f"{FOLDER}/{name}{suffix}.{format}", _render(figure, format))
     return list(names)
 
 
-def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
+def pictures(plan: Plan, statistics: dict[str, Any], results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
     """Yield the file name and the figure of each picture."""
-    number = {arm: i for i, arm in enumerate(arms)}
+    number = {arm: i for i, arm in enumerate(plan.names)}
     finals: dict[str, list[Row]] = {}
     for env, environment in statistics["environments"].items():
         of_arm = {arm: [r for r in results if (r.run.env, r.run.arm) == (env, arm)] for arm in environment["arms"]}
@@ -82,6 +80,9 @@ def pictures(arms: list[str], statistics: dict[str, Any], results: Sequence[Resu
         if improvements:
             yield "probability_of_improvement", _rows(improvements, "probability to be better", middle=0.5)
         yield "performance_profile", _profile(across["profile"], number)
+    for hyperparameter, values in plan.sweep.items():
+        for env, environment in statistics["environments"].items():
+            yield file_name("sweep", env), _sweep(env, hyperparameter, sorted(values), plan.families, environment["arms"])
 
 
 def file_name(kind: str, env: str) -> str:
@@ -92,13 +93,6 @@ def file_name(kind: str, env: str) -> str:
     :param env: gymnasium id
     """
     return f"{kind}-{env.replace('/', '-')}"
-
-
-def sweeps(plan: Plan, statistics: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """Yield the file name and the figure of each environment's returns over the swept hyperparameter."""
-    for hyperparameter, values in plan.sweep.items():
-        for env, environment in statistics["environments"].items():
-            yield file_name("sweep", env), _sweep(env, hyperparameter, sorted(values), plan.families, environment["arms"])
 
 
 # ---------------------------------------------------------------- figures

@@ -5,6 +5,7 @@ content.
     python -m sb3_adaptive_kl.compare.report FOLDER
 """
 
+import argparse
 import json
 import math
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sb3_adaptive_kl.compare import plots, statistics
-from sb3_adaptive_kl.compare.arms import effective
+from sb3_adaptive_kl.compare.arms import PlanError, effective
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS
 from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 
@@ -41,7 +42,7 @@ def summarize(store: Store) -> int:
         runs = runs.fillna({"seconds_to_threshold": math.inf})  # never
     timed = {"seconds": "mean", "steps_per_second": "mean", "seconds_to_threshold": "median"}
     command = json.loads((store.folder / COMMAND_FILE).read_text())
-    warning = f"{count(plan.seeds, 'seed')}: with fewer than {FEW_SEEDS}, the intervals say little; a single run has none"
+    warning = f"{count(plan.seeds, 'seed')}: with fewer than {FEW_SEEDS}, intervals say little, and no arm is called better"
     content = {
         "plan": plan,
         "statistics": computed,
@@ -110,4 +111,10 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(summarize(Store.open(Path(sys.argv[1]))))
+    description = "Report what has finished so far."
+    parser = argparse.ArgumentParser(prog="python -m sb3_adaptive_kl.compare.report", description=description)
+    parser.add_argument("folder", type=Path, help="the results folder")
+    try:
+        sys.exit(summarize(Store.open(parser.parse_args().folder)))
+    except PlanError as error:
+        parser.error(str(error))

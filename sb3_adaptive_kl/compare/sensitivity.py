@@ -27,17 +27,15 @@ def sensitivity(families: Families, runs: pd.DataFrame) -> dict[str, Any]:
     """
     counted = runs[runs["score"].notna()]
     matrix = matrices(counted, "score")
-    known = {
-        family: {value: matrix[arm] for value, arm in sorted(arms.items()) if arm in matrix}
-        for family, arms in families.items()
-    }
-    return {
-        "environments": counted["env"].unique().tolist(),
-        "families": {family: _family(scores) for family, scores in known.items() if scores},
-    }
+    found = {}
+    for family, arms in families.items():
+        scores = {value: matrix[arm] for value, arm in sorted(arms.items()) if arm in matrix}
+        if scores:
+            found[family] = _family(scores, complete=len(scores) == len(arms))
+    return {"environments": counted["env"].unique().tolist(), "families": found}
 
 
-def _family(scores: dict[float, np.ndarray]) -> dict[str, Any]:
+def _family(scores: dict[float, np.ndarray], complete: bool) -> dict[str, Any]:
     means = {value: interval(mean, matrix) for value, matrix in scores.items()}
     best = max(means, key=lambda value: means[value][0])
     score = means[best][0]
@@ -46,7 +44,8 @@ def _family(scores: dict[float, np.ndarray]) -> dict[str, Any]:
         "scores": list(means.values()),
         "best": best,
         "best_score": means[best],
-        "phi": interval(phi, *scores.values()),
+        # A value whose runs have failed may be the best one elsewhere
+        "phi": interval(phi, *scores.values()) if complete else None,
         # The absolute value: the best score can be below 0
         "near_best": [value for value in means if means[value][0] >= score - (1 - NEAR_BEST) * abs(score)],
     }

@@ -7,7 +7,6 @@ Timings are in `runs.csv` alone, so the statistics of a plan are the same on eve
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def compute(
     seeds: int,
     results: Sequence[Result],
     protocol: str | None = None,
-    families: Families = MappingProxyType({}),
+    families: Families | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
@@ -57,13 +56,14 @@ def compute(
     random, given, best = references["random_return"], references["reward_threshold"], references["best"]
     # Where no arm is shown to have learned, a share of the way to the best one would be noise
     beaten = pd.Series({env: _beats_random(rows) for env, rows in runs.groupby("env")})
+    beaten &= best > random  # where arms have finished different seeds, random is not that of the best arm alone
     scale = (best - random).where(beaten)
     threshold = given.fillna(random + THRESHOLD_SHARE * scale)
     runs["steps_to_threshold"] = [result.steps_to(threshold[result.run.env]) for result in results]
     # As if every time step took the same time: a run stores only its total
     runs["seconds_to_threshold"] = runs["steps_to_threshold"] / runs["steps_per_second"]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
-    value = {arm: value for arms in families.values() for value, arm in arms.items()}
+    value = {arm: value for arms in (families or {}).values() for value, arm in arms.items()}
     compared = [(a, b) for a, b in combinations(runs["arm"].unique(), 2) if value.get(a) == value.get(b)]
     environments = {
         env: {

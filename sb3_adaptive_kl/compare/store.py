@@ -2,7 +2,7 @@
 The results on disk: a folder that is consistent at all times.
 
     plan.yml           environments, arms, seeds and all hyperparameters
-    command.json       the command, versions, machine
+    command.json       the last command, versions, machine; those of earlier commands where they differ
     runs/…             a zoo log folder for each arm: runs/<arm>/<algo>/<env>_<seed + 1>
     failures/…         tracebacks of failed runs, which are retried the next time
     statistics.json, runs.csv, plots/…, report.md, report.html
@@ -30,6 +30,7 @@ from sb3_adaptive_kl.compare.backends import Outcome
 from sb3_adaptive_kl.compare.plan import Plan, Run
 
 PLAN_FILE, COMMAND_FILE = "plan.yml", "command.json"
+SETUP = ("versions", "python", "machine")
 UNFINISHED = ".unfinished-"
 # Points of a learning curve; each is the mean of the episodes that ended in the 5 % of the budget before it
 N_POINTS, WINDOW = 100, 0.05
@@ -46,7 +47,18 @@ class Result:
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Result":
+        """
+        Read a finished run.
+
+        :param run: as the plan has it
+        :param folder: of the run
+        :raises PlanError: if it was run otherwise: the plan has been edited in its folder
+        """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
+        for key in ("hyperparameters", "n_eval_episodes"):
+            if summary[key] != json.loads(json.dumps(getattr(run, key))):
+                remedy = "choose another folder for the new plan"
+                raise PlanError(f"{folder} was run with other {key} than {PLAN_FILE} has: {remedy}")
         updates = folder / "updates.csv"
         in_budget = episodes["timesteps"] <= run.budget
         return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)
@@ -129,15 +141,23 @@ class Store:
         if (folder / PLAN_FILE).is_file():
             if difference := cls.open(folder).plan.difference(plan):
                 raise PlanError(f"{folder} belongs to another plan, choose another folder: {'; '.join(difference)}")
+            store.results()  # they tell whether the file has been edited
         elif folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
             raise PlanError(f"{folder} is neither empty nor a results folder, choose another folder")
         with reported(f"cannot write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(f"{UNFINISHED}*/"):  # left behind by a killed driver
-                shutil.rmtree(path)
+            for path in folder.glob(f"{UNFINISHED}*"):  # left behind by a killed driver
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             store.write(PLAN_FILE, plan.dump())
-            store.write(COMMAND_FILE, json.dumps(command, indent=1))
+            store.write(COMMAND_FILE, json.dumps({**command, "earlier": store.earlier_setups(command)}, indent=1))
         return store
+
+    def earlier_setups(self, command: dict[str, Any]) -> list[dict[str, Any]]:
+        """Versions and machines of earlier commands, which runs may be from, other than those of this command."""
+        file = self.folder / COMMAND_FILE
+        earlier = json.loads(file.read_text()) if file.is_file() else command
+        setups = [{key: earlier.get(key) for key in SETUP}, *earlier.get("earlier", [])]
+        return [setup for setup in setups if setup != {key: command.get(key) for key in SETUP}]
 
     def finished(self, run: Run) -> bool:
         return (self.folder / run.folder / "run.json").is_file()

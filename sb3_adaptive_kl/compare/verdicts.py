@@ -3,7 +3,8 @@ Which differences between arms a report may call shown.
 
 Differences are paired by seed. An arm is called better only if 0 lies outside the bootstrap's interval, which is too narrow
 with few seeds, and outside Student's t interval, and if Student's p value survives Holm's correction (Holm 1979) for all
-comparisons of the same kind in the report. Then at most 5 % of the reports on equal arms call any of them better.
+comparisons of the same kind in the report. Then at most 5 % of the reports on equal arms call any of them better. With fewer
+than five seeds it would be more: three runs that fail or succeed alike look as if they were certain.
 """
 
 import sys
@@ -17,6 +18,7 @@ import scipy.optimize
 import scipy.stats
 
 from sb3_adaptive_kl.compare.intervals import CONFIDENCE, interval, mean
+from sb3_adaptive_kl.compare.plan import FEW_SEEDS
 
 POWER = 0.8  # the usual choice: Cohen, Statistical Power Analysis for the Behavioral Sciences, 1988
 
@@ -50,8 +52,8 @@ def student(differences: list[float]) -> list[Any]:
 
 
 def _p(differences: list[float]) -> float | None:
-    """Student's p value of both sides; None for fewer than three seeds, which never show a winner."""
-    if len(differences) < 3:
+    """Student's p value of both sides; None for fewer seeds than can show a winner."""
+    if len(differences) < FEW_SEEDS:
         return None
     # Equal differences do not have an error: p is 0 unless they are 0
     t = abs(fmean(differences)) / max(float(scipy.stats.sem(differences)), sys.float_info.min)
@@ -89,9 +91,9 @@ def detectable(seeds: int, comparisons: int = 1) -> float | None:
 
     :param seeds: number of paired differences
     :param comparisons: by how many the level is divided, as Holm's method does for the smallest p value
-    :return: in standard deviations of the paired differences; None for fewer than three seeds, which never show one
+    :return: in standard deviations of the paired differences; None for fewer seeds than can show one
     """
-    if seeds < 3:
+    if seeds < FEW_SEEDS:
         return None
     limit = scipy.stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, seeds - 1)
     # The noncentral distribution is that of the t value if there is a difference

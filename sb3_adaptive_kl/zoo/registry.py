@@ -25,14 +25,19 @@ ALGORITHMS = {
 }
 # The start-up hook has a copy, because it must not import this package at interpreter start
 REGISTRIES = ("rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
+# Set in a module that knows the algorithms: the launcher comes after the hook
+COMPLETED = "_has_sb3_adaptive_kl"
 
 
 def complete_registry(module: ModuleType) -> None:
     """
-    Add the algorithms to one of the zoo's modules. A name that it already has is not replaced.
+    Add the algorithms to one of the zoo's modules, once. A name that it already has is not replaced.
 
     :param module: one of ``REGISTRIES``, already executed
     """
+    if vars(module).setdefault(COMPLETED, False):
+        return
+    setattr(module, COMPLETED, True)
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
             # The user may have registered an algorithm of this name

@@ -43,18 +43,25 @@ def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
         text = parsed.get(name)
         if not isinstance(text, str):
             continue
-        match = re.fullmatch(r"(clip_)?(lin_)?(\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
-        if name == "clip_range" and match is None:
+        clip = text.removeprefix("clip_") if name == "target_kl" else text  # clip_ makes a target of a clip range
+        value = _number_or_schedule(clip)
+        if name == "clip_range" and not any(map(str.isdigit, text)):
             continue  # the algorithm knows "outliers", and suggests it for "outlier"
-        # clip_ makes a target of a clip range, and nothing else
-        if match is None or float(match[3]) == 0 or (match[1] and name != "target_kl"):
+        if value is None:
             raise ValueError(f"{name}={text!r}{remedy}")
-        value = LinearSchedule(float(match[3]), 0.0, 1.0) if match[2] else float(match[3])
-        parsed[name] = clip_equivalent_target(value) if match[1] else value
+        parsed[name] = value if clip == text else clip_equivalent_target(value)
     reference = parsed.get("reference_policy")
-    if isinstance(reference, Mapping) and isinstance(coef := reference.get("kl_coef"), str):
-        match = re.fullmatch(r"lin_(\d*\.?\d+(?:[eE][-+]?\d+)?)", coef)
-        if match is None:
-            raise ValueError(f"reference_policy: kl_coef={coef!r} must be a number or lin_1.0")
-        parsed["reference_policy"] = {**reference, "kl_coef": LinearSchedule(float(match[1]), 0.0, 1.0)}
+    if isinstance(reference, Mapping) and isinstance(text := reference.get("kl_coef"), str):
+        value = _number_or_schedule(text)
+        if value is None:
+            raise ValueError(f"reference_policy: kl_coef={text!r} must be a number or lin_1.0")
+        parsed["reference_policy"] = {**reference, "kl_coef": value}
     return parsed
+
+
+def _number_or_schedule(text: str) -> float | LinearSchedule | None:
+    """Parse 0.02 or lin_0.02; None for anything else, and for 0."""
+    match = re.fullmatch(r"(lin_)?(\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
+    if match is None or float(match[2]) == 0:
+        return None
+    return LinearSchedule(float(match[2]), 0.0, 1.0) if match[1] else float(match[2])
