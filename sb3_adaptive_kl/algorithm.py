@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 
 from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches, kl_coef_limits
-from sb3_adaptive_kl.fast.eager import fast_collection
+from sb3_adaptive_kl.fast.eager import fast_collection, is_enabled
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
@@ -75,7 +75,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     _rollouts_at_bound: int = 0  # of β, in a row; negative at the lower bound
     _rollouts_at_limit: int = 0  # of the learning rate's factor, likewise
     _randomness_checked: bool = False
-    _versions: dict[int, int]  # of the policy's parameters; see Snapshot
 
     _compiler: "Compiler | None" = None
     _reference: Reference | None = None
@@ -105,15 +104,14 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
             self._prepare_reference()
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
-        self._versions = {}
-        if self.compile:
+        if self.compile and is_enabled():
             from sb3_adaptive_kl.fast.compiled import Compiler  # not at module level: only users of compile=True need it
 
             self._compiler = Compiler()
 
     def _excluded_save_params(self) -> list[str]:
-        # Compiled code and identities cannot be saved, and _setup_model makes them anew
-        return [*super()._excluded_save_params(), "_compiler", "_versions", "_reference"]
+        # Compiled code cannot be saved, and _setup_model makes it anew
+        return [*super()._excluded_save_params(), "_compiler", "_reference"]
 
     def _prepare_reference(self) -> None:
         """

@@ -37,7 +37,6 @@ OUTLIERS = "outliers"
 
 # Numbers that may change from one update to the next: what they must be, and what to do instead
 NUMBERS = {
-    "kl_coef": ("> 0", "it is β, which the rule moves from init_kl_coef on"),
     "kl_cutoff_coef": (">= 0", "0 leaves the hinge out, TF-Agents uses 1000"),
     "learning_rate_scale": ("> 0", "1 is the learning rate itself"),
 }
@@ -55,13 +54,6 @@ def check_arguments(model: Any) -> None:
     :param model: the algorithm, before its policy and buffer are set up
     :raises ValueError: if one is out of range
     """
-    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
-    # Not only positive: a β that cannot stay where it is would surprise. After load(), the running β is checked, too
-    for name, remedy in (("init_kl_coef", "move it or the bounds"), ("kl_coef", "pass load() a kl_coef that fits the bounds")):
-        value = getattr(model, name, low)
-        if not is_number(value) or not low <= value <= high:
-            limits = f"within kl_coef_bounds=({low:g}, {high:g})"
-            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
     check_settings(model)
     rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
     if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
@@ -88,6 +80,17 @@ def check_settings(model: Any) -> None:
     :param model: the algorithm
     :raises ValueError: if one is out of range
     """
+    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+    # Not only positive: a β that cannot stay where it is would surprise. kl_coef, the running β, may come from a checkpoint or
+    # a callback, and is not there before the first _setup_model()
+    for name, remedy in (
+        ("init_kl_coef", "move it or the bounds"),
+        ("kl_coef", "set one within them, for a saved model by load(path, kl_coef=...)"),
+    ):
+        value = getattr(model, name, low)
+        if not is_number(value) or not low <= value <= high:
+            limits = f"within kl_coef_bounds=({low:g}, {high:g})"
+            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
     remedy = "try 0.02; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
     if model.target_kl is None:
         remedy = "a model of PPO has none, pass load() a target_kl, such as 0.02; for no early stopping, leave it out"
@@ -105,8 +108,7 @@ def check_settings(model: Any) -> None:
                 f"{name}={value!r} must be a finite number or a schedule (a function of the remaining progress){_hint(value)}"
             )
     for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
-        # Before the first _setup_model() there is no β yet
-        value = getattr(model, name, model.init_kl_coef)
+        value = getattr(model, name)
         if not (value is None and name in OPTIONAL_NUMBERS):
             _check_number(name, value, requirement, remedy)
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
@@ -331,8 +333,10 @@ def _rule(
 
 
 def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
-    """Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``."""
-    # The words of the message are the check, so that they cannot contradict each other
+    """
+    Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``: it is parsed, so that the message
+    and the check cannot differ.
+    """
     relation, bound = requirement.replace(",", "").split()[:2]
     if not is_number(value) or value < float(bound) or (relation == ">" and value == float(bound)):
         raise ValueError(f"{name}={value!r} must be a finite number {requirement}: {remedy}{_hint(value)}")

@@ -14,8 +14,8 @@ from numbers import Real
 
 class LearningRateRule:
     """
-    The base of all rules for the learning rate. A rule must be pure: it is called again where an update is replayed, and on
-    every rank. The factor is kept between ``lowest`` and ``highest``.
+    The base of all rules for the learning rate. A rule must be pure: with several processes, every rank calls it and must get
+    the same number. The factor is kept between ``lowest`` and ``highest``.
     """
 
     lowest: float = 0.0
@@ -169,33 +169,20 @@ LEARNING_RATE_RULES: dict[str, Callable[..., LearningRateRule]] = {
 }
 
 
-def next_scale(rule: LearningRateRule, scale: float, kl: float, target_kl: float, balance: float) -> tuple[float, int]:
+def limited(rule: LearningRateRule, wanted: float, kl: float) -> tuple[float, int]:
     """
-    Apply a rule after an update, and keep its result within its limits. Parameters: as for ``LearningRateRule``.
+    Keep what a rule returned within its limits.
 
-    :return: factor for the next update, > 0, and the limit that stopped the rule: 1 the highest, −1 the lowest, 0 neither
-    :raises ValueError: if the rule did not return a positive, finite number
+    :param rule: the rule
+    :param wanted: the factor that it, or its ``within_update``, returned
+    :param kl: the KL that it was called with, for the error
+    :return: the factor, > 0, and the limit that stopped the rule: 1 the highest, −1 the lowest, 0 neither
+    :raises ValueError: if it is not a positive, finite number
     """
-    wanted = _checked(rule(scale, kl, target_kl, balance), f"{rule!r} returned", f"kl={kl}")
-    return min(max(wanted, rule.lowest), rule.highest), (wanted > rule.highest) - (wanted < rule.lowest)
-
-
-def scale_within_update(rule: LearningRateRule, scale: float, kl: float, target_kl: float, balance: float) -> float:
-    """
-    Apply a rule within an update, and keep its result within its limits. Parameters: as for ``within_update``.
-
-    :return: factor for the rest of the update, > 0
-    :raises ValueError: if the rule did not return a positive, finite number
-    """
-    wanted = _checked(rule.within_update(scale, kl, target_kl, balance), f"{rule!r}.within_update returned", f"kl={kl}")
-    return min(max(wanted, rule.lowest), rule.highest)
-
-
-def _checked(wanted: float, source: str, case: str) -> float:
     # A factor of 0 could never grow again
     if not isinstance(wanted, Real) or not 0 < wanted < math.inf:
         raise ValueError(
-            f"learning_rate_rule={source} {wanted!r} for {case}: it must return a positive number, also for inf, which "
-            "stands for an undone update"
+            f"learning_rate_rule={rule!r} returned {wanted!r} for kl={kl}: it must return a positive number, also for inf, "
+            "which stands for an undone update"
         )
-    return float(wanted)
+    return float(min(max(wanted, rule.lowest), rule.highest)), (wanted > rule.highest) - (wanted < rule.lowest)

@@ -17,7 +17,7 @@ from numbers import Integral
 
 class PenaltyRule:
     """
-    The base of all rules for β. A rule must be pure: it is called again where an update is replayed, and on every rank.
+    The base of all rules for β. A rule must be pure: with several processes, every rank calls it and must get the same number.
 
     A rule with ``segments`` above 1 also moves β during the update, after each of so many equal parts of it but the last.
     """

@@ -13,22 +13,15 @@ class Snapshot:
     The parameters, buffers and optimizer state of a policy at one moment.
 
     :param policy: the policy to copy from, and to restore
-    :param versions: what the last snapshot left in it, empty for the first; it is changed. A frozen parameter that nobody has
-        written to since then is not copied: a pretrained backbone may be large
     """
 
-    def __init__(self, policy: ActorCriticPolicy, versions: dict[int, int]) -> None:
+    def __init__(self, policy: ActorCriticPolicy) -> None:
         self.optimizer = policy.optimizer
         # Not copy.deepcopy(policy): gSDE's exploration matrices and the last distribution carry a graph. Not state_dict():
-        # it leaves out non-persistent buffers, and may hold things that are not tensors. A dict keeps each tensor once:
-        # the optimizer may move parameters that the policy does not have
+        # it leaves out non-persistent buffers, and may hold things that are not tensors. Frozen parameters, too: a moving
+        # average of others is frozen. A dict keeps each once: the optimizer may move parameters that the policy does not have
         tensors = [*policy.parameters(), *policy.buffers(), *optimized_parameters(policy.optimizer)]
-        each = {id(tensor): tensor for tensor in tensors}
-        # torch counts the writes to a tensor. (A moving average of other parameters is frozen, too, but written to)
-        still = {key for key, tensor in each.items() if not tensor.requires_grad and versions.get(key) == tensor._version}
-        self.tensors = [tensor for key, tensor in each.items() if key not in still]
-        versions.clear()
-        versions.update({key: tensor._version for key, tensor in each.items() if isinstance(tensor, th.nn.Parameter)})
+        self.tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self.saved = [tensor.detach().clone() for tensor in self.tensors]
         self.optimizer_state = deepcopy(policy.optimizer.state_dict())
 
@@ -43,4 +36,4 @@ class Snapshot:
         """Check that every number that was finite still is. A constant −inf, as in an attention mask, does no harm."""
         still = [(tensor.isfinite() | ~saved.isfinite()).all() for tensor, saved in zip(self.tensors, self.saved, strict=True)]
         # One synchronization with the device. Parts of a policy may be on others
-        return not still or bool(th.stack([each.to(still[0].device) for each in still]).all())
+        return bool(th.stack([each.to(still[0].device) for each in still]).all())

@@ -32,7 +32,7 @@ from sb3_adaptive_kl.arguments import (
 )
 from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, mean_kl, warn_at_bound, warn_at_limit
 from sb3_adaptive_kl.fast.eager import fast_update, one_kernel
-from sb3_adaptive_kl.learning_rate import next_scale, scale_within_update
+from sb3_adaptive_kl.learning_rate import limited
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.metrics import UpdateMetrics, log_update
 from sb3_adaptive_kl.objective import Settings
@@ -89,14 +89,14 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self.step_scale = 1.0
         # torch's distributions skip their argument checks: NaN is caught once, in the measured KL
         with fast_update(self.policy, self.rollout_buffer):
-            snapshot = Snapshot(self.policy, self._versions)
+            snapshot = Snapshot(self.policy)
             old_policy = OldPolicy(self.policy, self.rollout_buffer, self.kl_divergence, self._reference)
             try:
                 self._optimize(old_policy, SegmentedControl(rule, self._steps_per_update, bounds), settings, metrics)
             except ValueError:
                 # torch's distributions refuse the NaN of a diverged network. If the policy can still be evaluated, it has not
                 # diverged, and the error was something else
-                if math.isfinite(old_policy.kl().mean):  # on this process alone: the error may be, too
+                if math.isfinite(old_policy.kl().mean):  # measured without the other ranks, which may not have failed
                     raise
             step.drop_other_gradients(self.policy)
             kl = self._measure_kl(old_policy)
@@ -152,7 +152,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                         settings = settings._replace(kl_coef=self.kl_coef)
                         if lr_rule is not None:
                             measured = mean_kl(kls), settings.target_kl, metrics.balance(settings, segment)
-                            self._scale_learning_rate(scale_within_update(lr_rule, self.learning_rate_scale, *measured))
+                            wanted = lr_rule.within_update(self.learning_rate_scale, *measured)
+                            self._scale_learning_rate(limited(lr_rule, wanted, measured[0])[0])
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
@@ -227,7 +228,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         lr_rule = learning_rate_rule(self.learning_rate_rule)
         if lr_rule is not None and target_kl > MIN_SCHEDULED_TARGET_KL:
             used = self.learning_rate_scale
-            self.learning_rate_scale, side = next_scale(lr_rule, used, kl.mean, target_kl, metrics.balance(settings))
+            wanted = lr_rule(used, kl.mean, target_kl, metrics.balance(settings))
+            self.learning_rate_scale, side = limited(lr_rule, wanted, kl.mean)
             self._rollouts_at_limit = count_at_bound(self._rollouts_at_limit, 0 if clips and side > 0 else side)
             learning_rate = self.policy.optimizer.param_groups[0]["lr"] * self.learning_rate_scale / used
             warn_at_limit(self._rollouts_at_limit, self.learning_rate_scale, learning_rate)

@@ -9,7 +9,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
 from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, mean_kl, warn_at_limit
-from sb3_adaptive_kl.learning_rate import FunctionLearningRate, next_scale, scale_within_update
+from sb3_adaptive_kl.learning_rate import FunctionLearningRate, limited
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from tests.conftest import CASES, collect, logged
 
@@ -44,11 +44,7 @@ def test_rule(scale, kl, expected):
     ],
 )
 def test_the_factor_is_kept_within_the_rules_limits(rule, scale, kl, balance, expected):
-    assert next_scale(rule, scale, kl, 0.01, balance) == expected
-
-
-def test_the_factor_is_kept_within_the_rules_limits_during_an_update():
-    assert scale_within_update(BalancedLearningRate(decrease_within=2.0), 1.5e-3, 0.01, 0.01, balance=0.1) == 1e-3
+    assert limited(rule, rule(scale, kl, 0.01, balance), kl) == expected
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, "highest value 10 for"), (-1, "lowest value 10 for")])
@@ -225,5 +221,5 @@ class Broken(LearningRateRule):
 
 def test_users_rule_that_returns_no_factor_within_an_update_is_named():
     model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Broken()}))
-    with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.*\.within_update returned 0.0 for kl="):
+    with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.* returned 0.0 for kl="):
         model.train()

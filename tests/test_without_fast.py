@@ -43,6 +43,13 @@ def test_training_without_fast_gives_the_same_numbers(monkeypatch):
         np.testing.assert_allclose(without[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_nothing_is_compiled_without_fast(monkeypatch):
+    monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", "0")
+    monkeypatch.setattr(th, "compile", None)
+    model = AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), compile=True, **SMALL).learn(64)
+    assert "time/compilation" not in model.logger.name_to_value
+
+
 def test_compiling_with_an_old_torch_warns(monkeypatch):
     monkeypatch.setattr(th, "compile", lambda model, *, fullgraph: model)
     with pytest.warns(UserWarning, match=r"compile=True: torch 2\.13 or newer is needed.*runs uncompiled"):

@@ -171,7 +171,7 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )
     env.close()
-    return list(map(finite_return, returns))
+    return list(map(finite_return, returns))  # type: ignore[arg-type]  # a list with return_episode_rewards
 
 
 def finite_return(value: Any) -> float:

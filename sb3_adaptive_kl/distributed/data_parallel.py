@@ -41,7 +41,7 @@ from sb3_adaptive_kl.distributed.synchronization import (
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy, RolloutKL
-from sb3_adaptive_kl.step import ComputeGradients
+from sb3_adaptive_kl.step import ComputeGradients, optimized_parameters
 from sb3_adaptive_kl.training import KLPenaltyTraining
 
 # What the update depends on besides arguments
@@ -100,7 +100,7 @@ class DataParallel(KLPenaltyTraining):
 
     def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
         # Only those that every rank counts as the critic's: a rank may probe other branches of a network
-        mine, parameters = super()._critic_parameters(old_policy), list(self.policy.parameters())
+        mine, parameters = super()._critic_parameters(old_policy), optimized_parameters(self.policy.optimizer)
         everywhere = gather(th.tensor([id(parameter) in mine for parameter in parameters]).to(th.uint8)).all(dim=0)
         return {id(parameters[i]) for i in everywhere.nonzero()}
 
@@ -165,6 +165,8 @@ class DataParallel(KLPenaltyTraining):
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         """Give all ranks the state of rank 0, if they were given the same arguments."""
+        if self.kl_cutoff_coef:  # the hinge of a mean is not the mean of the ranks' hinges
+            raise ValueError(f"kl_cutoff_coef={self.kl_cutoff_coef!r} needs one process: pass 0, and a kl_ceiling")
         wait_for_all_ranks()
         check_agreement(
             {

@@ -13,8 +13,8 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
-from sb3_adaptive_kl.rollout.evaluation import evaluate, valid_transitions
+from sb3_adaptive_kl.objective import MinibatchMetrics, Settings
+from sb3_adaptive_kl.rollout.evaluation import valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import to_device
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, in_layout_of, optimized_parameters
@@ -36,35 +36,12 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
     def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
         # Clip the mean of all ranks, not each rank's part
         alone = settings._replace(normalize_advantage=False, max_grad_norm=math.inf)
-        hinge = excess = 0.0
-        if settings.kl_cutoff_coef is not None:
-            # The slope of c · e², e = KL − cutoff, depends on the KL of all ranks: one more forward pass tells it, and the
-            # hinge is then a larger β
-            excess = max(_mean_kl(rollout_data, index, old_policy) - CUTOFF * settings.target_kl, 0.0)
-            hinge = settings.kl_cutoff_coef * excess
-            alone = alone._replace(kl_cutoff_coef=None, kl_coef=settings.kl_coef + 2 * hinge)
         n_metrics = len(MinibatchMetrics._fields) - (settings.clip_range is None)
         metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], n_metrics, old_policy)
         metrics = _average(metrics, len(index), parameters)
-        if settings.kl_cutoff_coef is not None:  # 2 c e · KL was computed instead of c · e²
-            loss, kl_loss, kl = (MinibatchMetrics._fields.index(name) for name in ("loss", "kl_loss", "kl"))
-            metrics[[loss, kl_loss]] += hinge * (excess - 2 * metrics[kl])
         return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
     return compute
-
-
-def _mean_kl(rollout_data: Any, index: th.Tensor, old_policy: OldPolicy) -> float:
-    """Measure the mean KL of a minibatch of all ranks, before its step."""
-
-    def of_this_rank() -> th.Tensor:
-        with th.no_grad():
-            new = evaluate(old_policy.policy, rollout_data, old_policy.needs_distribution)
-            return old_policy.divergence(index, new).sum().reshape(1)
-
-    total = th.cat([_or_nan(of_this_rank, 1, old_policy).cpu(), th.tensor([len(index)])])
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
 
 
 def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> th.Tensor:

@@ -3,8 +3,7 @@
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch as th
@@ -51,19 +50,6 @@ class Compilation:
         """Warn, with the name of the argument in front."""
         warn_user(f"compile=True: {message}")
 
-    @contextmanager
-    def tracing_gradients(self) -> Iterator[None]:
-        """Let ``th.autograd.grad`` be compiled: an option of torch's compiler, set for this thread only."""
-        import torch._dynamo
-
-        if not self.failed and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.give_up(f"torch {th.__version__} cannot compile torch.autograd.grad")
-        if self.failed:
-            yield
-            return
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            yield
-
 
 class Compiled(Generic[P, T]):
     """
@@ -79,11 +65,10 @@ class Compiled(Generic[P, T]):
         self.function = function
         self.compilation = compilation
         self.fast: Callable[P, T] | None = None
-        self.changes_too_often = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         # It may be called from a function that is being compiled
-        if self.compilation.failed or self.changes_too_often or th.compiler.is_compiling():
+        if self.compilation.failed or th.compiler.is_compiling():
             return self.function(*args, **kwargs)
         if self.fast is None:
             self.fast = _compile(self.function)
@@ -97,14 +82,8 @@ class Compiled(Generic[P, T]):
         except Exception as error:
             if not _is_from_compiler(error):
                 raise
-            if isinstance(error, th._dynamo.exc.FailOnRecompileLimitHit):
-                self.changes_too_often = True
-                self.compilation.warn(
-                    f"{self.function.__name__.strip('_')}() is no longer compiled: it was recompiled too often for new shapes "
-                    "or attributes. TORCH_LOGS=recompiles shows which"
-                )
-            else:
-                self.compilation.give_up(error)
+            too_often = isinstance(error, th._dynamo.exc.FailOnRecompileLimitHit)
+            self.compilation.give_up("Too many shapes or attributes: see TORCH_LOGS=recompiles" if too_often else error)
             raise NotCompiled from error
         if counters["stats"]["unique_graphs"] > n_graphs:
             self.compilation.seconds += time.perf_counter() - start

@@ -53,6 +53,9 @@ class Compiler:
         :return: a context with a function that computes the same up to rounding
         """
         plain = partial(compute_gradients, policy, old_policy)
+        if self.compilation.failed:
+            yield plain
+            return
         if hooked := hooked_parameter(policy):
             if not self._warned:
                 self.compilation.warn(f"only backward() calls the hooks on {hooked}: training runs uncompiled")
@@ -76,8 +79,10 @@ class Compiler:
             return metrics, norm
 
         for parameter in optimized_parameters(policy.optimizer):
-            parameter.grad = None  # one that was frozen since would keep moving
-        with self.compilation.tracing_gradients():
+            parameter.grad = None  # one that was frozen since the last update would still be moved by its old gradient
+        import torch._dynamo  # not at module level: it takes a second, and `failed` says that it may be of no use
+
+        with torch._dynamo.config.patch(trace_autograd_ops=True):  # let th.autograd.grad be compiled, in this thread only
             yield compute
 
     @contextmanager

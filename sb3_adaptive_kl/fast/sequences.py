@@ -16,7 +16,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.rollout.distributions import STOCK_PACKAGES, is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock
 from sb3_adaptive_kl.rollout.minibatches import to_device
 
 # Modules whose _get_samples pads sequences, and does nothing else
@@ -79,7 +79,7 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
 def hands_sequences_on(policy: ActorCriticPolicy) -> bool:
     """Whether a policy has LSTMs of torch, and only ``_process_sequence`` looks at hidden states and episode starts."""
     lstms = [lstm for name in ("lstm_actor", "lstm_critic") if (lstm := getattr(policy, name, None)) is not None]
-    stock = all(is_stock(policy, name, (*STOCK_PACKAGES, "sb3_adaptive_kl.")) for name in EVALUATING)
+    stock = all(is_stock(policy, name) for name in EVALUATING)
     return bool(lstms) and stock and all(type(lstm) is th.nn.LSTM for lstm in lstms)
 
 

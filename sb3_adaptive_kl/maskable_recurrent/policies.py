@@ -28,7 +28,8 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
     _action_masks: MaybeMasks = None
 
     def _build(self, lr_schedule: Schedule) -> None:
-        # SB3 has made a distribution without masks, and would build its networks: for MultiBinary with half the outputs
+        # SB3's constructor made an unmasked distribution, for which the action network would be too small: a masked
+        # MultiBinary needs two outputs per switch
         self.action_dist = make_masked_proba_distribution(self.action_space)
         MaskableActorCriticPolicy._build(self, lr_schedule)  # type: ignore[arg-type]  # it calls what both policies have
 

@@ -1,1 +1,1 @@
-"""Everything learned from SB3's objects: the hosts, their rollout buffers, and the action distributions of their policies."""
+"""What is read from the rollout buffers, policies and action distributions of SB3 and sb3-contrib."""

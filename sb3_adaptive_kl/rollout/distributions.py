@@ -230,7 +230,7 @@ def has_closed_form(distribution: Distribution, actions: th.Tensor, valid: th.Te
 
 
 def _inside(head: Any, actions: th.Tensor) -> th.Tensor:
-    """Replace actions that have ends by some between them: near its ends a user's ``log_prob`` may clamp an action."""
+    """Replace bounded actions by the middle of their range: a user's ``log_prob`` may clamp actions near the bounds."""
     bijections = _bijections(head)
     if not (bijections or isinstance(_nested(head)[-1], Beta)):
         return actions

@@ -58,7 +58,8 @@ def minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple
 
 def to_device(array: Any, device: th.device) -> th.Tensor:
     """
-    Copy an array to a device. From ordinary memory, a GPU would only take it once it has done everything else.
+    Copy an array to a device. A copy from pageable memory waits for all work that a GPU has been given; from pinned memory it
+    is queued like everything else.
 
     :param array: NumPy's, or a tensor on the CPU; on the CPU, memory is shared
     :param device: where to

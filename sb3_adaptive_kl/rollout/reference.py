@@ -109,20 +109,21 @@ class Reference:
             "with an entropy bonus, or check its file and the observations for NaN"
         )
 
-    def check_comparable(self, mine: ActionDistribution, policys: ActionDistribution, action_dist: Distribution) -> None:
+    def check_comparable(self, reference: ActionDistribution, policy: ActionDistribution, action_dist: Distribution) -> None:
         """
         Check that there is a KL divergence between the reference's distributions and the policy's.
 
-        :param mine: of the reference
-        :param policys: of the policy in training
+        :param reference: those of the reference
+        :param policy: those of the policy in training
         :param action_dist: what they are the parameters of
         :raises ValueError: if they are of two families, or of two shapes, or transformed in two ways
         """
-        its, ours = (*_form(mine), *self._bijections), (*_form(policys), *bijections(action_dist))
-        if its != ours:
+        reference_form, policy_form = (*_form(reference), *self._bijections), (*_form(policy), *bijections(action_dist))
+        if reference_form != policy_form:
             raise ValueError(
-                f"reference_policy={self._name} has {its}, and the policy in training {ours}: there is no KL divergence "
-                "between them, so pass a policy with the same action distribution (and the same numbers in its transforms)"
+                f"reference_policy={self._name} has {reference_form}, and the policy in training {policy_form}: there is no "
+                "KL divergence between them, so pass a policy with the same action distribution (and the same numbers in its "
+                "transforms)"
             )
 
     def _distribution(self, observations: Any, buffer: RolloutBuffer, index: th.Tensor) -> Distribution:
