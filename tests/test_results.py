@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sb3_adaptive_kl.compare.intervals import interval, matrices, probability_of_improvement
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "results.md").read_text()
 # First cell of a table → column of the runs, and its unit
@@ -43,6 +45,33 @@ def test_means_are_those_of_the_runs(file, first_cell, number):
     for env, *cells in rows:
         for name, cell in zip(head, cells, strict=True):
             assert as_number(cell.split()[0]) == pytest.approx(means[env, ARMS[name]], abs=0.5 + 1e-9), (env, name)
+
+
+@pytest.mark.parametrize(("file", "number"), [("judged.csv", 0), ("seven_environments.csv", 1)])
+def test_probabilities_are_those_of_the_runs(file, number):
+    runs = pd.read_csv(DOCS / "study" / file)
+    _, rows = table("probability that the first is better", number)
+    n_arms = runs["arm"].nunique()
+    assert len(rows) == n_arms * (n_arms - 1) / 2
+    for column, cells in (("area", [row[1] for row in rows]), ("final_return", [row[2] for row in rows])):
+        of_arms = matrices(runs, column)
+        for (names, *_), cell in zip(rows, cells, strict=True):
+            a, b = (of_arms[ARMS[name]] for name in names.split(", "))
+            published = [float(part) for part in re.findall(r"[\d.]+", cell)]
+            expected = interval(probability_of_improvement, a, b)
+            assert published[0] == pytest.approx(expected[0], abs=5.1e-4), (names, column)
+            assert published == pytest.approx(expected, abs=0.02), (names, column)  # limits of other bootstrap samples
+
+
+def test_headline_has_the_figures_of_the_table():
+    """Of the results page, and of the README, which rounds to whole percent."""
+    _, ((first, learning, final), *_) = table("probability that the first is better")
+    assert first == "held 0.03 + clip, PPO"
+    (better, low, high), at_the_end = ([float(part) for part in re.findall(r"[\d.]+", cell)] for cell in (learning, final))
+    page, readme = (" ".join(text.split()) for text in (PAGE, (DOCS.parent / "README.md").read_text()))
+    assert f"ours was better in {better:.2f} (95 % interval: {low:.2f} to {high:.2f})" in page
+    assert "no difference was shown: {:.2f} ({:.2f} to {:.2f})".format(*at_the_end) in page
+    assert f"in {100 * better:.0f} % (95 % interval: {100 * low:.0f} to {100 * high:.0f} %)" in readme
 
 
 @pytest.fixture
