@@ -66,7 +66,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
-    :param init_kl_coef: β before the first update, > 0. The running value is the attribute ``kl_coef``, which ``save`` keeps.
+    :param init_kl_coef: β before the first update, within ``kl_coef_bounds``. The running value is the attribute ``kl_coef``,
+        which ``save`` keeps.
     :param kl_rule: How β moves: ``"adaptive"`` (the paper's rule), ``"predictive"`` (several times within an update, towards
         the KL predicted for its end), ``"fixed"``, ``"proportional"``; with other numbers as a mapping,
         ``{"name": "adaptive", "high": 2.0}``, or as an object, ``AdaptivePenalty(high=2.0)``; any ``PenaltyRule``, or a
@@ -78,7 +79,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         :func:`~sb3_adaptive_kl.step_back.shorten_step`. The rules for β and the learning rate are given the KL of the whole
         step.
     :param learning_rate_rule: How a factor of ``learning_rate`` moves: ``None`` (default: not at all); ``"balanced"``, the
-        second actuator next to a rule for β (lowered while the KL buys less gain than it should, raised while it buys more);
+        second actuator next to a rule for β (lowered while the KL buys less gain than it should, raised while it buys three
+        times as much; it needs ``normalize_advantage=True``);
         ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, once per update, as in robotics;
         with ``kl_rule="fixed"``, or two controllers answer the same error); with other numbers as a mapping; any
         ``LearningRateRule``, or a function of the factor, the KL, its target and the balance. The running factor is the

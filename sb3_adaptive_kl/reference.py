@@ -36,7 +36,8 @@ class ReferencePolicy:
         package, or a policy saved by ``policy.save()``. Its action space and observation space are those of the environment.
     :param kl_coef: c, ≥ 0: a number, or a function of the current progress remaining (from 1 to 0), such as
         ``lambda progress: progress`` for a penalty that fades. 0 measures and logs the KL only. Next to normalized advantages,
-        c keeps the KL below some 1/(2c²) nats. With ``target_kl``, the first value of a coefficient that moves.
+        c lets the KL grow to roughly 1/(2c²) nats, which is no bound. With ``target_kl``, the first value of a coefficient
+        that moves.
     :param target_kl: The KL to the reference to hold, in nats, > 0: after every update, the coefficient is moved by the rule
         of :class:`~sb3_adaptive_kl.AdaptivePenalty`, within ``kl_coef_bounds``. ``None`` (default): it follows ``kl_coef``.
     :param direction: ``"reverse"`` (default) KL(policy‖reference), mode-seeking: forbids what the reference never does, and

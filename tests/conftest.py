@@ -25,9 +25,9 @@ from stable_baselines3.common.envs import (
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_adaptive_kl import step
 from sb3_adaptive_kl.arguments import settings_at
-from sb3_adaptive_kl.objective import MinibatchMetrics, objective
-from sb3_adaptive_kl.rollout.evaluation import evaluate
+from sb3_adaptive_kl.objective import MinibatchMetrics
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from tests.ranks import Ranks
 
@@ -137,9 +137,9 @@ def minibatch_loss(
     model: Any, old_policy: OldPolicy, rollout_data: Any, index: th.Tensor, **changes: Any
 ) -> tuple[th.Tensor, MinibatchMetrics]:
     """The loss of one minibatch and its parts, under the model's settings with some of them changed."""
-    new = evaluate(model.policy, rollout_data, old_policy.needs_distribution)
     settings = settings_at(model, model._current_progress_remaining)._replace(**changes)
-    return objective(new, old_policy.divergence(index, new), settings)
+    loss, metrics = step.minibatch_loss(model.policy, old_policy, rollout_data, index, settings)
+    return loss, MinibatchMetrics(*metrics, *[None] * (len(MinibatchMetrics._fields) - len(metrics)))
 
 
 def parameters(model: OnPolicyAlgorithm) -> th.Tensor:

@@ -22,7 +22,9 @@ COMPILE = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NE
 @pytest.mark.parametrize("case", FAMILIES)
 def test_rollout_is_the_hosts(case):
     """Bootstrapping, the ends of episodes, gSDE's noise and its resets: same seed, same buffer as PPO's."""
-    theirs, ours = (collect(FAMILIES[case].build(algorithm, **SMALL)).rollout_buffer for algorithm in (PPO, AdaptiveKLPPO))
+    kwargs = {"n_steps": 256, "batch_size": 256}
+    theirs, ours = (collect(FAMILIES[case].build(algorithm, **kwargs)).rollout_buffer for algorithm in (PPO, AdaptiveKLPPO))
+    assert ours.episode_starts[1:].any()
     for name in ("observations", "actions", "rewards", "advantages", "returns", "values", "log_probs"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
 
@@ -183,8 +185,10 @@ def test_wrapper_of_the_class_is_called():
     assert len(calls) == SMALL["n_steps"]
 
 
-def test_wrapper_set_during_a_rollout_is_kept():
-    model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+@pytest.mark.usefixtures("compiler")
+@COMPILE
+def test_wrapper_set_during_a_rollout_is_kept(compile):
+    model = CASES["box"].build(AdaptiveKLPPO, compile=compile, **SMALL)
     calls = []
 
     def wrap_once(*_):
@@ -201,6 +205,25 @@ def test_wrapper_set_during_a_rollout_is_kept():
     th.nn.init.constant_(model.policy.value_net.bias, 3.0)
     with th.no_grad():
         assert model.policy(th.zeros(1, 3))[1] == 3.0
+    assert model.policy.action_dist.distribution is not None  # compiled code leaves none
+
+
+@NEEDS_COMPILER
+@pytest.mark.usefixtures("compiler")
+def test_distribution_in_a_callback_of_a_compiled_rollout():
+    """Compiled code leaves none behind; get_distribution() gives it."""
+    model = CASES["box"].build(AdaptiveKLPPO, compile=True, **SMALL)
+    seen = []
+
+    def look(*_):
+        seen.append(model.policy.action_dist.distribution)
+        with th.no_grad():
+            assert model.policy.get_distribution(th.zeros(1, 3)).distribution.mean.shape == (1, 1)
+        model.policy.action_dist.distribution = None
+        return True
+
+    collect(model, look)
+    assert seen == [None] * SMALL["n_steps"]
 
 
 @NEEDS_COMPILER

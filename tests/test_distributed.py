@@ -147,7 +147,9 @@ def learned_twice() -> dict[str, Any]:
     model.learn(256)
     model.policy.mlp_extractor.policy_net.requires_grad_(False)
     model.policy.action_net.requires_grad_(False)
+    frozen = model.policy.action_net.weight.clone()
     model.learn(256, reset_num_timesteps=False, progress_bar=True)
+    assert th.equal(model.policy.action_net.weight, frozen)
     return outcome(model)
 
 

@@ -75,7 +75,7 @@ def kill() -> None:
 
 
 def hang() -> None:
-    time.sleep(4 * SHORT.total_seconds())
+    time.sleep(2 * SHORT.total_seconds())
 
 
 def fail_in_rollout(fail: Callable[[], None], checkpoints: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_rank_that_ends_ends_the_others_at_once(
     first, second, third = mortal_ranks.run(function, fail, tmp_path / "checkpoints", ends=True)
     assert time.monotonic() - start < TIMEOUT.total_seconds() / 2
     assert type(second) is (KeyError if fail is raise_error else type(None))
-    assert type(first) is type(third) is RuntimeError
+    assert all(isinstance(error, RuntimeError) for error in (first, third))
     if function is fail_in_rollout:  # it can be continued from the last checkpoint
         # Rank 0 saves at the end of each rollout. It does not know yet, when it ends the third
         steps = sorted(int(path.name.split("_")[2]) for path in (tmp_path / "checkpoints").iterdir())
@@ -110,7 +110,7 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(mortal_ranks: Ranks
     start = time.monotonic()
     first, _, third = mortal_ranks.run(fail_in_update, hang, None, timeout=SHORT, ends=True)
     assert time.monotonic() - start > SHORT.total_seconds()
-    assert type(first) is type(third) is RuntimeError
+    assert all(isinstance(error, RuntimeError) for error in (first, third))
 
 
 def learn_unless_rank_1() -> None:
@@ -123,7 +123,7 @@ def learn_unless_rank_1() -> None:
 
 def test_a_rank_that_does_not_call_learn_is_named(mortal_ranks: Ranks) -> None:
     first, _, third = mortal_ranks.run(learn_unless_rank_1, ends=True)
-    assert type(first) is type(third) is RuntimeError
+    assert all(isinstance(error, RuntimeError) for error in (first, third))
     assert "Rank 1 failed to pass monitoredBarrier in 2000 ms" in str(first)
 
 

@@ -241,3 +241,8 @@ class Learned(OtherFamilyInside):
 def test_a_part_that_the_kl_would_miss_is_refused(family):
     with pytest.raises(ValueError, match=rf"no closed-form KL .* {family.__name__} .* pass kl_divergence='k3'"):
         build(family).learn(64)
+
+
+@pytest.mark.parametrize("family", [Conditional, Reversed, OtherFamilyInside, StateDependent, Learned])
+def test_the_remedy_for_a_part_that_the_kl_would_miss(family):
+    assert logged(build(family, kl_divergence="k3").learn(64))["kl"] > 0

@@ -34,9 +34,7 @@ def test_first_update_equals_ppo_for_every_divergence(case, divergence):
     assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"clip_range_vf": 0.1}, {"normalize_advantage": False}, {"vf_coef": 2.0, "max_grad_norm": 0.01}]
-)
+@pytest.mark.parametrize("kwargs", [{"normalize_advantage": False}, {"vf_coef": 2.0, "max_grad_norm": 0.01}])
 def test_first_update_equals_ppo_with_options(kwargs):
     ppo = CASES["box"].build(PPO, **FULL_BATCH, **kwargs).learn(128)
     ours = CASES["box"].build(AdaptiveKLPPO, **FULL_BATCH, **kwargs).learn(128)

@@ -106,6 +106,10 @@ def test_it_is_saved_and_continued(tmp_path):
     assert loaded.learning_rate_scale == pytest.approx(1.5)
     loaded.learn(64, reset_num_timesteps=False)
     assert logged(loaded)["learning_rate"] == pytest.approx(3e-4 * 1.5)
+    numbers = {"learning_rate": 1e-4, "learning_rate_scale": 1.0}  # another rate, from which it begins anew
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", env=CASES["box"].make_env(), **numbers)
+    loaded.learn(64, reset_num_timesteps=False)
+    assert logged(loaded)["learning_rate"] == pytest.approx(1e-4)
 
 
 def test_without_a_rule_nothing_is_logged_or_changed():

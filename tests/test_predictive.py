@@ -196,8 +196,9 @@ def test_it_is_saved_and_continued(tmp_path):
     loaded.learn(64, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("kl_divergence", ["forward", "reverse", "k3", "pearson"])
-@pytest.mark.parametrize("name", ["box", "gsde-squashed", "multidiscrete", "dict"])
+@pytest.mark.parametrize(
+    ("name", "kl_divergence"), [("box", "pearson"), ("gsde-squashed", "forward"), ("multidiscrete", "reverse"), ("dict", "k3")]
+)
 def test_with_every_divergence_and_option(name, kl_divergence):
     model = CASES[name].build(
         AdaptiveKLPPO,
@@ -210,13 +211,13 @@ def test_with_every_divergence_and_option(name, kl_divergence):
         **SMALL,
     )
     model.learn(3 * 64)
-    assert math.isfinite(logged(model)["kl"])
+    assert logged(model)["kl"] > 0  # an update that is undone logs 0
     assert model.kl_coef != 1.0
 
 
 def test_padded_sequences_and_a_single_minibatch():
     """β moves after each segment but the first step alone, and after the update; with a single minibatch only after it."""
-    lstm = Case("MlpLstmPolicy", pendulum)
+    lstm, numbers = Case("MlpLstmPolicy", pendulum), {"gain": 0.1, "max_ratio": 1000.0}  # no limit stops it
     for kwargs, n_moves in (({"batch_size": None}, 3), ({"batch_size": 16}, 10), ({"n_epochs": 1, "batch_size": 64}, 1)):
         moves = []
 
@@ -226,11 +227,11 @@ def test_padded_sequences_and_a_single_minibatch():
                 return moves[-1]  # noqa: B023
 
         model = collect(
-            lstm.build(RecurrentAdaptiveKLPPO, kl_rule=Counting(), kl_coef_bounds=(1e-6, 1e6), **{**SMALL, **kwargs})
+            lstm.build(RecurrentAdaptiveKLPPO, kl_rule=Counting(**numbers), kl_coef_bounds=(1e-6, 1e6), **{**SMALL, **kwargs})
         )
         model.train()
         assert len(moves) == n_moves
-        assert model.kl_coef == moves[-1] == PredictivePenalty()(logged(model)["kl_coef"], logged(model)["kl"], 0.01)
+        assert model.kl_coef == moves[-1] == PredictivePenalty(**numbers)(logged(model)["kl_coef"], logged(model)["kl"], 0.02)
 
 
 class Dropping(BaseFeaturesExtractor):

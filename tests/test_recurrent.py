@@ -209,8 +209,10 @@ class CartPoleWithoutVelocities(gym.ObservationWrapper):
 @pytest.mark.filterwarnings("ignore:kl_coef has been at its lower bound")  # The feed-forward policy cannot learn the task
 @pytest.mark.parametrize(
     ("algorithm", "policy", "remembers"),
-    [(RecurrentAdaptiveKLPPO, "MlpLstmPolicy", True), (AdaptiveKLPPO, "MlpPolicy", False)],
-    ids=["lstm", "feed-forward"],
+    [
+        pytest.param(RecurrentAdaptiveKLPPO, "MlpLstmPolicy", True, id="lstm"),
+        pytest.param(AdaptiveKLPPO, "MlpPolicy", False, id="feed-forward", marks=pytest.mark.slow),
+    ],
 )
 def test_only_the_lstm_learns_a_task_that_needs_memory(algorithm, policy, remembers):
     """

@@ -152,7 +152,7 @@ def test_an_update_whose_shortened_step_cannot_be_measured_is_undone(monkeypatch
 def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try():
     """With a jump in d, no try comes close to the limit, and the last one may be too far."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
-    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy, {})
+    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy)
     weight = model.policy.action_net.weight
     before = weight.detach().clone()
     with th.no_grad():
@@ -173,7 +173,7 @@ def test_the_policy_is_left_at_the_longest_allowed_step_and_not_at_the_last_try(
 def test_the_second_search_begins_with_the_kl_of_the_whole_step():
     """Where the critic has to be scaled, too, and d is quadratic in the scale of all, one try is enough."""
     model = collect(CASES["box"].build(AdaptiveKLPPO, **SMALL))
-    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy, {})
+    critics, snapshot = critic_parameters(remember(model)), Snapshot(model.policy)
     actor, critic = model.policy.action_net.weight, model.policy.value_net.weight
     before = [weight.detach().clone() for weight in (actor, critic)]
     with th.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+from scipy import optimize
 
 from sb3_adaptive_kl import AdaptivePenalty, BalancedLearningRate, FixedPenalty, PredictivePenalty
 from sb3_adaptive_kl.clip_range import outlier_clip_range
@@ -30,6 +31,19 @@ def estimate(function):
     return function(th.tensor(np.log(RATIO))).numpy()
 
 
+def two_actions(c):
+    """
+    KL to a uniform reference where surrogate and penalty balance: π ∝ e^(Â/c), the advantages of the two actions being
+    normalized under π, so that they differ by 1/√(p (1 − p)).
+    """
+    p = optimize.brentq(lambda p: balanced_coefficient(p) - c, 0.51, 0.9)
+    return exact(np.array([p, 1 - p]), np.array([0.5, 0.5]))
+
+
+def balanced_coefficient(p):
+    return 1 / (math.sqrt(p * (1 - p)) * math.log(p / (1 - p)))
+
+
 BETA = {"12.9": 0.003, "7.1": 0.01, "5.0": 0.02, "4.1": 0.03}
 # The number as printed on the page, and its exact value
 NUMBERS = {
@@ -50,12 +64,18 @@ NUMBERS = {
     "1.65": math.sqrt(math.e),
     "0.3181": gaussian_kl(*normal(0, 1), *normal(0, 2)).item(),
     "0.8069": gaussian_kl(*normal(0, 2), *normal(0, 1)).item(),
+    "1.51": optimize.minimize_scalar(balanced_coefficient, bounds=(0.51, 0.999), method="bounded").fun,
+    "0.28": two_actions(1.6),
+    "0.15": two_actions(2),
+    "0.20": 1 / (2 * 1.6**2),
+    "0.125": 1 / (2 * 2**2),
+    "0.49": outlier_clip_range(0.03),
     **{printed: 1 / math.sqrt(2 * target) for printed, target in BETA.items()},
 }
 # Settings, not results: the paper's arXiv number, targets, a KL, noise, the paper's tolerance, and those of the defaults
 GIVEN = {
     *("1707.06347", "1909.08593", "0.003", "0.01", "0.02", "0.03", "0.0196", "0.5", "1.6"),
-    *("1.5", "1.4", "1.15", "1.3", "0.2", "0.3", "0.4", "0.8", "0.9"),
+    *("1.5", "1.4", "1.15", "1.3", "0.2", "0.3", "0.8", "0.9"),
 }
 
 
@@ -76,12 +96,12 @@ def test_settings_on_the_page_are_the_defaults():
     assert (rule.max_ratio, rule.gain) == (math.e, 0.5)
     assert rf"k + (k - k_\text{{before}}) \cdot \text{{segments left}},\ {rule.floor:g} \, k" in THEORY
     assert r"\mathrm{clip}\left( \frac{\hat d}{d_\text{targ}},\ \frac{1}{e},\ e \right)^{1/2}" in THEORY
-    assert f"aims at {TARGET_FRACTION:g} times the ceiling" in THEORY
+    assert f"aims at {TARGET_FRACTION:g} D, first" in THEORY
     actuator, text = BalancedLearningRate(), " ".join(THEORY.split())
     assert f"divides the learning rate by {actuator.decrease:g} after an update with b below {actuator.low:g} whose" in text
     assert f"multiplies it by {actuator.increase:g} where b is above {actuator.high:g}" in text
     assert f"by {actuator.decrease_within:g} within an update at each segment with b below {actuator.low / 2:g}" in text
-    assert f"d is between {MIN_FRACTION:g} times the ceiling and the ceiling" in THEORY
+    assert f"d is between {MIN_FRACTION:g} D and D" in text
 
 
 def test_closed_forms_of_the_example():
