@@ -48,7 +48,7 @@ def summarize(store: Store) -> int:
         "statistics": computed,
         "given_names": list(plan.families or plan.names),
         "timings": runs.groupby(["env", "arm"], sort=False).agg(timed) if len(runs) else runs,
-        "command": command,
+        "command": {"earlier": [], **command},  # a folder of an older version has none
         "command_line": shlex.join(command["command"]),
         "n_runs": len(list(plan.runs())),
         "n_finished": len(runs),
