@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import action_distribution
-from sb3_adaptive_kl.rollout.old_policy import ACTIVATION_BYTES, CHUNK_PROBE_SIZE
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged, remember
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -264,24 +263,6 @@ def test_several_agents_in_one_distribution():
     expected = th.distributions.kl_divergence(old, new.distribution).sum(dim=1)
     assert th.allclose(old_policy.divergence_on_rollout(), expected, rtol=1e-3, atol=1e-6)
     assert action_distribution(new).log_probs.shape == (64, 12)
-
-
-def test_a_sweep_of_a_wide_network_takes_few_transitions_at_a_time():
-    """As few as keep what a module returns small: memory follows the network, and not the length of the rollout."""
-    wide, narrow = 2**16, 8
-    for features_dim in (wide, narrow):
-        policy_kwargs = {
-            "features_extractor_class": Extractor,
-            "features_extractor_kwargs": {"features_dim": features_dim},
-            "net_arch": [],
-        }
-        model = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=256, batch_size=256, policy_kwargs=policy_kwargs))
-        sizes: list[int] = []
-        model.policy.action_net.register_forward_hook(lambda _, args, __, sizes=sizes: sizes.append(len(args[0])))
-        remember(model)
-        assert sizes[0] == CHUNK_PROBE_SIZE
-        assert sizes[1] == (256 if features_dim == narrow else ACTIVATION_BYTES // (4 * wide))
-        assert sum(sizes[1:]) == 256
 
 
 class MovingAverage(Extractor):

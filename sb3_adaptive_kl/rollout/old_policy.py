@@ -29,13 +29,11 @@ from sb3_adaptive_kl.rollout.evaluation import (
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, in_order, preserve_random_state, transitions_per_block
 from sb3_adaptive_kl.rollout.reference import Reference
 
-# Transitions per forward pass of a sweep: large enough to amortize overhead, small enough to keep memory flat. Sequences take
-# fewer, since they are padded; images only as many as fit into a block, and wide networks as many as keep what a module
-# returns below ACTIVATION_BYTES
-SWEEP_CHUNK_SIZE = 2048
+# Transitions per forward pass of a sweep: enough to amortize overhead, and few enough that a minibatch of 64, with its graph,
+# takes about as much memory. Sequences take fewer, since they are padded; images only as many as fit into a block
+SWEEP_CHUNK_SIZE = 512
 SEQUENCES_CHUNK_SIZE = 256
-ACTIVATION_BYTES = 2**23  # 64 transitions of 64 × 512 numbers: some minibatch, with its graph, takes more
-CHUNK_PROBE_SIZE = 64  # transitions that tell how much a module returns
+PROBE_SIZE = 64  # transitions that tell whether the critic can be left out
 
 
 class RolloutKL(NamedTuple):
@@ -80,7 +78,8 @@ class OldPolicy:
         self._n_transitions = buffer.buffer_size * buffer.n_envs
         self.distribution: ActionDistribution | None = None
         self.error: ValueError | None = None  # of the last measurement that failed
-        self._chunk_size = chunk_size_of(policy, buffer)
+        fitting = min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
+        self._chunk_size = SEQUENCES_CHUNK_SIZE if has_sequences(buffer) else fitting
         # An evaluation makes a new one: if this is still there afterwards, evaluate_actions did not use policy.action_dist
         before = torch_distribution(getattr(policy, "action_dist", None))
         self._actor_alone = self._divergence.needs_distribution and can_leave_the_critic_out(policy, buffer)
@@ -180,7 +179,7 @@ def sweep(
     policy: ActorCriticPolicy,
     buffer: RolloutBuffer,
     needs_distribution: bool,
-    chunk_size: int = CHUNK_PROBE_SIZE,
+    chunk_size: int,
     actor_alone: bool = False,
 ) -> Generator[tuple[Any, th.Tensor, Evaluation], None, None]:
     """
@@ -213,33 +212,7 @@ def can_leave_the_critic_out(policy: ActorCriticPolicy, buffer: RolloutBuffer) -
     if has_sequences(buffer) or not has_separate_actor(policy):
         return False
     # Tried: a hook, a module that was replaced, or the parameters of a user's distribution may lie on one of the two ways only
-    with closing(sweep(policy, buffer, needs_distribution=True)) as evaluations:
+    with closing(sweep(policy, buffer, True, PROBE_SIZE)) as evaluations:
         rollout_data, _, whole = next(evaluations)
         alone = evaluate_actor(policy, rollout_data)
         return type(alone.distribution) is type(whole.distribution) and not alone.distribution.kl(whole.distribution).any()
-
-
-def chunk_size_of(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> int:
-    """Find how many transitions a forward pass of a sweep may take."""
-    if has_sequences(buffer):
-        return SEQUENCES_CHUNK_SIZE
-    fitting = min(SWEEP_CHUNK_SIZE, transitions_per_block(buffer))
-    if fitting <= CHUNK_PROBE_SIZE:
-        return fitting
-    largest = 0
-
-    def note(module: th.nn.Module, args: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, th.Tensor):
-            largest = max(largest, output.numel() * output.element_size())
-
-    # Hooks see the activations of any network: a policy does not tell how wide it is. torch.jit.script's modules take none
-    modules = [module for module in policy.modules() if not isinstance(module, th.jit.ScriptModule)]
-    hooks = [module.register_forward_hook(note) for module in modules]
-    try:
-        with closing(sweep(policy, buffer, needs_distribution=False)) as evaluations:
-            _, index, _ = next(evaluations)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(min(fitting, ACTIVATION_BYTES * len(index) // max(largest, 1)), 1)
