@@ -7,6 +7,8 @@ import sys
 from sb3_adaptive_kl.compare import backends, statistics
 
 PLAN = {"environments": ["CartPole-v1"], "arms": ["ppo_kl", "ppo"], "seeds": 2, "n_timesteps": 1500, "n_eval_episodes": 2}
+# What command.json holds
+COMMAND = {"command": ["sb3-adaptive-kl", "compare"], "versions": {}, "python": "3", "machine": "here"}
 COMPARE = [sys.executable, "-m", "sb3_adaptive_kl.compare"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
 

@@ -15,7 +15,7 @@ from sb3_adaptive_kl.compare import backends, cli, plots, report, statistics
 from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.store import Store
-from tests.compare_results import COMPARE, ENVIRONMENT, PLAN, in_this_process
+from tests.compare_results import COMMAND, COMPARE, ENVIRONMENT, PLAN, in_this_process
 
 # These tests share the runs of one plan
 pytestmark = pytest.mark.xdist_group("compare")
@@ -33,7 +33,7 @@ def statistics_of(results: Path) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Results of all runs, executed one after the other in this process, without a report."""
-    store = Store.create(tmp_path_factory.mktemp("undisturbed") / "results", Plan.create(PLAN), {})
+    store = Store.create(tmp_path_factory.mktemp("undisturbed") / "results", Plan.create(PLAN), COMMAND)
     cli.carry_out(store, in_this_process)
     return store
 
@@ -96,7 +96,7 @@ def test_html_report_is_self_contained_and_both_reports_are_complete(completed):
     assert 'class="open"' in page  # a verdict without a winner is not highlighted
     assert 'class="shown"' not in page
     for content in (page, text):
-        assert "2 seeds: with fewer than 5, the intervals say little" in content
+        assert "2 seeds: with fewer than 5, intervals say little" in content
         assert "one thread on the CPU" in content
         assert "no difference is shown (ppo_kl − ppo = " in content
         assert "sb3-adaptive-kl compare --plan plan.yml" in content
@@ -143,7 +143,7 @@ def test_resumption_gives_the_same_statistics_and_repeats_no_finished_run(undist
 
 def test_run_is_kept_as_soon_as_it_has_finished(undisturbed, tmp_path):
     """A driver that is killed loses nothing but the runs that are going."""
-    store = Store.create(tmp_path / "results", undisturbed.plan, {})
+    store = Store.create(tmp_path / "results", undisturbed.plan, COMMAND)
 
     def backend(runs):
         for run in runs:
@@ -245,7 +245,7 @@ def test_runs_of_a_lost_ray_node_are_repeated_on_another(completed, tmp_path, mo
     other = cluster.add_node(num_cpus=1)
     try:
         plan = Plan.load(results / "plan.yml")
-        store = Store.create(tmp_path / "results", plan, {})
+        store = Store.create(tmp_path / "results", plan, COMMAND)
         running: set[str] = set()
 
         def lose_a_node(runs):

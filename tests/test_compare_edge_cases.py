@@ -14,9 +14,9 @@ from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.execute import Recorder, execute
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
+from tests.compare_results import COMMAND
 
 ENV = "CartPole-v1"
-COMMAND = {"command": ["sb3-adaptive-kl", "compare"], "versions": {}, "python": "3", "machine": "here"}
 FAILURE = "ValueError: Invalid learning rate: -1\n\nTraceback\nValueError: Invalid learning rate: -1"
 
 

@@ -13,7 +13,7 @@ import yaml
 from sb3_adaptive_kl.compare import backends, cli, plots
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
-from tests.compare_results import COMPARE, ENVIRONMENT, PLAN, in_this_process
+from tests.compare_results import COMMAND, COMPARE, ENVIRONMENT, PLAN, in_this_process
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_failing_arm_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     ("backend", "ending", "error"),
     [
         (in_this_process, "sys.exit('bye')", "SystemExit: bye\n"),
-        (backends.loky(jobs=1), "os.kill(os.getpid(), signal.SIGKILL)", "loky.process_executor.TerminatedWorkerError: "),
+        (backends.loky(jobs=1), "os.kill(os.getpid(), signal.SIGKILL)", "TerminatedWorkerError: "),
     ],
     ids=["exit", "kill"],
 )
@@ -120,7 +120,7 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
             yield run, "RuntimeError: killed"
 
     monkeypatch.setattr(cli, "Progress", Bars)
-    cli.carry_out(Store.create(tmp_path / "results", Plan.create({**PLAN, "arms": ["ppo"], "seeds": 1}), {}), backend)
+    cli.carry_out(Store.create(tmp_path / "results", Plan.create({**PLAN, "arms": ["ppo"], "seeds": 1}), COMMAND), backend)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "If its environment never ends an episode" in line] == lines[1:2]
     assert lines[2] == "[1/1] ppo CartPole-v1 seed 0: failed: RuntimeError: killed"

@@ -117,7 +117,7 @@ def test_masked_actions_contribute_zero_with_finite_gradients():
 def test_update_uses_the_masks_of_the_rollout(case):
     """With unchanged parameters, the update computes the same log-probabilities as the rollout."""
     model = collect(CASES[case].build(MaskableAdaptiveKLPPO, **SMALL))
-    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, True):
+    for _, _, evaluation in sweep(model.policy, model.rollout_buffer, True, 64):
         assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 

@@ -84,14 +84,14 @@ def test_update_uses_the_hidden_states_of_the_rollout(case):
     model = collect(CASES[case].build(RecurrentAdaptiveKLPPO, **SMALL))
     for context in (nullcontext(), sequences_at_once(model.policy, model.rollout_buffer)):
         with context:
-            for _, _, evaluation in sweep(model.policy, model.rollout_buffer, True):
+            for _, _, evaluation in sweep(model.policy, model.rollout_buffer, True, 64):
                 assert th.allclose(evaluation.log_prob, evaluation.old_log_prob, atol=1e-5)
 
 
 def test_kl_is_measured_on_whole_sequences():
     """Chunks begin with an episode or environment, since a cut sequence would start from the old policy's hidden state."""
     model = collect(CASES["two-environments"].build(RecurrentAdaptiveKLPPO, n_steps=300, batch_size=100))
-    chunks = [index.tolist() for _, index, _ in sweep(model.policy, model.rollout_buffer, True)]
+    chunks = [index.tolist() for _, index, _ in sweep(model.policy, model.rollout_buffer, True, 64)]
     assert [transition for chunk in chunks for transition in chunk] == list(range(600))
     assert len(chunks) > 2
     for first, *_ in chunks:
