@@ -54,6 +54,7 @@ def check_arguments(model: Any) -> None:
     :param model: the algorithm, before its policy and buffer are set up
     :raises ValueError: if one is out of range
     """
+    _check_kl_coef("init_kl_coef", model.init_kl_coef, model, "move it or the bounds")
     check_settings(model)
     rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
     if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
@@ -80,17 +81,8 @@ def check_settings(model: Any) -> None:
     :param model: the algorithm
     :raises ValueError: if one is out of range
     """
-    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
-    # Not only positive: a β that cannot stay where it is would surprise. kl_coef, the running β, may come from a checkpoint or
-    # a callback, and is not there before the first _setup_model()
-    for name, remedy in (
-        ("init_kl_coef", "move it or the bounds"),
-        ("kl_coef", "set one within them, for a saved model by load(path, kl_coef=...)"),
-    ):
-        value = getattr(model, name, low)
-        if not is_number(value) or not low <= value <= high:
-            limits = f"within kl_coef_bounds=({low:g}, {high:g})"
-            raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
+    # The running β is not there before the first _setup_model()
+    _check_kl_coef("kl_coef", getattr(model, "kl_coef", None), model, "set one within them, in load() by kl_coef=...")
     remedy = "try 0.02; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
     if model.target_kl is None:
         remedy = "a model of PPO has none, pass load() a target_kl, such as 0.02; for no early stopping, leave it out"
@@ -330,6 +322,15 @@ def _rule(
             f"{argument}={rule!r} is not a rule for {quantity}: pass one of {tuple(rules)}, or a function {signature}"
         )
     return rule
+
+
+def _check_kl_coef(name: str, value: Any, model: Any, remedy: str) -> None:
+    """Raise ValueError unless ``value``, if there is one, is a number within the bounds of β."""
+    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+    # Not only positive: a β that cannot stay where it is would surprise
+    if value is not None and (not is_number(value) or not low <= value <= high):
+        limits = f"within kl_coef_bounds=({low:g}, {high:g})"
+        raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
 
 
 def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:

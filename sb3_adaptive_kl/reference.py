@@ -74,7 +74,7 @@ def interpret_reference(value: Any) -> ReferencePolicy:
     if isinstance(value, Mapping):
         names = [field.name for field in fields(ReferencePolicy)]
         for name in value:
-            check_choice("reference_policy: name", name, tuple(names))
+            check_choice("reference_policy: argument", name, tuple(names))
         if "policy" not in value:
             raise ValueError(f"reference_policy={dict(value)!r} has no 'policy': add the path of a saved model")
         value = ReferencePolicy(**value)

@@ -58,7 +58,7 @@ ABOVE_CEILING = (
 MAX_UNDONE_IN_A_ROW = 5
 # A KL above this share of the target is enough to mislead a rule, whose band is the target times 1.5
 SMALL_KL = 0.1
-# A clip range acts if it clips at least this share of the ratios. At the target, the outlier clip clips some 5 %
+# A clip range acts if it clips at least this share of the ratios. At the target, the outlier clip clips some 4 %
 MIN_CLIP_FRACTION = 0.01
 
 

@@ -183,7 +183,7 @@ def test_error_names_schedule_with_invalid_value(name, value):
 
 def test_loaded_beta_must_be_within_new_bounds(tmp_path):
     CASES["discrete"].build(AdaptiveKLPPO).save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"^kl_coef=1.0 must be .* within kl_coef_bounds=\(2, 4\): .*by load\(path, kl_coef="):
+    with pytest.raises(ValueError, match=r"^kl_coef=1.0 must be .* within kl_coef_bounds=\(2, 4\): .*in load\(\) by kl_coef="):
         AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0)
     assert AdaptiveKLPPO.load(tmp_path / "model", kl_coef_bounds=(2, 4), init_kl_coef=3.0, kl_coef=2.0).kl_coef == 2.0
 
@@ -219,6 +219,13 @@ def test_callback_that_sets_an_invalid_value_is_told(name, value, message):
     model = CASES["box"].build(AdaptiveKLPPO, n_steps=64, batch_size=32)
     with pytest.raises(ValueError, match=message):
         model.learn(64, callback=lambda *_: setattr(model, name, value) or True)
+
+
+def test_callback_may_move_beta_and_its_bounds():
+    """What β began with does not matter any more."""
+    model = CASES["box"].build(AdaptiveKLPPO, n_steps=64, batch_size=32)
+    model.learn(64, callback=lambda *_: vars(model).update(kl_coef=3.0, kl_coef_bounds=(2, 8)) or True)
+    assert 2 <= model.kl_coef <= 8
 
 
 def test_model_of_ppo_that_is_loaded_needs_a_target(tmp_path):

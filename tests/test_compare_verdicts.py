@@ -126,6 +126,13 @@ def test_equal_arms_are_rarely_called_better(distribution, n_environments):
     assert n_called <= 50
 
 
+def test_three_seeds_would_call_equal_arms_better():
+    """Why fewer than five never do: 435 of 1,000 studies of seven environments."""
+    returns = bimodal(np.random.default_rng(0), (1000, 7, 3, 3))
+    p = scipy.stats.ttest_1samp(returns - np.roll(returns, 1, axis=2), 0, axis=3).pvalue.reshape(1000, -1)
+    assert sum((verdicts.holm(study) <= 0.05).any() for study in p) == pytest.approx(435, abs=20)
+
+
 def test_student_interval_agrees_with_the_t_table():
     """For 1, 2, 3: 2 ± 4.303 · 1/√3, with 2 degrees of freedom."""
     assert verdicts.student([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)

@@ -167,12 +167,19 @@ def test_a_policy_that_diverged_on_one_rank_undoes_the_update_on_all(ranks: Rank
     assert first["parameters"].isfinite().all()
 
 
-def error_of_a_hinge() -> str:
+def error_of_a_hinge(by_callback: bool) -> str:
+    model = DistributedAdaptiveKLPPO("MlpPolicy", make_env(), kl_cutoff_coef=0.0 if by_callback else 1000.0, **SMALL)
+
+    def callback(*_: Any) -> bool:
+        model.kl_cutoff_coef = 1000.0
+        return True
+
     with pytest.raises(ValueError) as error:  # noqa: PT011  # matched in the main process
-        DistributedAdaptiveKLPPO("MlpPolicy", make_env(), kl_cutoff_coef=1000.0, **SMALL).learn(64)
+        model.learn(64, callback)
     return str(error.value)
 
 
-def test_hinge_is_refused(ranks: Ranks) -> None:
-    for message in ranks.run(error_of_a_hinge):
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_hinge_is_refused(ranks: Ranks, by_callback: bool) -> None:
+    for message in ranks.run(error_of_a_hinge, by_callback):
         assert message == "kl_cutoff_coef=1000.0 needs one process: pass 0, and a kl_ceiling"

@@ -223,6 +223,19 @@ class Broken(LearningRateRule):
         return 0.0
 
 
+class Falling(Broken):
+    lowest = 0.5
+
+    def within_update(self, scale, kl, target_kl, balance):
+        return 1e-9
+
+
+def test_the_factor_is_kept_within_the_rules_limits_during_an_update():
+    model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Falling()}))
+    model.train()
+    assert model.learning_rate_scale == 0.5
+
+
 def test_users_rule_that_returns_no_factor_within_an_update_is_named():
     model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Broken()}))
     with pytest.raises(ValueError, match=r"learning_rate_rule=.*Broken.* returned 0.0 for kl="):

@@ -324,6 +324,9 @@ def test_registration_twice_is_registration_once(monkeypatch):
         complete_registry(module)
     manager = experiment_manager("ppo_kl")
     assert joined == [manager]
+    assert (
+        vars(exp_manager)[COMPLETED] is exp_manager.__spec__
+    )  # a module that is reloaded has another, and is registered again
     assert rl_zoo3.utils.create_test_env is create_test_env
 
 

@@ -39,7 +39,7 @@ def attempt(run: Run, report: Callable[[int], None]) -> Outcome:
 
 
 def _described(error: BaseException) -> str:
-    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    line = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     return "\n".join([line, "", *traceback.format_exception(error)])
 
 

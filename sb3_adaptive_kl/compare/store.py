@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -55,10 +55,14 @@ class Result:
         :raises PlanError: if it was run otherwise: the plan has been edited in its folder
         """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
-        for key in ("hyperparameters", "n_eval_episodes"):
-            if summary[key] != json.loads(json.dumps(getattr(run, key))):
-                remedy = "choose another folder for the new plan"
-                raise PlanError(f"{folder} was run with other {key} than {PLAN_FILE} has: {remedy}")
+        ran, planned = (
+            {**run["hyperparameters"], "n_eval_episodes": run["n_eval_episodes"]}
+            for run in (summary, json.loads(json.dumps(asdict(run))))  # JSON has lists for tuples
+        )
+        if changed := [
+            f"{key}: {ran.get(key)} → {planned.get(key)}" for key in {**ran, **planned} if ran.get(key) != planned.get(key)
+        ]:
+            raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {'; '.join(changed)}")
         updates = folder / "updates.csv"
         in_budget = episodes["timesteps"] <= run.budget
         return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)

@@ -4,7 +4,7 @@ Which differences between arms a report may call shown.
 Differences are paired by seed. An arm is called better only if 0 lies outside the bootstrap's interval, which is too narrow
 with few seeds, and outside Student's t interval, and if Student's p value survives Holm's correction (Holm 1979) for all
 comparisons of the same kind in the report. Then at most 5 % of the reports on equal arms call any of them better. With fewer
-than five seeds it would be more: three runs that fail or succeed alike look as if they were certain.
+than five seeds it would be more: of three, those that happen to fail or succeed together give a tiny p value.
 """
 
 import sys

@@ -61,7 +61,7 @@ class DataParallel(KLPenaltyTraining):
     transitions of all ranks, and logged episodes are those of all ranks. ``learn()`` raises ``RanksDisagree`` on all ranks if
     they hold different arguments or parameters, and torch's ``RuntimeError`` if another rank has ended or does not arrive.
 
-    :raises ValueError: if there is no process group
+    :raises ValueError: if there is no process group; by ``learn()``, with a ``kl_cutoff_coef``
     """
 
     _ended_episodes: list[tuple[int, dict[str, Any], bool]]  # time step, info and done
@@ -152,6 +152,7 @@ class DataParallel(KLPenaltyTraining):
         overwrite(statistics, [pooled(old, new) for old, *new in zip(old_statistics, *new_statistics, strict=True)])
         average_buffers(self.policy)
         check_agreement(self._facts(), CAUSES_OF_DIFFERENCE)
+        self._check_hinge()  # a callback may have set it
         return all(continue_training)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
@@ -165,8 +166,6 @@ class DataParallel(KLPenaltyTraining):
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         """Give all ranks the state of rank 0, if they were given the same arguments."""
-        if self.kl_cutoff_coef:  # the hinge of a mean is not the mean of the ranks' hinges
-            raise ValueError(f"kl_cutoff_coef={self.kl_cutoff_coef!r} needs one process: pass 0, and a kl_ceiling")
         wait_for_all_ranks()
         check_agreement(
             {
@@ -181,6 +180,7 @@ class DataParallel(KLPenaltyTraining):
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
         )
+        self._check_hinge()
         broadcast_parameters(self)
         if dist.get_rank() > 0:
             self.verbose = 0
@@ -192,6 +192,10 @@ class DataParallel(KLPenaltyTraining):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         return super()._init_callback(callbacks_of_this_rank(callback, progress_bar), progress_bar=False)
+
+    def _check_hinge(self) -> None:
+        if self.kl_cutoff_coef:  # the hinge of a mean is not the mean of the ranks' hinges
+            raise ValueError(f"kl_cutoff_coef={self.kl_cutoff_coef!r} needs one process: pass 0, and a kl_ceiling")
 
     def _facts(self) -> dict[str, Any]:
         """Collect what decides about an update. Arguments that a user's subclass adds may differ."""

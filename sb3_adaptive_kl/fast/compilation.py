@@ -83,7 +83,9 @@ class Compiled(Generic[P, T]):
             if not _is_from_compiler(error):
                 raise
             too_often = isinstance(error, th._dynamo.exc.FailOnRecompileLimitHit)
-            self.compilation.give_up("Too many shapes or attributes: see TORCH_LOGS=recompiles" if too_often else error)
+            self.compilation.give_up(
+                "Recompiled too often for new shapes or attributes; TORCH_LOGS=recompiles shows which" if too_often else error
+            )
             raise NotCompiled from error
         if counters["stats"]["unique_graphs"] > n_graphs:
             self.compilation.seconds += time.perf_counter() - start

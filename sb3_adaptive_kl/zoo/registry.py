@@ -25,7 +25,7 @@ ALGORITHMS = {
 }
 # The start-up hook has a copy, because it must not import this package at interpreter start
 REGISTRIES = ("rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
-# Set in a module that knows the algorithms: the launcher comes after the hook
+# Set to its specification in a module that knows the algorithms: the launcher comes after the hook. A reload makes another
 COMPLETED = "_has_sb3_adaptive_kl"
 
 
@@ -35,9 +35,8 @@ def complete_registry(module: ModuleType) -> None:
 
     :param module: one of ``REGISTRIES``, already executed
     """
-    if vars(module).setdefault(COMPLETED, False):
+    if vars(module).get(COMPLETED, False) is module.__spec__:
         return
-    setattr(module, COMPLETED, True)
     if module.__name__ == "rl_zoo3.utils":
         for algo, class_name in ALGORITHMS.items():
             # The user may have registered an algorithm of this name
@@ -55,3 +54,4 @@ def complete_registry(module: ModuleType) -> None:
             module.HYPERPARAMS_CONVERTER.setdefault(algo, module.HYPERPARAMS_CONVERTER[host])
     elif module.__name__ == "rl_zoo3.exp_manager":
         extend_manager(module.ExperimentManager, ALGORITHMS)
+    setattr(module, COMPLETED, module.__spec__)
