@@ -1,8 +1,10 @@
 """For tests of comparisons: a small plan and how it is run, and statistics of runs that the fixture `make` writes to disk."""
 
+import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 
 from sb3_adaptive_kl.compare import backends, statistics
 
@@ -35,3 +37,23 @@ def in_this_process(runs):
         outcome = backends.attempt(run, lambda timesteps: None)
         signal.signal(signal.SIGINT, on_interrupt)
         yield run, outcome
+
+
+def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, threshold=475.0):
+    """Files of a finished run: updates as (time step, KL), None if not measured; episodes as (time step, return)."""
+    penalty = "1.0,0.01" if run.algo == "ppo_kl" else ","
+    summary = {
+        **asdict(run),
+        "timesteps": 256,
+        "final_returns": [final],
+        "random_returns": [10.0],
+        "reward_threshold": threshold,
+        "seconds": 1.0,
+        "machine": "here",
+    }
+    files = {"run.json": json.dumps(summary), "episodes.csv": "timesteps,return,length\n"}
+    files["episodes.csv"] += "".join(f"{timestep},{value},1\n" for timestep, value in episodes)
+    if updates is not None:
+        rows = "".join(f"{timestep},{kl},{kl},{penalty}\n" for timestep, kl in updates)
+        files["updates.csv"] = "timesteps,kl,kl_max,kl_coef,target_kl\n" + rows
+    return {name: content.encode() for name, content in files.items()}

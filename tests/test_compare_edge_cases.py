@@ -1,8 +1,7 @@
 """Reports of comparisons with little data: one update, seed, arm or episode, failed runs. A warning fails these tests."""
 
 import io
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -10,34 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from sb3_adaptive_kl.compare import intervals, plots, report
-from sb3_adaptive_kl.compare.arms import PlanError
 from sb3_adaptive_kl.compare.execute import Recorder, execute
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
-from tests.compare_results import COMMAND
+from tests.compare_results import COMMAND, finished
 
 ENV = "CartPole-v1"
 FAILURE = "ValueError: Invalid learning rate: -1\n\nTraceback\nValueError: Invalid learning rate: -1"
-
-
-def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, threshold=475.0):
-    """Files of a finished run: updates as (time step, KL), None if not measured; episodes as (time step, return)."""
-    penalty = "1.0,0.01" if run.algo == "ppo_kl" else ","
-    summary = {
-        **asdict(run),
-        "timesteps": 256,
-        "final_returns": [final],
-        "random_returns": [10.0],
-        "reward_threshold": threshold,
-        "seconds": 1.0,
-        "machine": "here",
-    }
-    files = {"run.json": json.dumps(summary), "episodes.csv": "timesteps,return,length\n"}
-    files["episodes.csv"] += "".join(f"{timestep},{value},1\n" for timestep, value in episodes)
-    if updates is not None:
-        rows = "".join(f"{timestep},{kl},{kl},{penalty}\n" for timestep, kl in updates)
-        files["updates.csv"] = "timesteps,kl,kl_max,kl_coef,target_kl\n" + rows
-    return {name: content.encode() for name, content in files.items()}
 
 
 @dataclass
@@ -85,49 +63,6 @@ def summarize(tmp_path, capsys, monkeypatch):
         return Summary(exit_code, text, capsys.readouterr().err, runs_csv, figures[0] if figures else None, figures)
 
     return summarize
-
-
-@pytest.fixture
-def finished_store(tmp_path):
-    """A results folder with a finished run."""
-    plan = Plan.create({"environments": [ENV], "arms": ["ppo"], "seeds": 1, "n_timesteps": 256, "n_eval_episodes": 1})
-    store = Store.create(tmp_path / "results", plan, COMMAND)
-    for run in plan.runs():
-        store.keep(run, finished(run))
-    return store
-
-
-@pytest.mark.parametrize(("key", "old", "new"), [("n_epochs", 20, 10), ("n_eval_episodes", 1, 2)])
-def test_runs_of_a_plan_that_was_edited_in_its_folder_are_refused(finished_store, key, old, new):
-    """The edited file is the folder's plan: nothing but the runs themselves tells that they are of another one."""
-    file = finished_store.folder / "plan.yml"
-    file.write_text(file.read_text().replace(f"{key}: {old}", f"{key}: {new}"))
-    with pytest.raises(PlanError, match=rf"plan.yml was edited after .* choose another folder: {key}: {old} → {new}$"):
-        Store.create(finished_store.folder, Plan.load(file), COMMAND)
-
-
-def test_report_names_the_versions_of_earlier_commands(finished_store):
-    """They are kept once each, however often the comparison is resumed."""
-    folder, plan = finished_store.folder, finished_store.plan
-    for version in ("2", "2", "1", "2", "1"):
-        store = Store.create(folder, plan, {**COMMAND, "versions": {"torch": version}})
-    report.summarize(store)
-    for file in ("report.md", "report.html"):
-        text = (folder / file).read_text()
-        for earlier in (", torch 2", ""):
-            assert f"some of the runs may be from: here; Python 3{earlier}\n" in text.replace("</p>", "\n")
-        assert text.count("may be from") == 2
-    (folder / "command.json").write_text(json.dumps(COMMAND))  # as older versions wrote it
-    report.summarize(store)
-    assert "may be from" not in (folder / "report.md").read_text()
-
-
-def test_files_that_a_killed_driver_left_are_removed(finished_store):
-    """A file, or the folder of a run."""
-    (finished_store.folder / ".unfinished-report.html").touch()
-    (finished_store.folder / ".unfinished-run").mkdir()
-    Store.create(finished_store.folder, finished_store.plan, COMMAND)
-    assert not list(finished_store.folder.glob(".unfinished*"))
 
 
 def test_one_update_that_changes_the_policy_is_drawn(summarize):

@@ -61,7 +61,7 @@ class Recorder(BaseCallback):
         for info in self.locals["infos"]:
             if "episode" in info:
                 episode = info["episode"]
-                self.episodes.append((self.num_timesteps, finite_return(episode["r"]), int(episode["l"])))
+                self.episodes.append((self.num_timesteps, _finite_return(episode["r"]), int(episode["l"])))
         if time.monotonic() - self._reported > 0.5:
             self._reported = time.monotonic()
             self._report(self.num_timesteps)
@@ -171,10 +171,10 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
         model, env, n_eval_episodes=run.n_eval_episodes, deterministic=manager.deterministic_eval, return_episode_rewards=True
     )
     env.close()
-    return list(map(finite_return, returns))  # type: ignore[arg-type]  # a list with return_episode_rewards
+    return list(map(_finite_return, returns))  # type: ignore[arg-type]  # a list with return_episode_rewards
 
 
-def finite_return(value: Any) -> float:
+def _finite_return(value: Any) -> float:
     """Convert a return, and refuse one that cannot be averaged or drawn."""
     if not np.isfinite(value):
         raise ValueError(f"an episode's return is {value}: only finite rewards can be compared")

@@ -55,14 +55,11 @@ class Result:
         :raises PlanError: if it was run otherwise: the plan has been edited in its folder
         """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
-        ran, planned = (
-            {**run["hyperparameters"], "n_eval_episodes": run["n_eval_episodes"]}
-            for run in (summary, json.loads(json.dumps(asdict(run))))  # JSON has lists for tuples
-        )
-        if changed := [
-            f"{key}: {ran.get(key)} → {planned.get(key)}" for key in {**ran, **planned} if ran.get(key) != planned.get(key)
-        ]:
-            raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {'; '.join(changed)}")
+        ran, planned = _settings(summary), _settings(json.loads(json.dumps(asdict(run))))  # JSON has lists for tuples
+        changed = [key for key in {**ran, **planned} if ran.get(key) != planned.get(key)]
+        if changed:
+            changes = "; ".join(f"{key}: {ran.get(key)} → {planned.get(key)}" for key in changed)
+            raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {changes}")
         updates = folder / "updates.csv"
         in_budget = episodes["timesteps"] <= run.budget
         return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)
@@ -103,6 +100,11 @@ class Result:
         """Time steps until the learning curve reaches the threshold; NaN if it never does, or the threshold is NaN."""
         started = self.points >= self.episodes["timesteps"].min()
         return float(min(self.points[(self.curve >= threshold) & started], default=np.nan))
+
+
+def _settings(run: dict[str, Any]) -> dict[str, Any]:
+    """What a run's numbers depend on, from the fields of a ``Run``."""
+    return {**run["hyperparameters"], "n_eval_episodes": run["n_eval_episodes"]}
 
 
 def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:

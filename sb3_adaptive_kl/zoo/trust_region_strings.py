@@ -43,13 +43,13 @@ def parse_trust_region(hyperparams: dict[str, Any]) -> dict[str, Any]:
         text = parsed.get(name)
         if not isinstance(text, str):
             continue
-        clip = text.removeprefix("clip_") if name == "target_kl" else text  # clip_ makes a target of a clip range
-        value = _number_or_schedule(clip)
         if name == "clip_range" and not any(map(str.isdigit, text)):
             continue  # the algorithm knows "outliers", and suggests it for "outlier"
+        of_clip_range = name == "target_kl" and text.startswith("clip_")
+        value = _number_or_schedule(text.removeprefix("clip_") if of_clip_range else text)
         if value is None:
             raise ValueError(f"{name}={text!r}{remedy}")
-        parsed[name] = value if clip == text else clip_equivalent_target(value)
+        parsed[name] = clip_equivalent_target(value) if of_clip_range else value
     reference = parsed.get("reference_policy")
     if isinstance(reference, Mapping) and isinstance(text := reference.get("kl_coef"), str):
         value = _number_or_schedule(text)
