@@ -1,17 +1,23 @@
 """Test MaskableRecurrentAdaptiveKLPPO: masks and padding together."""
 
+import copy
+import pickle
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from sb3_contrib.common.wrappers import ActionMasker
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiDiscrete
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_adaptive_kl import MaskableAdaptiveKLPPO, MaskableRecurrentAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.maskable_recurrent import evaluate_policy
 from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.rollout.old_policy import sweep
 from tests.conftest import Case, collect, image, logged, multi_input, parameters, pendulum
@@ -235,6 +241,8 @@ def test_predict_takes_only_allowed_actions():
     state = (th.zeros(1, 1, 16), th.zeros(1, 1, 16))
     distribution, _ = model.policy.get_distribution(th.zeros(1), state, th.zeros(1))
     assert (distribution.distribution.probs > 0.01).all()
+    distribution, _ = model.policy.get_distribution(th.zeros(1), state, th.zeros(1), action_masks=mask)
+    assert np.array_equal(distribution.distribution.probs.flatten() > 0, mask)
 
 
 def test_memory_matters_to_predict():
@@ -253,19 +261,53 @@ def test_memory_matters_to_predict():
 def test_callback_may_run_the_policy():
     """Before the rollout, and after the environments have moved on: the masks of the transitions stay theirs."""
 
-    class Curious:
-        def __call__(self, local_variables, global_variables):
-            model = local_variables["self"]
-            starts = th.zeros(3)
-            model.policy(th.ones(3, 2), model._last_lstm_states, starts)
-            model.policy(th.ones(3, 2), model._last_lstm_states, starts, action_masks=None)
-            model.predict(np.ones((3, 2)), action_masks=np.ones((3, 6)))
+    class Curious(BaseCallback):
+        def _on_step(self):
+            policy, states, starts = self.model.policy, self.model._last_lstm_states, th.zeros(3)
+            policy(th.ones(3, 2), states, starts)
+            policy(th.ones(3, 2), states, starts, action_masks=None)
+            policy(th.ones(3, 2), states, starts, True, np.ones((3, 6)))
+            few = RNNStates(*[tuple(state[:, :2].contiguous() for state in part) for part in states])
+            assert len(policy(th.ones(2, 2), few, starts[:2])[0]) == 2  # other states than the environments'
+            self.model.predict(np.ones((3, 2)), action_masks=np.ones((3, 6)))
             return True
+
+        _on_rollout_start = _on_step
 
     model = collect(CASES["three-environments"].build(MaskableRecurrentAdaptiveKLPPO, **SMALL), Curious())
     buffer = model.rollout_buffer
     for step, env in np.ndindex(64, 3):
         assert np.array_equal(buffer.action_masks[step, env], allowed(int(buffer.observations[step, env, 0])))
+
+
+def test_copies_made_during_a_rollout_act_without_its_masks():
+    """A frozen opponent plays elsewhere."""
+    model, copies = CASES["discrete"].build(MaskableRecurrentAdaptiveKLPPO, **SMALL), []
+
+    def keep(*_):
+        if not copies:
+            copies.extend((copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))))
+        return True
+
+    collect(model, keep)
+    states = RNNStates(*[tuple(state.repeat(1, 200, 1) for state in part) for part in model._last_lstm_states])
+    for each in copies:
+        for n_states in (1, 200):
+            some = RNNStates(*[tuple(state[:, :n_states].contiguous() for state in part) for part in states])
+            actions = each(th.zeros(n_states), some, th.zeros(n_states))[0]
+        assert set(actions.flatten().tolist()) == set(range(6))  # of which the environment allows three
+
+
+def test_another_policy_during_a_rollout_is_refused():
+    """It would act without masks."""
+    model = CASES["discrete"].build(MaskableRecurrentAdaptiveKLPPO, **SMALL)
+
+    def replace(*_):
+        model.policy = copy.deepcopy(model.policy)
+        return True
+
+    with pytest.raises(RuntimeError, match=r"has acted without masks: a callback may give model\.policy other parameters"):
+        model.learn(64, replace)
 
 
 def test_nothing_allowed_is_everything_allowed():
@@ -300,7 +342,11 @@ def test_environment_without_masks_is_named():
     model = MaskableRecurrentAdaptiveKLPPO("MlpLstmPolicy", make_vec_env("CartPole-v1", 2), **SMALL, **lstm())
     with pytest.raises(ValueError, match=r"no method action_masks\(\): add it, or wrap .*ActionMasker.*use_masking=False"):
         model.learn(64)
+    for env in (model.get_env(), gym.make("CartPole-v1")):
+        with pytest.raises(ValueError, match=r"no method action_masks\(\): .*use_masking=False allows every action"):
+            evaluate_policy(model, env)
     assert model.learn(64, use_masking=False).num_timesteps == 128
+    assert evaluate_policy(model, model.get_env(), 1, use_masking=False)[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -308,14 +354,17 @@ def test_environment_without_masks_is_named():
     [
         (np.ones(5), r"action_masks of shape \(1, 5\): Discrete\(6\) needs 6 booleans for each of 1 observations"),
         ([np.ones(3), np.ones(4)], r"action_masks\(\) must return one array"),
+        (None, r"action_masks of shape \(1,\): Discrete\(6\) needs 6 booleans for each of 1 observations"),
     ],
-    ids=["wrong length", "ragged"],
+    ids=["wrong length", "ragged", "None"],
 )
 def test_masks_of_the_wrong_length_are_refused(masks, message):
     env = ActionMasker(AnyAction(), lambda env: masks)
     model = MaskableRecurrentAdaptiveKLPPO("MlpLstmPolicy", env, **SMALL, **lstm())
     with pytest.raises(ValueError, match=message):
         model.learn(64)
+    with pytest.raises(ValueError, match=message):
+        evaluate_policy(model, model.get_env())
     with pytest.raises(ValueError, match=r"action_masks of shape \(2, 6\): Discrete\(6\) needs 6 booleans for each of 1"):
         model.predict(np.zeros(2), action_masks=np.ones((2, 6)))
     assert model.learn(64, use_masking=False).num_timesteps == 64  # no mask stays behind

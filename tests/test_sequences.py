@@ -14,11 +14,12 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv
 
-from sb3_adaptive_kl import RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import MaskableRecurrentAdaptiveKLPPO, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.fast import sequences
-from sb3_adaptive_kl.fast.sequences import in_blocks, into_blocks, padded_at_once, sequences_at_once
+from sb3_adaptive_kl.fast.sequences import in_blocks, into_blocks, sequences_at_once
 from sb3_adaptive_kl.rollout.evaluation import evaluate
 from sb3_adaptive_kl.rollout.minibatches import minibatches
+from tests import test_maskable_recurrent
 from tests.conftest import Case, collect, image, multi_input, parameters
 from tests.test_recurrent import CASES, lstm
 
@@ -135,19 +136,17 @@ def test_blocks_give_what_each_sequence_gives_alone(n_layers):
     )
 
 
-@pytest.mark.parametrize("starts", [[0.0, 0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0], [1.0, 0, 1, 0, 1, 0]])
-def test_padded_sequences_give_what_contribs_policy_gives(starts):
-    """The third pattern, with an episode that begins within a sequence, comes from buffers that cut sequences otherwise."""
-    th.manual_seed(0)
-    network, one_by_one = th.nn.LSTM(3, 4), RecurrentActorCriticPolicy._process_sequence
-    features, states, starts = th.randn(6, 3), tuple(th.randn(2, 1, 2, 4)), th.tensor(starts)
-    expected = one_by_one(features, states, starts, network)
-    th.testing.assert_close(padded_at_once(features, states, starts, network, one_by_one), expected)
-
-
-def test_draws_are_contribs_without_padding():
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        (RecurrentAdaptiveKLPPO, EPISODES["cartpoles"]),
+        (MaskableRecurrentAdaptiveKLPPO, test_maskable_recurrent.CASES["three-environments"]),
+    ],
+    ids=["unmasked", "masked"],
+)
+def test_draws_are_the_buffers_without_padding(algorithm, case):
     """Also where an environment ends within an episode, and with hidden states that differ from step to step."""
-    model = collect(EPISODES["cartpoles"].build(RecurrentAdaptiveKLPPO, n_steps=64))
+    model = collect(case.build(algorithm, n_steps=64))
     buffer, rng = model.rollout_buffer, np.random.default_rng(0)
     buffer.episode_starts[0] = 0
     for name in ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf"):
@@ -164,7 +163,8 @@ def test_draws_are_contribs_without_padding():
     assert len(ours) == len(padded) == 4
     for (one, index, evaluation), (other, expected_index, expected) in zip(ours, padded, strict=True):
         assert index.equal(expected_index)
-        for name in ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns"):
+        assert one._fields == other._fields
+        for name in set(one._fields) - {"lstm_states", "episode_starts", "mask"}:
             assert getattr(one, name).equal(getattr(other, name)[other.mask > 0.5])
         th.testing.assert_close(evaluation.values, expected.values)
         th.testing.assert_close(evaluation.log_prob, expected.log_prob)
@@ -181,7 +181,6 @@ def test_policies_of_the_user_run_their_own_code(method, monkeypatch):
 
     policy = type("Theirs", (RecurrentActorCriticPolicy,), {method: staticmethod(theirs) if static else theirs})
     monkeypatch.setattr(sequences, "in_blocks", None)
-    monkeypatch.setattr(sequences, "padded_at_once", None)
     model = collect(Case(policy, lambda: IdentityEnv(4, ep_length=11), lstm()).build(RecurrentAdaptiveKLPPO, **ALIKE))
     calls = train_counting_calls(model)
     assert all(n_steps == 1 for n_steps, _ in calls)

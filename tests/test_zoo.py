@@ -200,8 +200,11 @@ except SystemExit as error:
 {STARTS_EVERY_SCRIPT}
 sys.argv = ["zoo", *{arguments}]
 runpy.run_module("sb3_adaptive_kl.zoo", run_name="__main__", alter_sys=True)
+import rl_zoo3.enjoy  # by name, from the package: imported before the registration
+print("enjoy offers masks:", rl_zoo3.enjoy.create_test_env.__name__, hasattr(rl_zoo3.create_test_env, "__wrapped__"))
 """
     output = run(tmp_path, "-c", code, SB3_ADAPTIVE_KL_ZOO="0")
+    assert "enjoy offers masks: create_test_env True" in output
     assert "invalid choice: 'ppo_kl'" in output
     assert "the zoo exits with 2" in output
     assert_every_script_has_started(output)

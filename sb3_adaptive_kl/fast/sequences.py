@@ -6,7 +6,7 @@ so that only first steps are episode starts: their hidden states are set to zero
 heads and losses are those of the minibatch's own transitions; the LSTM alone is given padded blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -20,14 +20,13 @@ from sb3_adaptive_kl.rollout.distributions import is_stock
 from sb3_adaptive_kl.rollout.minibatches import to_device
 
 # Modules whose _get_samples pads sequences, and does nothing else
-PADDING = ("sb3_contrib.common.recurrent.buffers",)
+PADDING = ("sb3_contrib.common.recurrent.buffers", "sb3_adaptive_kl.maskable_recurrent.buffers")
 # The methods that evaluate actions; this package's own only add masks
 EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent", "_process_sequence")
 # Cells of a padded block for each transition in it, at most
 MAX_CELLS = 2
 
 LSTMStates = tuple[th.Tensor, th.Tensor]
-ProcessSequence = Callable[[th.Tensor, LSTMStates, Any, th.nn.LSTM], tuple[th.Tensor, LSTMStates]]
 
 
 class Block(NamedTuple):
@@ -52,28 +51,18 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     Let stock LSTM policies evaluate sequences all at once, and stock buffers draw them without padding.
 
     :param policy: any policy; one of the user's that overrides what is replaced here runs its own code
-    :param buffer: the rollout buffer that it is trained on
+    :param buffer: the rollout buffer that it is trained on; one that pads in its own way goes on doing so
     """
-    if not hands_sequences_on(policy):
+    draws_stock = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
+    if not (draws_stock and hands_sequences_on(policy)):
         yield
         return
-    one_by_one: ProcessSequence = policy._process_sequence  # type: ignore[assignment]
-
-    def at_once(features: th.Tensor, states: LSTMStates, starts: Any, lstm: th.nn.LSTM) -> tuple[th.Tensor, LSTMStates]:
-        if isinstance(starts, Sequences):
-            return in_blocks(features, states, starts, lstm)
-        return padded_at_once(features, states, starts, lstm, one_by_one)
-
-    policy._process_sequence = at_once  # type: ignore[assignment]
-    draws_stock = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
-    if draws_stock:
-        buffer._get_samples = partial(unpadded, buffer)
+    policy._process_sequence = in_blocks  # type: ignore[assignment]
+    buffer._get_samples = partial(unpadded, buffer)
     try:
         yield
     finally:
-        del policy._process_sequence
-        if draws_stock:
-            del buffer._get_samples
+        del policy._process_sequence, buffer._get_samples
 
 
 def hands_sequences_on(policy: ActorCriticPolicy) -> bool:
@@ -107,33 +96,15 @@ def in_blocks(
     return outputs, (hidden, cell)
 
 
-def padded_at_once(
-    features: th.Tensor, lstm_states: LSTMStates, episode_starts: th.Tensor, lstm: th.nn.LSTM, one_by_one: ProcessSequence
-) -> tuple[th.Tensor, LSTMStates]:
-    """
-    Run an LSTM over sequences that a buffer has padded: at once, or as sb3-contrib does if episodes begin within them.
-
-    :param one_by_one: sb3-contrib's ``_process_sequence``; the others are its arguments
-    """
-    n_sequences = lstm_states[0].shape[1]
-    starts = episode_starts.reshape(n_sequences, -1)
-    if starts[:, 1:].any():
-        return one_by_one(features, lstm_states, episode_starts, lstm)
-    keep = (1.0 - starts[:, 0]).view(1, n_sequences, 1)
-    sequences = features.reshape(n_sequences, -1, lstm.input_size).transpose(0, 1)
-    output, states = lstm(sequences, (keep * lstm_states[0], keep * lstm_states[1]))
-    return output.transpose(0, 1).flatten(0, 1), states
-
-
 def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Any:
     """
-    Draw what a recurrent buffer of sb3-contrib draws, without padding.
+    Draw what a recurrent buffer draws, without padding.
 
-    :param buffer: a full one
+    :param buffer: a full one of sb3-contrib, or one with masks
     :param batch_inds: the transitions, those of an episode in their order
     :param env_change: 1 for the first step of each environment, shape (N, 1)
     :param env: not used, as by sb3-contrib
-    :return: contrib's samples of these transitions, in this order; ``episode_starts`` are ``Sequences``, and ``mask`` is None
+    :return: the buffer's samples of these transitions, in this order; ``episode_starts`` are ``Sequences``, ``mask`` is None
     """
     # Not at module level: whoever draws from contrib's buffer has contrib, others need not
     from sb3_contrib.common.recurrent.type_aliases import RecurrentRolloutBufferSamples, RNNStates
@@ -157,7 +128,7 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
     observations = buffer.observations
     is_dict = isinstance(observations, dict)
     drawn: Any = {key: draw(array) for key, array in observations.items()} if is_dict else draw(observations)
-    return RecurrentRolloutBufferSamples(
+    samples = RecurrentRolloutBufferSamples(
         observations=drawn,
         actions=draw(buffer.actions),
         old_values=draw(buffer.values).flatten(),
@@ -168,6 +139,11 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
         episode_starts=into_blocks(first, lengths, episode_starts[first], buffer.device),  # type: ignore[arg-type]
         mask=None,  # type: ignore[arg-type]  # nothing is padding
     )
+    if not hasattr(buffer, "action_masks"):
+        return samples
+    from sb3_adaptive_kl.maskable_recurrent.buffers import MaskableRecurrentRolloutBufferSamples
+
+    return MaskableRecurrentRolloutBufferSamples(*samples, action_masks=draw(buffer.action_masks))
 
 
 def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, device: th.device) -> Sequences:

@@ -36,6 +36,7 @@ class MaskableRecurrentRolloutBufferSamples(NamedTuple):
 class MasksOfSequences(_Host):
     """Mixin before a recurrent and a maskable buffer, in this order: their constructors, ``reset`` and ``add`` cooperate."""
 
+    needs_masks = False
     _next_masks: np.ndarray | None
 
     def reset(self) -> None:
@@ -53,6 +54,11 @@ class MasksOfSequences(_Host):
             self._next_masks = action_masks
 
     def add(self, *args: Any, **kwargs: Any) -> None:
+        if self.needs_masks and self._next_masks is None:
+            raise RuntimeError(
+                "the policy has acted without masks: a callback may give model.policy other parameters during a rollout "
+                "(load_state_dict), but not replace it"
+            )
         super().add(*args, action_masks=self._next_masks, **kwargs)
         self._next_masks = None
 

@@ -7,10 +7,11 @@ SB3's evaluate a model that asks the environment for its masks.
 
 from typing import Any
 
-from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common import evaluation
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_adaptive_kl.maskable_recurrent.masks import check_masking, masks_of
 
 
 class UnderMasks:
@@ -19,15 +20,19 @@ class UnderMasks:
 
     :param model: a model with masks
     :param env: the environments that it is evaluated in, with a method ``action_masks()``
+    :raises ValueError: if they have none
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:
+        check_masking(env)
         self.model, self.env = model, env
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.predict(*args, **kwargs, action_masks=get_action_masks(self.env))
+        return self.model.predict(*args, **kwargs, action_masks=masks_of(self.env))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "model":  # copy() asks for attributes before there are any
+            raise AttributeError(name)
         return getattr(self.model, name)
 
 

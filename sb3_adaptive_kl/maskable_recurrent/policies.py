@@ -20,8 +20,8 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
     """
     sb3-contrib's LSTM policy for environments with invalid actions.
 
-    The arguments are those of its ``RecurrentActorCriticPolicy``. ``forward``, ``evaluate_actions`` and ``predict`` take
-    ``action_masks`` besides: shape (B, choices), True where a choice is allowed; ``None``: all are.
+    The arguments are those of its ``RecurrentActorCriticPolicy``. ``forward``, ``evaluate_actions``, ``get_distribution``
+    and ``predict`` take ``action_masks`` besides: shape (B, choices), True where a choice is allowed; ``None``: all are.
     """
 
     # Of the call in progress: all methods of the base make their distribution in _get_action_dist_from_latent
@@ -49,11 +49,12 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
 
     @contextmanager
     def _masked(self, action_masks: MaybeMasks) -> Iterator[None]:
-        self._action_masks = action_masks
+        around = self._action_masks  # predict() calls get_distribution()
+        self._action_masks = around if action_masks is None else action_masks
         try:
             yield
         finally:
-            self._action_masks = None
+            self._action_masks = around
 
     def forward(  # type: ignore[override]  # as contrib's
         self,
@@ -78,6 +79,17 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
         """Evaluate actions as ``RecurrentActorCriticPolicy`` does, under masks."""
         with self._masked(action_masks):
             return super().evaluate_actions(obs, actions, lstm_states, episode_starts)
+
+    def get_distribution(  # type: ignore[override]  # as contrib's
+        self,
+        obs: th.Tensor,
+        lstm_states: tuple[th.Tensor, th.Tensor],
+        episode_starts: th.Tensor,
+        action_masks: MaybeMasks = None,
+    ) -> tuple[MaskableDistribution, tuple[th.Tensor, ...]]:
+        """Get the distribution and the LSTM's new state as ``RecurrentActorCriticPolicy`` does, under masks."""
+        with self._masked(action_masks):
+            return super().get_distribution(obs, lstm_states, episode_starts)  # type: ignore[return-value]
 
     def predict(
         self,

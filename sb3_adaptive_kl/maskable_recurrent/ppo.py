@@ -2,10 +2,8 @@
 
 from typing import Any, ClassVar
 
-import numpy as np
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO, RecurrentPPO
-from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
@@ -14,6 +12,7 @@ from sb3_adaptive_kl.maskable_recurrent.buffers import (
     MaskableRecurrentDictRolloutBuffer,
     MaskableRecurrentRolloutBuffer,
 )
+from sb3_adaptive_kl.maskable_recurrent.masks import MasksOfRollout, check_masking
 from sb3_adaptive_kl.maskable_recurrent.policies import (
     MaskableRecurrentActorCriticCnnPolicy,
     MaskableRecurrentActorCriticPolicy,
@@ -69,31 +68,21 @@ class MaskableRecurrentPPO(RecurrentPPO):
         Collect as RecurrentPPO does, under the masks of the environments.
 
         :param env: the environments, each with a method ``action_masks()``
-        :param callback: its calls of ``model.policy(...)`` are masked, too, unless they give ``action_masks``
+        :param callback: its calls of ``model.policy(...)`` for all environments are masked, too, unless they give
+            ``action_masks``
         :param rollout_buffer: to be filled
         :param n_rollout_steps: steps of each environment
         :param use_masking: whether to ask for masks; otherwise everything is allowed
         :return: ``False`` if the callback ended the rollout
         :raises ValueError: if there are no masks, or if they do not fit the action space
+        :raises RuntimeError: if a callback replaces ``model.policy``
         """
+        rollout_buffer.needs_masks = use_masking
         if not use_masking:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        if not is_masking_supported(env):
-            raise ValueError(
-                "the environments have no method action_masks(): add it, or wrap each of them in "
-                "sb3_contrib.common.wrappers.ActionMasker. learn(..., use_masking=False) allows every action"
-            )
-
-        # RecurrentPPO's loop calls self.policy(observations, lstm_states, episode_starts) once per step, and adds the
-        # transition afterwards
-        def give_masks(policy: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            if "action_masks" in kwargs:  # a callback's own call: not a step of the rollout
-                return None
-            kwargs["action_masks"] = masks = masks_of(env)
-            rollout_buffer.announce_masks(masks)
-            return args, kwargs
-
-        hook = self.policy.register_forward_pre_hook(give_masks, with_kwargs=True)
+        check_masking(env)
+        masks = MasksOfRollout(self.policy, env, rollout_buffer)
+        hook = self.policy.register_forward_pre_hook(masks, with_kwargs=True)
         try:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
@@ -101,20 +90,3 @@ class MaskableRecurrentPPO(RecurrentPPO):
 
     def train(self) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no train() that evaluates actions under masks")
-
-
-def masks_of(env: VecEnv) -> np.ndarray:
-    """
-    Ask all environments for their masks.
-
-    :return: shape (n_envs, choices)
-    :raises ValueError: if an environment gives a part of its choices, or arrays of several lengths
-    """
-    masks = env.env_method(EXPECTED_METHOD_NAME)
-    try:
-        return np.stack(masks)
-    except ValueError as error:
-        raise ValueError(
-            "action_masks() must return one array, as long in every environment: for MultiDiscrete, the choices of all "
-            f"dimensions one after the other (np.concatenate). Got {masks}"
-        ) from error

@@ -13,7 +13,10 @@ from importlib import import_module
 from sb3_adaptive_kl.messages import suggestion
 from sb3_adaptive_kl.zoo.registry import REGISTRIES, complete_registry
 
-SCRIPTS = ("train", "enjoy", "record_video", "plots.plot_train", "plots.all_plots", "plots.plot_from_file")
+SCRIPTS = (
+    "train", "enjoy", "record_video", "plots.plot_train", "plots.all_plots", "plots.plot_from_file",
+    "load_from_hub", "push_to_hub",
+)  # fmt: skip
 USAGE = f"""usage: python -m sb3_adaptive_kl.zoo SCRIPT [the script's own arguments]
 SCRIPT is one of {", ".join(SCRIPTS)}"""
 

@@ -43,7 +43,9 @@ def complete_registry(module: ModuleType) -> None:
             module.ALGOS.setdefault(algo, asking_for_masks(getattr(sb3_adaptive_kl, class_name)))
         create_test_env = module.create_test_env
         offered = wraps(create_test_env)(lambda *args, **kwargs: offer_masks(create_test_env(*args, **kwargs)))
-        module.create_test_env = offered  # type: ignore[attr-defined]
+        for each in (module, sys.modules["rl_zoo3"]):  # without the hook, the package has already imported it by name
+            if vars(each).get("create_test_env") is create_test_env:
+                each.create_test_env = offered  # type: ignore[attr-defined]
         # All scripts import this module first. __main__ cannot tell yet which one runs: Python imports the package before it
         if "rl_zoo3.record_training" in " ".join(sys.orig_argv):
             provide_programs()
