@@ -68,7 +68,7 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
     # The state: plain numbers, which save() writes and load() restores
     kl_coef: float
     learning_rate_scale: float = 1.0
-    reference_kl_coef: float | None = None  # None without a reference policy, and where it is only measured
+    reference_kl_coef: float | None = None  # None without a reference policy, and after an update that held no target
     step_scale: float = 1.0  # of the last update: the share of the actor's step that was kept
     _undone_updates: int = 0
     _undone_in_a_row: int = 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.logger import Logger
 
+from sb3_adaptive_kl.arguments import MIN_SCHEDULED_TARGET_KL
 from sb3_adaptive_kl.objective import CUTOFF, MinibatchMetrics, Settings
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
 
@@ -142,7 +143,8 @@ def log_update(model: Any, metrics: UpdateMetrics, settings: Settings, raw_kl: f
     metrics.log(model.logger, settings)
     record("train/kl", kl.mean)
     record("train/kl_max", kl.max)
-    record("train/kl_over_target", kl.mean / settings.target_kl)
+    if settings.target_kl > MIN_SCHEDULED_TARGET_KL:  # which stands in for 0
+        record("train/kl_over_target", kl.mean / settings.target_kl)
     record("train/kl_coef", model.kl_coef)
     if model.reference_policy is not None:
         record("train/reference_kl", kl.reference)

@@ -33,13 +33,15 @@ class ReferencePolicy:
 
     :param policy: the policy itself, which is copied and saved with the model; or the path of a file, which is read again
         wherever the model is trained: a model saved by PPO, A2C, TRPO, MaskablePPO, RecurrentPPO or an algorithm of this
-        package, or a policy saved by ``policy.save()``. Its action space and observation space are those of the environment.
+        package, or one of SB3's feed-forward policies saved by ``policy.save()``. Its action space and observation space are
+        those of the environment.
     :param kl_coef: c, ≥ 0: a number, or a function of the current progress remaining (from 1 to 0), such as
         ``lambda progress: progress`` for a penalty that fades. 0 measures and logs the KL only. Next to normalized advantages,
         c lets the KL grow to roughly 1/(2c²) nats, which is no bound. With ``target_kl``, the first value of a coefficient
         that moves.
     :param target_kl: The KL to the reference to hold, in nats, > 0: after every update, the coefficient is moved by the rule
-        of :class:`~sb3_adaptive_kl.AdaptivePenalty`, within ``kl_coef_bounds``. ``None`` (default): it follows ``kl_coef``.
+        of :class:`~sb3_adaptive_kl.AdaptivePenalty`, within ``kl_coef_bounds``, but not lowered while the KL rises.
+        ``None`` (default): it follows ``kl_coef``.
     :param direction: ``"reverse"`` (default) KL(policy‖reference), mode-seeking: forbids what the reference never does, and
         lets the policy drop some of what it does; ``"forward"`` KL(reference‖policy), mass-covering: keeps everything that the
         reference does, and lets the policy add to it
@@ -139,20 +141,20 @@ def adapted_kl_coef(
     spec: ReferencePolicy, kl_coef: float | None, before: float, kl: float, bounds: tuple[float, float]
 ) -> float | None:
     """
-    Move the coefficient after an update, where there is a target.
+    Move the coefficient after an update towards its target.
 
     :param spec: the argument, interpreted
     :param kl_coef: c of this update
     :param before: the KL to the reference before it in nats
     :param kl: the same after it, on the same states
     :param bounds: of β and of this coefficient
-    :return: c for the next update
+    :return: what the next update begins with: None where there is no target
     """
     if spec.target_kl is None or kl_coef is None:
-        return kl_coef
+        return None
     # On its way to the target already. It takes many updates, and a coefficient that was halved after each of them could not
-    # stop the policy where it arrives
-    if before < kl < spec.target_kl:
+    # stop the policy where it arrives. It has not moved if the update was undone
+    if before <= kl < spec.target_kl:
         return kl_coef
     return apply_rule(AdaptivePenalty(), kl_coef, kl, spec.target_kl, bounds)[0]
 

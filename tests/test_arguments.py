@@ -22,7 +22,7 @@ from sb3_adaptive_kl import (
     clip_equivalent_target,
 )
 from sb3_adaptive_kl.arguments import settings_at
-from tests.conftest import CASES
+from tests.conftest import CASES, logged
 
 BAD = [
     ({"target_kl": 0}, r"target_kl=0 must be .*> 0.*try 0.02"),
@@ -170,6 +170,9 @@ def test_scheduled_target_stays_positive_at_zero():
     model = CASES["discrete"].build(AdaptiveKLPPO, target_kl=LinearSchedule(0.02, 0.0, 1.0))
     assert settings_at(model, 1.0).target_kl == pytest.approx(0.02)
     assert 0 < settings_at(model, 0.0).target_kl < 1e-9
+    model.learn(2 * model.n_steps)
+    assert "kl" in logged(model)
+    assert "kl_over_target" not in logged(model)  # it would be the KL in multiples of a stand-in for 0
 
 
 @pytest.mark.parametrize("name", ["target_kl", "clip_range", "clip_range_vf"])

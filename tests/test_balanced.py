@@ -150,8 +150,11 @@ def test_after_an_undone_update_the_logged_learning_rate_is_the_schedules_times_
     assert model.learning_rate_scale == pytest.approx(logged(model)["learning_rate_scale"] / 1.5)
 
 
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_balanced_learning_rate_needs_a_surrogate_that_begins_at_0():
     with pytest.raises(
         ValueError, match=r"learning_rate_rule='balanced' .* normalize_advantage=True.* learning_rate_rule=None$"
     ):
         CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **BALANCED)
+    with pytest.raises(ValueError, match=r"batch_size=21 leaves 1 of n_steps \* n_envs = 64 .* change batch_size or n_steps$"):
+        CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "n_steps": 64, "batch_size": 21})

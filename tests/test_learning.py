@@ -62,6 +62,6 @@ def test_learns_pendulum(use_sde):
         seed=0,
         device="cpu",
     )
-    model.learn(120_000)
+    model.learn(90_000)
     returns, _ = evaluate_policy(model, env, n_eval_episodes=50, return_episode_rewards=True, warn=False)
     assert np.mean(returns) > -250

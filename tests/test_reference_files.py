@@ -55,16 +55,19 @@ def test_policy_of_a_saved_model_is_read(algorithm, case, tmp_path):
     assert th.equal(weights(policy), weights(model.policy))
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "cnn", "dict"])
+@pytest.mark.parametrize("case", [*FAMILIES, "cnn", "dict", "separate-extractors"])
 def test_policy_that_was_saved_alone_is_read(case, tmp_path):
-    """As imitation does; SB3's file does not name the class."""
+    """As imitation does; SB3's file does not name the class, nor tell whether the critic has features of its own."""
     policy = CASES[case].build(PPO, n_steps=64, batch_size=64).policy
+    if not policy.share_features_extractor:
+        with th.no_grad():
+            for parameter in policy.vf_features_extractor.parameters():
+                parameter += 0.3
     policy.save(tmp_path / "policy.pt")
     th.save(policy, tmp_path / "object.pt")
     observation = policy.obs_to_tensor(CASES[case].make_env().reset()[0])[0]
     for name in ("policy.pt", "object.pt"):
         found = read_policy(str(tmp_path / name))
-        assert th.equal(weights(found), weights(policy))
         log_probs = [
             each.get_distribution(observation).log_prob(policy.get_distribution(observation).mode())
             for each in (found, policy)
@@ -159,10 +162,10 @@ def policy_of(case, algorithm=PPO, **kwargs):
     return CASES[case].build(algorithm, **{"n_steps": 64, "batch_size": 64, **kwargs}).policy
 
 
-def without_spread():
+def without_spread(log_std=-200.0):
     policy = policy_of("box")
     with th.no_grad():
-        policy.log_std.fill_(-200)
+        policy.log_std.fill_(log_std)
     return policy
 
 
@@ -201,14 +204,19 @@ def test_other_saved_models_are_rejected(tmp_path):
         read_policy(str(tmp_path / "dqn"))
     recurrent = test_recurrent.CASES["box"].build(RecurrentPPO, n_steps=64, batch_size=64)
     recurrent.policy.save(tmp_path / "lstm.pt")  # the file does not tell that there is an LSTM
-    with pytest.raises(ValueError, match="of a policy class of your own, pass the policy itself"):
+    with pytest.raises(ValueError, match="of another class, pass the model's path or the policy itself"):
         read_policy(str(tmp_path / "lstm.pt"))
 
 
-def test_distribution_without_spread_is_rejected():
-    model = CASES["box"].build(AdaptiveKLPPO, reference_policy=without_spread(), **SMALL)
-    with pytest.raises(ValueError, match="not finite, or without any spread: train or clone it with an entropy bonus"):
+@pytest.mark.parametrize("log_std", [-200.0, -50.0])  # 0 in single precision; the KL to it is infinite
+def test_distribution_without_spread_is_rejected(log_std):
+    model = CASES["box"].build(AdaptiveKLPPO, reference_policy=without_spread(log_std), **SMALL)
+    with pytest.raises(ValueError, match=r"not finite, or without enough spread .* clone it with an entropy bonus.*'forward'"):
         model.learn(64)
+    if log_std == -50:
+        forward = ReferencePolicy(without_spread(log_std), direction="forward")
+        model = CASES["box"].build(AdaptiveKLPPO, reference_policy=forward, **SMALL).learn(64)
+        assert logged(model)["reference_kl"] == pytest.approx(50, rel=0.1)
 
 
 def test_zoo_reads_a_coefficient_that_fades():

@@ -60,7 +60,7 @@ class OldPolicy:
     :param kl_divergence: a name in ``DIVERGENCES``
     :param reference: another policy to measure the distance from, on the same states, if there is one
     :raises ValueError: if the policy hides its distribution, or the buffer does not tell which transitions it draws, or the
-        reference cannot be compared
+        reference cannot be compared, or is infinitely far away
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class OldPolicy:
             reference.check_comparable(self.reference, self.distribution, policy.action_dist)
             before_update = self._reference_divergence.between(self.reference, of_distribution(self.distribution))
             self._reference_before = before_update.mean().item()
+            if not math.isfinite(self._reference_before):
+                raise reference.invalid_error()
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:
         """

@@ -88,7 +88,7 @@ class Reference:
                 try:
                     distribution = self._distribution(_select(rollout_data.observations, valid), buffer, index)
                 except ValueError as error:
-                    raise self._invalid_error() from error
+                    raise self.invalid_error() from error
                 part = _comparable(distribution, self.policy.action_space, _select(masks, valid))
                 if result is None:
                     actions = taken_actions(self.policy, rollout_data)
@@ -100,13 +100,15 @@ class Reference:
         forget_distribution(self.policy)
         assert result is not None  # a full rollout holds at least one transition
         if not result.kl(result).isfinite().all():  # a NaN, or a standard deviation that has underflowed to 0
-            raise self._invalid_error()
+            raise self.invalid_error()
         return result
 
-    def _invalid_error(self) -> ValueError:
+    def invalid_error(self) -> ValueError:
+        """Say that the reference, and not the policy in training, is why there is no finite divergence."""
         return ValueError(
-            f"reference_policy={self._name} has a distribution that is not finite, or without any spread: train or clone it "
-            "with an entropy bonus, or check its file and the observations for NaN"
+            f"reference_policy={self._name} has a distribution that is not finite, or without enough spread for a finite KL "
+            "divergence: train or clone it with an entropy bonus, check its file and the observations for NaN, or, if it "
+            "excludes actions on purpose, pass direction='forward'"
         )
 
     def check_comparable(self, reference: ActionDistribution, policy: ActionDistribution, action_dist: Distribution) -> None:
@@ -167,8 +169,8 @@ def read_policy(path: str) -> Any:
         except Exception as error:
             raise ValueError(
                 f"reference_policy={path!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). It must be "
-                "a model saved by model.save(), or a policy saved by policy.save(); of a policy class of your own, pass the "
-                "policy itself"
+                "a model saved by model.save(), or one of SB3's feed-forward policies saved by policy.save(): of another "
+                "class, pass the model's path or the policy itself"
             ) from error
     if not tells_probabilities(policy):
         raise ValueError(
@@ -196,8 +198,9 @@ def _of_policy(file: Path) -> Any:
     saved = th.load(file, map_location="cpu", weights_only=False)
     if isinstance(saved, BasePolicy):  # th.save(policy), as older versions of imitation do
         return saved
-    # The file does not name its class. SB3's differ in what is saved alone
-    policy = ActorCriticPolicy(**saved["data"])
+    # The file tells neither its class, of which SB3's differ in what is saved alone, nor whether the critic has features of
+    # its own: if they are the actor's, they are there twice
+    policy = ActorCriticPolicy(**saved["data"], share_features_extractor=False)
     policy.load_state_dict(saved["state_dict"])
     return policy
 
