@@ -4,10 +4,10 @@ with the clone as the reference policy, too.
 
     python examples/continue_a_policy.py --env LunarLander-v3 --arm reference --seed 0 -n 200000 -o runs/reference.csv
 
-The expert is one of the trained agents of this repository, or ``--expert``, a model saved by SB3, sb3-contrib or this package
-(with the zoo's ``<env>/vecnormalize.pkl`` beside it, if it has one). The CSV file has one line for each evaluation, the first
-that of the clone, and beside each what the clone and random actions reach; it is written at the end, and a run whose file is
-there is not repeated. ``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
+The expert is one of the trained agents of this repository, or ``--expert``, a model without an LSTM that was saved by PPO or
+this package (with the zoo's ``<env>/vecnormalize.pkl`` beside it, if it has one). The CSV file has one line for each
+evaluation, the first that of the clone, and beside each what the clone and random actions reach; it is written at the end, and
+a run whose file is there is not repeated. ``--env-kwargs '{"gravity": -5.0}'`` trains and evaluates on a changed task.
 """
 
 import argparse
@@ -72,9 +72,11 @@ def clone_behavior(policy: ActorCriticPolicy, observations: th.Tensor, actions: 
 
 def clone_expert(args: argparse.Namespace, path: Path) -> float:
     """Save a clone of the expert as a model of PPO, and return the expert's discount factor."""
-    # Any saved model does: PPO reads the agents of AdaptiveKLPPO, too
+    # PPO reads the agents of AdaptiveKLPPO, too
     objects = {"clip_range": 0.2, "target_kl": None, "lr_schedule": lambda _: 0.0, "learning_rate": 0.0}
     expert = PPO.load(args.expert, device="cpu", custom_objects=objects)
+    if hasattr(expert.policy, "lstm_actor"):
+        raise ValueError(f"{args.expert} has an LSTM, which would forget everything at each step of the demonstrations")
     env = make_env(args, N_ENVS, args.seed, {})
     clone = PPO("MlpPolicy", env, n_steps=2048 // N_ENVS, gamma=expert.gamma, seed=args.seed, device="cpu")
     clone_behavior(clone.policy, *demonstrate(expert, env, args.n_transitions))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -67,6 +68,15 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "--eval-every 10000 must be between 8 environments and 2048 time steps" in capsys.readouterr().err
+
+
+def test_expert_with_a_memory_is_refused(tmp_path, monkeypatch):
+    """PPO loads it, and it would act as if every step were its first."""
+    RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu").save(tmp_path / "lstm.zip")
+    expert = ["--expert", str(tmp_path / "lstm.zip"), "-o", str(tmp_path / "runs.csv")]
+    monkeypatch.setattr(sys, "argv", ["", "--env", "CartPole-v1", *expert])
+    with pytest.raises(ValueError, match=r"lstm\.zip has an LSTM"):
+        runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
 
 
 def test_demonstrations_hold_many_draws_of_the_experts_noise():

@@ -30,7 +30,7 @@ def test_learns_identity(make_env, best):
     model = AdaptiveKLPPO(
         "MlpPolicy", env, n_steps=512, batch_size=64, learning_rate=2e-3, gamma=0.4, target_kl=0.02, seed=0, device="cpu"
     )
-    model.learn(20 * 512)
+    model.learn(10 * 512)
     assert mean_return(model, env) > 0.9 * best
 
 

@@ -109,6 +109,11 @@ def test_scores_over_the_learning_rate(sensitivity):
     for arm, before in (("balanced", "33 times it: "), ("ppo", "PPO ")):
         assert before + ", ".join(f"{score:.2f}" for score in means[arm]) in readme
     assert sensitivity["kl_worst_overshoot"].max() <= 1.5
+    near = (100 * sensitivity.groupby(["arm", "rate", "env"])["kl_in_band"].mean().loc["held"]).round()
+    assert near[3e-5].max() == 4
+    envs = "CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5"
+    shares = ", ".join(f"{near[3e-4, env]:.0f} % on {env}" for env in envs).replace(", 100", " and 100")
+    assert f"4 % at most from 3e-5, where β stayed at its lower bound; from 3e-4, {shares}." in " ".join(PAGE.split())
 
 
 def test_control_of_the_judged_runs():
