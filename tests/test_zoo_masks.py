@@ -1,5 +1,7 @@
 """Masks in RL Baselines3 Zoo, whose scripts know none: `--algo ppo_kl_mask` and `ppo_kl_mask_lstm`."""
 
+import re
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -59,6 +61,16 @@ def test_masks_reach_training_evaluation_and_playing(algo, zoo, tmp_path):
     for step in range(50):
         action, state = model.predict(observation, state=state, episode_start=np.array([step % 20 == 0]))
         observation, *_ = env.step(action)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_masks_reach_the_trials_of_a_search(algo, zoo, tmp_path):
+    """The environment fails at an action that is not allowed, and a trial with an error would end the search."""
+    search = "-optimize --n-trials 1 --n-startup-trials 0 --n-evaluations 1 --no-optim-plots --num-threads 1 --seed 0"
+    output = zoo(f"train --algo {algo} --env Picky-v0 -n 64 -f {tmp_path} {search} -params n_envs:2")
+    assert "Number of finished trials:  1" in output
+    assert re.search(r"Value:  [\d.]+", output)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
