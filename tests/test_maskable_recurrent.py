@@ -290,12 +290,9 @@ def test_copies_made_during_a_rollout_act_without_its_masks():
         return True
 
     collect(model, keep)
-    states = RNNStates(*[tuple(state.repeat(1, 200, 1) for state in part) for part in model._last_lstm_states])
     for each in copies:
-        for n_states in (1, 200):
-            some = RNNStates(*[tuple(state[:, :n_states].contiguous() for state in part) for part in states])
-            actions = each(th.zeros(n_states), some, th.zeros(n_states))[0]
-        assert set(actions.flatten().tolist()) == set(range(6))  # of which the environment allows three
+        taken = {int(each(th.zeros(1), model._last_lstm_states, th.zeros(1))[0]) for _ in range(200)}
+        assert taken == set(range(6))  # of which the environment allows three
 
 
 def test_another_policy_during_a_rollout_is_refused():
