@@ -21,6 +21,7 @@ from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import compute_gradients
 from tests.conftest import NEEDS_COMPILER, logged, traced
 from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
+from tests.test_users_networks import Fourier
 
 N_STEPS, N_ENVS = 32, 4
 
@@ -84,6 +85,7 @@ def trained(algorithm: str, rollout: dict[str, np.ndarray], n_envs: int, argumen
         ("AdaptiveKLPPO", {"kl_stop_factor": 1.0, "normalize_advantage": False, "target_kl": 1e-4}),
         ("AdaptiveKLPPO", {"kl_divergence": "k3", "learning_rate_rule": "adaptive", "kl_rule": "fixed"}),
         pytest.param("AdaptiveKLPPO", {"compile": True, "kl_rule": "predictive", "target_kl": 1e-4}, marks=NEEDS_COMPILER),
+        ("AdaptiveKLPPO", {"policy_kwargs": {"features_extractor_class": Fourier}, "target_kl": 1e-4}),  # complex weights
         ("MaskableAdaptiveKLPPO", {"ent_coef": 0.01}),
         ("RecurrentAdaptiveKLPPO", {"kl_rule": "predictive", "kl_ceiling": 1.5}),
     ],
@@ -157,6 +159,22 @@ def test_learn_goes_on_with_a_frozen_actor(ranks: Ranks) -> None:
     first, second = ranks.run(learned_twice)
     check_same_model(first, second)
     assert (first["num_timesteps"], first["undone"]) == (512, 0)
+
+
+def learned_with_a_parameter_of_the_optimizer() -> tuple[dict[str, Any], float]:
+    """It is not in the policy, and begins with another value on each rank."""
+    model = DistributedAdaptiveKLPPO("MlpPolicy", make_vec_env(make_env, 2), **SMALL)
+    scale = th.nn.Parameter(th.ones(1) + dist.get_rank())
+    model.policy.optimizer.add_param_group({"params": [scale]})
+    model.policy.action_net.register_forward_hook(lambda module, args, output: output * scale)
+    return outcome(model.learn(256)), scale.item()
+
+
+def test_parameters_of_the_optimizer_alone_are_the_same_on_all_ranks(ranks: Ranks) -> None:
+    (first, scale), (second, of_rank_1) = ranks.run(learned_with_a_parameter_of_the_optimizer)
+    check_same_model(first, second)
+    assert scale == of_rank_1
+    assert 0 < abs(scale - 1) < 0.5  # trained, from rank 0's
 
 
 def plain(seed: int, path: Path) -> AdaptiveKLPPO:

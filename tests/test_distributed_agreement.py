@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_adaptive_kl import PenaltyRule
 from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO, RanksDisagree
 from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
 
@@ -30,7 +33,8 @@ def learned_with(of_ranks: dict[str, list[Any]]) -> None:
     """Train with arguments that depend on the rank."""
     mine = {name: values[dist.get_rank()] for name, values in of_ranks.items()}
     env = make_vec_env("CartPole-v1", mine.pop("n_envs", 1))
-    env = VecNormalize(env) if mine.pop("normalize", False) else env
+    normalize = mine.pop("normalize", None)
+    env = env if normalize is None else VecNormalize(env, **normalize)
     n = mine.pop("total_timesteps", 128)
     Subclass("MlpPolicy", env, folder=f"rank-{dist.get_rank()}", **{**SMALL, **mine}).learn(n)
 
@@ -42,9 +46,23 @@ def learned_with(of_ranks: dict[str, list[Any]]) -> None:
         ({"n_epochs": [2, 3]}, "n_epochs is 2 on rank 0, but 3 on rank 1"),
         ({"n_envs": [1, 2]}, "n_envs is 1 on rank 0, but 2 on rank 1"),
         ({"kl_coef_bounds": [None, (1e-3, 10)]}, "kl_coef_bounds is None on rank 0, but (0.001, 10) on rank 1"),
-        ({"normalize": [True, False]}, "the use of VecNormalize is True on rank 0, but False on rank 1"),
+        ({"normalize": [{}, None]}, "the use of VecNormalize is True on rank 0, but False on rank 1"),
         ({"total_timesteps": [128, 256]}, "total_timesteps is 128 on rank 0, but 256 on rank 1"),
-        ({"policy_kwargs": [{}, {"net_arch": [8]}]}, "the shapes of the policy's parameters is [(64, 4), "),
+        ({"policy_kwargs": [{}, {"net_arch": [8]}]}, "the shapes of the policy's parameters is ((64, 4), "),
+        (
+            {"policy_kwargs": [{"activation_fn": th.nn.Tanh}, {"activation_fn": th.nn.ReLU}]},
+            "policy_kwargs is {'activation_fn': <class 'torch.nn.modules.activation.Tanh'>} on rank 0, but ",
+        ),
+        (
+            {"kl_rule": ["adaptive", {"name": "adaptive", "decrease": 0.9}]},
+            "kl_rule is 'adaptive' on rank 0, but {'decrease': 0.9",
+        ),
+        (
+            {"kl_rule": [{"name": "adaptive", "high": high} for high in (1.5, 2.0)]},
+            "kl_rule is {'high': 1.5, 'name': 'adaptive'}",
+        ),
+        ({"normalize": [{"norm_obs": True}, {"norm_obs": False}]}, "norm_obs of VecNormalize is True on rank 0, but False on"),
+        ({"normalize": [{"clip_obs": 5.0}, {"clip_obs": 10.0}]}, "clip_obs of VecNormalize is 5.0 on rank 0, but 10.0 on"),
     ],
     ids=str,
 )
@@ -52,6 +70,26 @@ def test_ranks_must_be_given_the_same(ranks: Ranks, of_ranks: dict[str, list[Any
     for error in ranks.run(learned_with, of_ranks):
         assert isinstance(error, RanksDisagree)
         assert message in str(error)
+
+
+@dataclass(frozen=True)
+class RuleOfUser(PenaltyRule):
+    """Holds a function, whose representation has an address."""
+
+    change: Callable[[float], float]
+
+    def __call__(self, kl_coef: float, kl: float, target_kl: float) -> float:
+        return self.change(kl_coef)
+
+
+def trained_with_a_rule() -> dict[str, Any]:
+    return learned(kl_rule=RuleOfUser(lambda kl_coef: 2 * kl_coef), policy_kwargs={"net_arch": {"pi": [8], "vf": [8]}})
+
+
+def test_functions_are_the_same_on_all_ranks(ranks: Ranks) -> None:
+    first, second = ranks.run(trained_with_a_rule)
+    check_same_model(first, second)
+    assert first["kl_coef"] > 1
 
 
 def test_arguments_that_change_nothing_may_differ(ranks: Ranks) -> None:
@@ -103,7 +141,7 @@ class FreezesOneRank(BaseCallback):
         # As this NumPy prints it: 0.5 before 2.0
         (ChangesOneRank("gamma", np.float64(0.5)), f"gamma is 0.99 on rank 0, but {np.float64(0.5)!r} on rank 1"),
         (MovesOneRank(), "the checksum of the parameters is "),
-        (FreezesOneRank(), "the choice of trainable parameters is [True, True"),
+        (FreezesOneRank(), "the choice of trainable parameters is (True, True"),
     ],
 )
 def test_ranks_that_disagree_all_say_where(ranks: Ranks, callback: BaseCallback, message: str) -> None:

@@ -40,6 +40,21 @@ def test_callbacks_that_write_files_run_on_rank_0_only(monkeypatch: pytest.Monke
     assert callbacks_of_this_rank(callback, progress_bar=True).callbacks[1:] == [mine, also_mine]
 
 
+class ListsNothing(BaseCallback):
+    """An attribute of the user's that has the name of SB3's."""
+
+    callbacks = callback = None
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_attributes_of_the_users_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    one = ListsNothing()
+    assert callbacks_of_this_rank(one, progress_bar=False).callbacks[1:] == [one]
+
+
 class StopsOnOneRank(BaseCallback):
     """Stops rank 1 in the middle of its second rollout."""
 

@@ -1,5 +1,6 @@
 """Running statistics, of VecNormalize and of the policy, and the measured KL are those of all ranks."""
 
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -117,6 +118,7 @@ def test_running_statistics_of_the_policy_are_the_same_on_all_ranks(ranks: Ranks
 def test_average_of_equal_buffers_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = th.nn.BatchNorm1d(1000)
     policy.running_mean.copy_(th.rand(1000))
+    policy.running_mean[:2] = th.tensor([math.inf, -math.inf])  # a running minimum that has seen nothing, a mask
     expected = policy.running_mean.clone()
     monkeypatch.setattr("sb3_adaptive_kl.distributed.synchronization.gather", lambda buffer: buffer.expand(3, -1))
     average_buffers(policy)

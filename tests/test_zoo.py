@@ -9,15 +9,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import rl_zoo3.utils
 import yaml
+from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl.arguments import value_at
-from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region
+from sb3_adaptive_kl.zoo import complete_registry, hyperparameter_file, hyperparameters, parse_trust_region, torchrun
 from sb3_adaptive_kl.zoo.launcher import SCRIPTS, main
 from sb3_adaptive_kl.zoo.programs import provide_programs
 from sb3_adaptive_kl.zoo.registry import COMPLETED
@@ -218,6 +220,16 @@ def test_hyperparameters_are_found_in_the_repository_and_in_the_wheel(tmp_path, 
     assert hyperparameter_file("ppo_kl") == tmp_path / "hyperparams" / "ppo_kl.yml"
     (package / "hyperparams").mkdir(parents=True)
     assert hyperparameter_file("ppo_kl") == package / "hyperparams" / "ppo_kl.yml"
+
+
+def test_an_algorithm_of_the_users_keeps_its_name_under_torchrun(monkeypatch):
+    """Processes that torchrun starts train one agent each, where there is no distributed version."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="rl_zoo3.train"))
+    monkeypatch.setattr(torchrun.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(rl_zoo3.utils.ALGOS, "ppo_kl", PPO)
+    torchrun.join_ranks(SimpleNamespace(algo="ppo_kl", optimize_hyperparameters=True))
+    assert not torchrun.dist.is_initialized()
 
 
 def test_names_of_the_zoo_are_not_replaced(monkeypatch):

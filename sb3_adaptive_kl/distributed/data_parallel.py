@@ -8,11 +8,9 @@ all ranks.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import is_dataclass
 from inspect import signature
 from io import BufferedIOBase
 from itertools import chain
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from sb3_adaptive_kl.distributed.callbacks import callbacks_of_this_rank
 from sb3_adaptive_kl.distributed.gradients import gradients_of_all_ranks, normalized_over_ranks
 from sb3_adaptive_kl.distributed.ranks import check_group, gather, gather_objects, wait_for_all_ranks
 from sb3_adaptive_kl.distributed.synchronization import (
+    all_parameters,
     average_buffers,
     broadcast_parameters,
     check_agreement,
@@ -47,7 +46,9 @@ from sb3_adaptive_kl.training import KLPenaltyTraining
 # What the update depends on besides arguments
 COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "learning_rate_scale", "_undone_in_a_row")
 # All arguments of ours and of the hosts', but those that may differ between ranks
-COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - {"verbose", "tensorboard_log", "reference_policy"})
+MAY_DIFFER = {"env", "device", "verbose", "tensorboard_log", "reference_policy", "_init_setup_model"}
+COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - MAY_DIFFER)
+NORMALIZATION = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 
 CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
@@ -79,7 +80,7 @@ class DataParallel(KLPenaltyTraining):
         super().train()
         # Not of buffers, which are averaged before each update, and may differ in between
         states = [entry for state in self.policy.optimizer.state_dict()["state"].values() for entry in state.values()]
-        tensors = [*self.policy.parameters(), *(entry for entry in states if isinstance(entry, th.Tensor))]
+        tensors = [*all_parameters(self.policy), *(entry for entry in states if isinstance(entry, th.Tensor))]
         check_agreement({"the checksum of the parameters": checksum(tensors)}, CAUSES_OF_DIFFERENCE)
 
     def _optimize(self, *args: Any) -> None:
@@ -167,6 +168,7 @@ class DataParallel(KLPenaltyTraining):
     ) -> tuple[int, BaseCallback]:
         """Give all ranks the state of rank 0, if they were given the same arguments."""
         wait_for_all_ranks()
+        normalize = self.get_vec_normalize_env()
         check_agreement(
             {
                 "algorithm": type(self).__name__,
@@ -174,8 +176,10 @@ class DataParallel(KLPenaltyTraining):
                 "reset_num_timesteps": reset_num_timesteps,
                 "observation_space": self.observation_space,
                 "action_space": self.action_space,
-                "the shapes of the policy's parameters": [tuple(parameter.shape) for parameter in self.policy.parameters()],
-                "the use of VecNormalize": self.get_vec_normalize_env() is not None,
+                "the shapes of the policy's parameters": [tuple(parameter.shape) for parameter in all_parameters(self.policy)],
+                "the use of VecNormalize": normalize is not None,
+                **{f"{name} of VecNormalize": getattr(normalize, name, None) for name in NORMALIZATION},
+                "the shapes of its statistics": [one.mean.shape for one in running_statistics(normalize)],
                 **self._facts(),
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
@@ -186,7 +190,7 @@ class DataParallel(KLPenaltyTraining):
             self.verbose = 0
             self.set_logger(Logger(folder=None, output_formats=[]))
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
-        statistics = running_statistics(self.get_vec_normalize_env())  # after the environments were reset
+        statistics = running_statistics(normalize)  # after the environments were reset
         overwrite(statistics, gather_objects(statistics)[0])
         return result
 
@@ -199,15 +203,13 @@ class DataParallel(KLPenaltyTraining):
 
     def _facts(self) -> dict[str, Any]:
         """Collect what decides about an update. Arguments that a user's subclass adds may differ."""
-        values = [(name, getattr(self, name, None)) for name in COMPARED]
-        # The repr of a number or of one of our rules identifies it
-        facts: dict[str, Any] = {k: v for k, v in values if isinstance(v, Real | str | tuple | type | None) or is_dataclass(v)}
+        facts = {name: getattr(self, name, None) for name in COMPARED}
         facts |= settings_at(self, self._current_progress_remaining)._asdict()  # the values of schedules, too
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
         if self._reference is not None:  # its file may lie elsewhere on another machine
             spec = self._reference.spec
             facts["reference_policy"] = spec.target_kl, spec.direction, checksum(self._reference.policy.parameters())
-        facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in self.policy.parameters()]
+        facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in all_parameters(self.policy)]
         return facts
 
     def _excluded_save_params(self) -> list[str]:

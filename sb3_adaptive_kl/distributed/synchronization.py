@@ -2,8 +2,10 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from io import BytesIO
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,41 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_adaptive_kl.algorithm import KLPenaltyAlgorithm
 from sb3_adaptive_kl.distributed.ranks import gather, gather_objects
 from sb3_adaptive_kl.rollout.old_policy import RolloutKL
+from sb3_adaptive_kl.step import optimized_parameters
 
 
 class RanksDisagree(ValueError):
     """The ranks hold different arguments, or different parameters. The message says which."""
 
 
+def comparable(value: Any) -> Any:
+    """
+    Find what two ranks can compare of a value.
+
+    :param value: anything
+    :return: of numbers, strings and classes themselves, of collections and dataclasses what they hold, of others their class
+        alone: the ``repr`` of a function has its address
+    """
+    if value is None or isinstance(value, Real | str | type):
+        return value
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)} | {"class": type(value)}
+    if isinstance(value, Mapping):
+        return {name: comparable(value[name]) for name in sorted(value, key=str)}
+    if isinstance(value, list | tuple):
+        return tuple(map(comparable, value))
+    return type(value)
+
+
 def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     """
     Check that all ranks state the same facts. *Collective.*
 
-    :param facts: name → value with a ``repr`` that is the same for equal values
+    :param facts: name → value
     :param explanation: ends the message: a cause or a remedy
     :raises RanksDisagree: on all ranks, with the first fact that differs
     """
-    of_ranks = gather_objects({name: repr(value) for name, value in facts.items()})
+    of_ranks = gather_objects({name: repr(comparable(value)) for name, value in facts.items()})
     # Of all ranks in the order of the first: every rank must raise the same error
     for name in dict.fromkeys(chain.from_iterable(of_ranks)):
         first, *others = (stated.get(name, "something else") for stated in of_ranks)
@@ -52,19 +74,30 @@ def checksum(tensors: Iterable[th.Tensor]) -> int:
     return digest
 
 
+def all_parameters(policy: ActorCriticPolicy) -> list[th.Tensor]:
+    """List the parameters of the policy and those that only its optimizer holds, in the same order on all ranks."""
+    parameters = [*policy.parameters(), *optimized_parameters(policy.optimizer)]
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
 def broadcast_parameters(model: KLPenaltyAlgorithm) -> None:
     """
-    Overwrite the policy and its optimizer's state with those of rank 0. *Collective.*
+    Overwrite the policy, its optimizer's parameters and its state with those of rank 0. *Collective.*
 
     :param model: with the same networks on all ranks
     """
+    parameters = all_parameters(model.policy)
     # By torch.save, not as objects: tensors would be put on the GPU of rank 0
     saved = BytesIO()
-    th.save(dict(model.get_parameters()), saved)
+    th.save((dict(model.get_parameters()), [parameter.detach() for parameter in parameters]), saved)
     of_rank_0 = [saved.getvalue()]
     dist.broadcast_object_list(of_rank_0)
     if dist.get_rank() > 0:
-        model.set_parameters(th.load(BytesIO(of_rank_0[0]), map_location=model.device, weights_only=False))
+        registered, values = th.load(BytesIO(of_rank_0[0]), map_location=model.device, weights_only=False)
+        model.set_parameters(registered)
+        with th.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
 
 
 def average_buffers(policy: ActorCriticPolicy) -> None:
@@ -75,10 +108,10 @@ def average_buffers(policy: ActorCriticPolicy) -> None:
     """
     for tensor in filter(th.is_floating_point, policy.buffers()):
         of_ranks = gather(tensor.flatten())
-        # Not the mean of the values, whose rounding would move a buffer that is the same on all ranks
-        mean = of_ranks[0] + (of_ranks - of_ranks[0]).mean(dim=0)
+        # Rounding must not move what is the same on all ranks. Masks may hold infinities
+        same = (of_ranks == of_ranks[0]).all(dim=0)
         with th.no_grad():
-            tensor.copy_(mean.view_as(tensor))
+            tensor.copy_(th.where(same, of_ranks[0], of_ranks.mean(dim=0)).view_as(tensor))
 
 
 def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:

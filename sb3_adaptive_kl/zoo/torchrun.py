@@ -30,6 +30,10 @@ def join_ranks(manager: Any) -> None:
         return
     if not (dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
         return
+    algorithms = import_module("rl_zoo3.utils").ALGOS
+    distributed_algorithm = getattr(distributed, f"Distributed{algorithms[manager.algo].__name__}", None)
+    if distributed_algorithm is None:  # the user has registered another one under this name
+        return
     if manager.optimize_hyperparameters:
         sys.exit(
             "-optimize cannot be run by torchrun: start it several times with the same --storage and --study-name instead"
@@ -40,8 +44,6 @@ def join_ranks(manager: Any) -> None:
     has_own_gpu = th.cuda.is_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= th.cuda.device_count()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_own_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
-    algorithms = import_module("rl_zoo3.utils").ALGOS
-    distributed_algorithm = getattr(distributed, f"Distributed{algorithms[manager.algo].__name__}")
     algorithms[manager.algo] = asking_for_masks(distributed_algorithm)
     manager.seed = manager.args.seed = gather_objects(manager.seed)[0]
     if dist.get_rank() == 0:
