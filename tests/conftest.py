@@ -144,7 +144,7 @@ def minibatch_loss(
 
 def parameters(model: OnPolicyAlgorithm) -> th.Tensor:
     """All parameters in one vector, a copy."""
-    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+    return th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])
 
 
 def logged(model: OnPolicyAlgorithm) -> dict[str, float]:

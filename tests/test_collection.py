@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from tests.conftest import CASES, FAMILIES, NEEDS_COMPILER, collect
+from tests.conftest import CASES, FAMILIES, NEEDS_COMPILER, Case, collect, pendulum
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 COMPILE = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILER)])
@@ -68,6 +68,23 @@ def test_nan_never_reaches_the_environment(env, compile):
     assert not compile or not model._compiler.compilation.failed
 
 
+def test_forward_of_the_users_finds_torchs_checks():
+    """It may rely on them."""
+
+    class Careful(ActorCriticPolicy):
+        def forward(self, obs, deterministic=False):
+            try:
+                return super().forward(obs, deterministic)
+            except ValueError:  # of torch's distribution, at a NaN
+                caught.append(obs)
+                return super().forward(th.zeros_like(obs), deterministic)
+
+    for algorithm in (PPO, AdaptiveKLPPO):
+        caught = []
+        collect(Case(Careful, lambda: NaNAfterAWhile(pendulum())).build(algorithm, **SMALL))
+        assert len(caught) > 0
+
+
 @pytest.mark.usefixtures("compiler")
 @COMPILE
 def test_policy_copied_by_a_callback_is_its_own(compile):
@@ -103,7 +120,7 @@ def test_copy_acts_for_itself_in_the_same_rollout(compile):
         opponent = copy.deepcopy(model.policy)
         with th.no_grad():
             opponent.value_net.bias += 5.0
-            values.append([policy(th.ones(1, 3))[1].item() for policy in (model.policy, opponent)])
+            values.append([policy(obs=th.ones(1, 3))[1].item() for policy in (model.policy, opponent)])
         return True
 
     collect(model, play_against_a_copy)

@@ -141,7 +141,7 @@ class TestBox:
         """torch limits recompilations per function: each model has a limit of its own."""
         for _ in range(3):
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
-            with th._dynamo.config.patch(recompile_limit=2):
+            with th._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
                 model.train()
             assert not model._compiler.compilation.failed
         assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO
 from sb3_adaptive_kl.rollout import minibatches as module
@@ -87,6 +88,29 @@ def test_get_samples_is_restored_after_an_epoch(on_the_instance):
         assert len(list(minibatches(buffer, 16))) == 4
         assert vars(buffer).get("_get_samples") is before
     assert len(calls) == (8 if on_the_instance else 0)
+
+
+class Backwards(RolloutBuffer):
+    """Reads a permutation from its end, by views with a negative stride."""
+
+    def get(self, batch_size=None):
+        next(super().get(1))  # flattens the rollout
+        backwards = np.random.permutation(self.buffer_size * self.n_envs)[::-1]
+        for start in range(0, len(backwards), batch_size):
+            yield self._get_samples(backwards[start : start + batch_size])
+
+
+def test_indices_may_be_any_view():
+    buffer = collect(CASES["box"].build(AdaptiveKLPPO, n_steps=64, rollout_buffer_class=Backwards)).rollout_buffer
+    drawn = list(minibatches(buffer, 16))
+    assert sorted(th.cat([index for _, index in drawn]).tolist()) == list(range(64))
+    for samples, index in drawn:
+        assert np.array_equal(samples.actions.numpy(), buffer.actions[index.numpy()])
+
+
+def test_indices_do_not_follow_torchs_default_device():
+    with th.device("meta"):
+        assert module.to_device(np.arange(3), th.device("cpu")).tolist() == [0, 1, 2]
 
 
 def test_only_sequences_are_padded():

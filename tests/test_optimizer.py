@@ -238,6 +238,21 @@ def test_memory_layout_may_change_after_an_update(monkeypatch):
         assert (with_fast - without).abs().max() < 1e-5
 
 
+def test_parameter_that_is_a_part_of_a_tensor(monkeypatch):
+    """Adam's kernel would take it for one piece of memory, in the first update as in later ones."""
+    results = []
+    for fast in ("1", "0"):
+        monkeypatch.setenv("SB3_ADAPTIVE_KL_FAST", fast)
+        model = CASES["box"].build(AdaptiveKLPPO, **SMALL)
+        layer, whole = model.policy.mlp_extractor.policy_net[0], th.zeros(64, 8)
+        whole[:, :3] = layer.weight.detach()
+        layer.weight = th.nn.Parameter(whole[:, :3])
+        model.policy.optimizer.param_groups[0]["params"] = list(model.policy.parameters())
+        results.append(parameters(model.learn(64)))
+        assert not whole[:, 3:].any()
+    assert (results[0] - results[1]).abs().max() < 1e-6
+
+
 def test_amsgrad_may_be_switched_off(monkeypatch):
     results = []
     for fast in ("1", "0"):

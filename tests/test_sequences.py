@@ -14,7 +14,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv
 
-from sb3_adaptive_kl import MaskableRecurrentAdaptiveKLPPO, RecurrentAdaptiveKLPPO
+from sb3_adaptive_kl import MaskableRecurrentAdaptiveKLPPO, PredictivePenalty, RecurrentAdaptiveKLPPO
 from sb3_adaptive_kl.fast import sequences
 from sb3_adaptive_kl.fast.sequences import in_blocks, into_blocks, sequences_at_once
 from sb3_adaptive_kl.rollout.evaluation import evaluate
@@ -191,6 +191,20 @@ def test_lstms_of_the_user_run_as_contribs_policy_runs_them(monkeypatch):
     model = collect(CASES["discrete"].build(RecurrentAdaptiveKLPPO, **ALIKE))
     model.policy.lstm_critic.__class__ = type("Theirs", (th.nn.LSTM,), {})
     model.train()
+
+
+def test_rule_may_ask_the_policy_during_an_update():
+    """It is given what sb3-contrib's policy is given: tensors."""
+
+    class Curious(PredictivePenalty):
+        def within_update(self, kl_coef, *args):
+            actions.append(model.predict(np.zeros(model.observation_space.shape), deterministic=True)[0])
+            return kl_coef
+
+    actions = []
+    model = CASES["box"].build(RecurrentAdaptiveKLPPO, kl_rule=Curious(), **ALIKE)
+    model.learn(64)
+    assert len(actions) > 1
 
 
 def test_policy_and_buffer_are_restored_after_an_update_that_fails(monkeypatch):

@@ -4,6 +4,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch as th
@@ -107,10 +108,12 @@ def _compile(function: Callable[P, T]) -> Callable[P, T]:
     # At the first compilation in a process torch turns the validation of all its distributions off, forever
     checks = Distribution._validate_args
     try:
-        # Static shapes: a buffer gives full minibatches and a shorter last one. Isolated: several models would otherwise share
-        # one limit of recompilations
+        # Several models would otherwise share torch's two limits of recompilations: the one that an argument isolates, and the
+        # one of all that it has compiled of the same code, also for models that are gone
+        own: Any = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        # Static shapes: a buffer gives full minibatches and a shorter last one
         kwargs = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
-        return th.compile(function, **kwargs)  # type: ignore[call-overload,no-any-return]
+        return th.compile(own, **kwargs)  # type: ignore[call-overload,no-any-return]
     finally:
         Distribution.set_default_validate_args(checks)
 

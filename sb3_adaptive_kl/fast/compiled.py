@@ -20,14 +20,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import fast_collection, nan_is_fatal, unvalidated
+from sb3_adaptive_kl.fast.eager import ACTING, fast_collection, nan_is_fatal, unvalidated
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
 from sb3_adaptive_kl.step import ComputeGradients, compute_gradients, in_layout_of, minibatch_loss, optimized_parameters
 
-# The methods of a policy that act, and those that evaluate actions
-ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
+# The methods of a policy that evaluate actions
 EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
 # Observations of this space are only converted to float by SB3's preprocess_obs
 PREPROCESSED = spaces.Box(-inf, inf, (1,))
@@ -96,7 +95,7 @@ class Compiler:
             if nan_is_fatal(policy) or not all(is_stock(policy, name) for name in ACTING):
                 yield
                 return
-            policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign,assignment]
+            policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign]
             try:
                 yield
             finally:
@@ -126,10 +125,10 @@ class CompiledForward:
         self.actor, self.preprocess = compilable_copy(policy, ACTING)
         self.act = compiled_act
 
-    def __call__(self, observations: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         if th.jit.is_tracing() or th.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]  # a callback exports
-            return type(self.policy).forward(self.policy, observations, *args, **kwargs)
-        observations = self.preprocess(observations)
+            return type(self.policy).forward(self.policy, obs, *args, **kwargs)
+        observations = self.preprocess(obs)
         # Masks: torch compiles functions of tensors only
         kwargs = {
             name: th.as_tensor(value, device=self.policy.device) if isinstance(value, np.ndarray) else value

@@ -23,6 +23,8 @@ from sb3_adaptive_kl.rollout.distributions import is_stock
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, to_device
 from sb3_adaptive_kl.step import optimized_parameters
 
+# The methods of a policy that act
+ACTING = ("forward", "extract_features", "_get_action_dist_from_latent")
 # Options of torch's optimizers: how a step is computed, unless the user chose
 DEFAULTS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # Adam's state of a parameter, besides its step count
@@ -47,8 +49,9 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
         yield
         return
     hook = policy.register_forward_hook(raise_for_nan)
+    validates = nan_is_fatal(policy) or not all(is_stock(policy, name) for name in ACTING)
     try:
-        with nullcontext() if nan_is_fatal(policy) else without_validation(policy):
+        with nullcontext() if validates else without_validation(policy):
             yield
     except RuntimeError as error:
         if str(error).startswith(NAN_MESSAGES):
@@ -186,9 +189,10 @@ def one_kernel(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     states = [optimizer.state.get(parameter, {}) for parameter in parameters]
     devices = {parameter.device for parameter in parameters}
     # The fused kernel knows no complex numbers, and reads parameters and moments as flat memory, so that they must have the
-    # same layout
+    # same layout, without gaps
     can_fuse = type(optimizer) in (th.optim.Adam, th.optim.AdamW) and all(
         parameter.is_floating_point()
+        and parameter.stride() == th.empty_like(parameter).stride()
         and not parameter._post_accumulate_grad_hooks  # they may leave another layout
         and all(state[name].stride() == parameter.stride() for name in MOMENTS if name in state)
         for parameter, state in zip(parameters, states, strict=True)

@@ -57,7 +57,14 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     if not (draws_stock and hands_sequences_on(policy)):
         yield
         return
-    policy._process_sequence = in_blocks  # type: ignore[assignment]
+    step_by_step = policy._process_sequence
+
+    def process_sequence(features: th.Tensor, states: LSTMStates, starts: Any, lstm: th.nn.LSTM) -> Any:
+        # A rule may ask the policy something during an update
+        process: Any = in_blocks if isinstance(starts, Sequences) else step_by_step
+        return process(features, states, starts, lstm)
+
+    policy._process_sequence = process_sequence  # type: ignore[assignment]
     buffer._get_samples = partial(unpadded, buffer)
     try:
         yield

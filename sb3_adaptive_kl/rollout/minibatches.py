@@ -65,7 +65,8 @@ def to_device(array: Any, device: th.device) -> th.Tensor:
     :param device: where to
     :return: the tensor; a GPU may still be about to copy it
     """
-    tensor = th.as_tensor(array)
+    # as_tensor() would follow torch's default device
+    tensor: th.Tensor = th.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
     # torch keeps pinned memory until it has been copied
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
