@@ -107,6 +107,10 @@ def test_balance_of_a_single_minibatch_is_unknown_and_moves_nothing():
     assert model.learning_rate_scale == 1
 
 
+def test_within_an_update_that_diverges_it_falls():
+    assert BalancedLearningRate().within_update(1.15, math.inf, 0.01, -1.0) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"low": 3.1}, {"high": math.inf}, {"increase": 1.0}, {"decrease": 0.5}, {"decrease_within": 0.9}, {"lowest": 2.0}],

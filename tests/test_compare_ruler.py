@@ -1,5 +1,6 @@
 """The ruler: it changes nothing, agrees with what the algorithm itself measures, and fits every on-policy algorithm."""
 
+import copy
 import math
 
 import numpy as np
@@ -19,7 +20,8 @@ from sb3_adaptive_kl import (
     RecurrentAdaptiveKLPPO,
 )
 from sb3_adaptive_kl.compare.ruler import Ruler
-from tests.conftest import CASES, parameters
+from sb3_adaptive_kl.rollout.old_policy import OldPolicy
+from tests.conftest import CASES, collect, logged, parameters
 
 
 def cartpole(algorithm, policy="MlpPolicy", **kwargs):
@@ -87,6 +89,20 @@ def test_it_agrees_with_what_ours_log(name):
     model.learn(4 * 128, callback=[logged, ruler], log_interval=100)
     np.testing.assert_allclose([[*row[1:4], row[-1]] for row in ruler.updates], logged.rows, rtol=1e-5)
     np.testing.assert_allclose([row[4] for row in ruler.updates], [0.0175, 0.015, 0.0125, 0.01])
+
+
+def test_it_is_exact_whatever_the_arm_penalizes():
+    """And tells how far the step was shortened."""
+    model = collect(cartpole(AdaptiveKLPPO, kl_divergence="k3", kl_ceiling=1.0, target_kl=1e-4, learning_rate=0.01))
+    ruler, exact = Ruler(), OldPolicy(model.policy, copy.copy(model.rollout_buffer))
+    ruler.init_callback(model)
+    ruler.on_rollout_end()
+    model.train()
+    ruler.on_rollout_start()
+    (row,) = ruler.updates
+    assert row[1] == pytest.approx(exact.kl().mean, rel=1e-5)
+    assert row[1] != pytest.approx(logged(model)["kl"], rel=1e-3)
+    assert row[5] == model.step_scale < 1
 
 
 def test_arms_without_a_penalty_have_neither_target_nor_coefficient():

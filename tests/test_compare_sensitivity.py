@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sb3_adaptive_kl.compare import statistics
-from sb3_adaptive_kl.compare.sensitivity import phi
+from sb3_adaptive_kl.compare.sensitivity import _family, phi
 from tests.compare_results import compute
 
 pytestmark = pytest.mark.usefixtures("fewer_samples")
@@ -61,3 +61,7 @@ def test_arms_of_a_sweep_are_compared_at_the_same_value(make):
 def test_sensitivity_needs_an_environment_where_some_arm_beats_random(make):
     assert swept(make, {"E": {"a1": -1.0, "a2": -2.0}})["sensitivity"]["families"] == {}
     assert compute(make, {"a1": [1.0, 1.0]})["sensitivity"] is None  # without a sweep
+
+
+def test_values_near_a_negative_best_score():
+    assert _family({1.0: np.full((2, 1), -1.0), 2.0: np.full((2, 1), -1.05)}, True)["near_best"] == [1.0, 2.0]

@@ -151,6 +151,31 @@ def test_kl_statistics_relative_to_the_target(make):
     assert without["spread"] == pytest.approx(kl["spread"])
 
 
+def test_edges_of_the_band_and_quantiles(make):
+    def kl_of(updates):
+        return compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
+
+    assert kl_of([(kl, 0.01) for kl in (0.0066, 0.0067, 0.01, 0.015)])["in_band"] == 0.75
+    kl = kl_of([(i / 100, 1.0) for i in range(101)])
+    assert (kl["median"], kl["95 %"], kl["largest"]) == pytest.approx((0.5, 0.95, 1.0))
+
+
+def test_random_baseline_is_the_mean_over_seeds(make):
+    runs = [make((9.0,), seed=seed, random=(random,)) for seed, random in enumerate((0.0, 1.0, 5.0))]
+    assert computed(runs)["environments"]["E"]["random"] == pytest.approx(2.0)
+
+
+def test_environments_where_no_arm_beats_random_do_not_count_across(make):
+    finals = {"E": {"a": 98.0, "b": 60.0}, "F": {"a": 98.0, "b": 60.0}, "G": {"a": 1.0, "b": 2.0}}
+    runs = [
+        make((final,), env=env, arm=arm, seed=seed, random=(20.0,))
+        for env, of_arms in finals.items()
+        for arm, final in of_arms.items()
+        for seed in (0, 1)
+    ]
+    assert computed(runs)["across"]["environments"] == ["E", "F"]
+
+
 def test_how_often_and_how_far_steps_were_shortened(make):
     updates = [(0.01, 0.01, 1.0), (0.0150001, 0.01, 0.2), (0.014, 0.01, 0.5), (0.014, 0.01, 0.4)]
     kl = compute(make, {"a": [1.0]}, updates=updates)["environments"]["E"]["arms"]["a"]["kl"]
@@ -238,7 +263,8 @@ def test_only_seeds_that_finished_on_all_environments_count_across_them(make):
 
 
 def test_threshold_is_gymnasiums_or_90_percent_of_the_way_to_the_best_arm(make):
-    assert compute(make, {"a": [100.0]}, threshold=42.0)["environments"]["E"]["threshold"] == 42.0
+    of_gymnasium = compute(make, {"a": [100.0]}, threshold=42.0)["environments"]["E"]
+    assert (of_gymnasium["threshold"], of_gymnasium["threshold_source"]) == (42.0, "gymnasium")
     assert compute(make, {"a": [99.0, 101.0]}, random=(20.0,))["environments"]["E"]["threshold"] == pytest.approx(92.0)
 
 

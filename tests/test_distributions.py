@@ -12,7 +12,7 @@ from stable_baselines3.common.distributions import (
     SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution
 
 from sb3_adaptive_kl import AdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import Categoricals, DiagGaussian, action_distribution
@@ -130,3 +130,12 @@ def test_error_for_unknown_family_suggests_k3():
     distribution.distribution = MultivariateNormal(th.zeros(1, 2), th.eye(2))
     with pytest.raises(ValueError, match=r"MultivariateNormal.*kl_divergence='k3'"):
         action_distribution(distribution)
+
+
+def test_bijections_do_not_change_the_kl():
+    """Those of the guide's table; Tanh and Affine are trained in test_families.py."""
+    plain, squashed = (DiagGaussianDistribution(2) for _ in range(2))
+    parameters = {"loc": th.tensor([[0.0, 1.0]]), "scale": th.tensor([[1.0, 2.0]])}
+    plain.distribution = Normal(**parameters)
+    squashed.distribution = TransformedDistribution(Normal(**parameters), SigmoidTransform())
+    assert all(map(th.equal, vars(action_distribution(squashed)).values(), vars(action_distribution(plain)).values()))

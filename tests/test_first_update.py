@@ -9,7 +9,7 @@ import pytest
 from stable_baselines3 import PPO
 
 from sb3_adaptive_kl import AdaptiveKLPPO
-from tests.conftest import CASES, FAMILIES, parameters
+from tests.conftest import CASES, FAMILIES, logged, parameters
 
 FULL_BATCH = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "learning_rate": 0.01, "ent_coef": 0.01}
 
@@ -44,8 +44,9 @@ def test_first_update_equals_ppo_with_options(kwargs):
 @pytest.mark.parametrize("case", FAMILIES)
 def test_run_with_clipping_and_tiny_beta_equals_ppo(case):
     """With clipping and β = 1e-8, whole runs agree: surrogate, minibatches, epochs and schedules are the same."""
-    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 3, "clip_range": 0.1, "clip_range_vf": 0.2}
+    kwargs = {"n_steps": 128, "batch_size": 32, "n_epochs": 3, "clip_range": 0.02, "clip_range_vf": 0.2, "learning_rate": 3e-3}
     ppo = FAMILIES[case].build(PPO, **kwargs).learn(256)
+    assert logged(ppo)["clip_fraction"] > 0.1
     penalty = {"init_kl_coef": 1e-8, "kl_rule": "fixed", "kl_coef_bounds": (1e-9, 1)}
     ours = FAMILIES[case].build(AdaptiveKLPPO, **penalty, **kwargs).learn(256)
     assert (parameters(ours) - parameters(ppo)).abs().max() < 2e-5

@@ -10,6 +10,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptivePenalty, objective, step
 from sb3_adaptive_kl.training import MAX_UNDONE_IN_A_ROW
 from tests.conftest import CASES, FAMILIES, collect, logged, parameters
+from tests.test_policies import NoisyExtractor
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
 
@@ -73,6 +74,16 @@ def test_parameter_lost_where_the_kl_cannot_see_it(monkeypatch):
         model.train()
     assert math.isfinite(logged(model)["kl"])
     assert th.equal(parameters(model), before)
+
+
+def test_statistics_of_a_batch_normalization_are_those_before_an_undone_update(monkeypatch):
+    monkeypatch.setattr(objective, "surrogate_loss", lambda advantages, ratio, clip_range: ratio.mean() * th.nan)
+    model = collect(CASES["box"].build(AdaptiveKLPPO, policy_kwargs={"features_extractor_class": NoisyExtractor}, **SMALL))
+    before = [buffer.clone() for buffer in model.policy.buffers()]
+    with pytest.warns(UserWarning, match="undone"):
+        model.train()
+    assert before
+    assert all(map(th.equal, before, model.policy.buffers()))
 
 
 def test_step_of_length_zero_is_not_taken_for_a_sound_one(monkeypatch):

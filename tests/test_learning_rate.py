@@ -61,7 +61,7 @@ def test_warns_once_at_a_limit(sign, expected):
 
 @pytest.mark.parametrize(("clip_range", "warns"), [(None, True), ("outliers", False)])
 def test_a_factor_that_stays_at_its_limit_is_told_unless_the_clip_ends_the_updates(clip_range, warns, monkeypatch):
-    monkeypatch.setattr(UpdateMetrics, "clip_fraction", lambda metrics: 0.0 if clip_range is None else 0.05)
+    monkeypatch.setattr(UpdateMetrics, "clip_fraction", lambda metrics: 0.0 if clip_range is None else 0.02)
     rule = BalancedLearningRate(high=2.0, highest=1.0)
     model = CASES["box"].build(
         AdaptiveKLPPO, learning_rate=1e-5, clip_range=clip_range, **{**BALANCED, "learning_rate_rule": rule}
@@ -83,6 +83,7 @@ def test_a_factor_that_stays_at_its_limit_is_told_unless_the_clip_ends_the_updat
         {"lowest": 0.0},
         {"lowest": 2.0},
         {"highest": math.inf},
+        {"highest": 0.5},
     ],
 )
 def test_invalid_numbers_are_rejected(wrong):
@@ -215,6 +216,42 @@ def test_two_controllers_of_one_error_are_told():
         CASES["box"].build(AdaptiveKLPPO, learning_rate_rule="adaptive", **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ({"kl_coef_bounds": (0.5, 2.0)}, "upper bound 2 for 10"),
+        ({"kl_rule": "fixed", "learning_rate_rule": AdaptiveLearningRate(lowest=1.0)}, "lowest value 1 for 10"),
+    ],
+)
+def test_the_bounds_of_steps_that_are_too_long_are_told_where_a_clip_acts(bound, message):
+    """The clip ends updates below the target, and not above."""
+    kwargs = {"clip_range": 0.2, "learning_rate": 0.1, "target_kl": 1e-4, **bound, **SMALL}
+    with pytest.warns(UserWarning, match=message):
+        CASES["box"].build(AdaptiveKLPPO, **kwargs).learn((PATIENCE_AT_BOUND + 2) * 64)
+
+
+def test_clip_fraction_is_the_mean_over_minibatches():
+    metrics = UpdateMetrics()
+    for clipped in (0.03, 0.0):
+        metrics.add(th.tensor([0.0] * 7 + [clipped]), th.tensor(1.0))
+    assert metrics.clip_fraction() == pytest.approx(0.015)
+
+
+def test_the_balance_within_an_update_is_that_of_a_segment(monkeypatch):
+    seen = []
+
+    def balance(metrics, settings, minibatches=None):
+        seen.append(minibatches)
+        return math.nan
+
+    monkeypatch.setattr(UpdateMetrics, "balance", balance)
+    collect(CASES["box"].build(AdaptiveKLPPO, **BALANCED)).train()
+    *within, logged_one, of_the_update = seen
+    assert within
+    assert None not in within
+    assert logged_one is of_the_update is None
+
+
 class Broken(LearningRateRule):
     def __call__(self, scale, kl, target_kl, balance):
         return scale
@@ -232,9 +269,10 @@ class Falling(Broken):
 
 def test_the_factor_is_kept_within_the_rules_limits_during_an_update():
     model = collect(CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "learning_rate_rule": Falling()}))
+    model.policy.optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(1))]})
     model.train()
     # Of the last step; the factor itself is limited once more after the update
-    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 3e-4)
+    assert [group["lr"] for group in model.policy.optimizer.param_groups] == pytest.approx([0.5 * 3e-4] * 2)
 
 
 def test_users_rule_that_returns_no_factor_within_an_update_is_named():

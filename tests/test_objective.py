@@ -71,6 +71,11 @@ def test_each_setting_changes_the_loss_by_its_term(change, added):
     assert (changed - plain).item() == pytest.approx(added, abs=1e-6)
 
 
+def test_the_hinge_is_a_part_of_the_penalty_that_is_logged():
+    _, metrics = objective(NEW, KL, PLAIN._replace(kl_cutoff_coef=100.0))
+    assert metrics.kl_loss.item() == pytest.approx(0.3 + 100 * (0.1 - 2 * 0.02) ** 2)
+
+
 def test_gradients():
     """β for the KL, −Â r for the log-probabilities, 2 (V − R) for the values, each as its share of the mean."""
     kl, log_prob, values = (tensor.clone().requires_grad_() for tensor in (KL, NEW.log_prob, NEW.values))

@@ -59,6 +59,7 @@ def test_an_infinite_kl_raises_the_coefficient():
         {"gain": 0.0},
         {"gain": math.inf},
         {"max_ratio": 1.0},
+        {"max_ratio": 1001.0},
         {"floor": 0.0},
         {"floor": 1.1},
     ],

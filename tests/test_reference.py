@@ -212,6 +212,16 @@ def test_target_begins_with_its_own_coefficient(tmp_path):
         assert model.reference_kl_coef == 8.0
 
 
+@pytest.mark.parametrize(("bounds", "expected"), [(None, 2.0), ((0.5, 1.5), 1.5)])
+def test_undone_update_measures_the_restored_policy(bounds, expected):
+    reference = ReferencePolicy(other(CASES["box"], scale=0.3), target_kl=0.01)
+    model = CASES["box"].build(AdaptiveKLPPO, reference_policy=reference, learning_rate=1e30, kl_coef_bounds=bounds, **SMALL)
+    with pytest.warns(UserWarning, match="undone"):
+        model.learn(64)
+    assert logged(model)["reference_kl"] > 0.1
+    assert model.reference_kl_coef == expected
+
+
 def test_undone_update_leaves_the_coefficient():
     reference = ReferencePolicy(other(CASES["box"], scale=0.0), target_kl=0.5)
     model = CASES["box"].build(AdaptiveKLPPO, reference_policy=reference, learning_rate=1e30, **SMALL)
