@@ -46,7 +46,7 @@ def learned_with(of_ranks: dict[str, list[Any]]) -> None:
         ({"n_epochs": [2, 3]}, "n_epochs is 2 on rank 0, but 3 on rank 1"),
         ({"n_envs": [1, 2]}, "n_envs is 1 on rank 0, but 2 on rank 1"),
         ({"kl_coef_bounds": [None, (1e-3, 10)]}, "kl_coef_bounds is None on rank 0, but (0.001, 10) on rank 1"),
-        ({"normalize": [{}, None]}, "the use of VecNormalize is True on rank 0, but False on rank 1"),
+        ({"normalize": [{}, None]}, "VecNormalize is {'clip_obs': 10.0, "),
         ({"total_timesteps": [128, 256]}, "total_timesteps is 128 on rank 0, but 256 on rank 1"),
         ({"policy_kwargs": [{}, {"net_arch": [8]}]}, "the shapes of the policy's parameters is ((64, 4), "),
         (
@@ -61,8 +61,8 @@ def learned_with(of_ranks: dict[str, list[Any]]) -> None:
             {"kl_rule": [{"name": "adaptive", "high": high} for high in (1.5, 2.0)]},
             "kl_rule is {'high': 1.5, 'name': 'adaptive'}",
         ),
-        ({"normalize": [{"norm_obs": True}, {"norm_obs": False}]}, "norm_obs of VecNormalize is True on rank 0, but False on"),
-        ({"normalize": [{"clip_obs": 5.0}, {"clip_obs": 10.0}]}, "clip_obs of VecNormalize is 5.0 on rank 0, but 10.0 on"),
+        ({"normalize": [{"norm_obs": True}, {"norm_obs": False}]}, "VecNormalize is {'clip_obs': 10.0, "),
+        ({"normalize": [{"clip_obs": 5.0}, {"clip_obs": 10.0}]}, "VecNormalize is {'clip_obs': 5.0, "),
     ],
     ids=str,
 )
