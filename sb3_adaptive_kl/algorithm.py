@@ -111,7 +111,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Compiled code cannot be saved, and _setup_model makes it anew
-        return [*super()._excluded_save_params(), "_compiler", "_reference"]
+        held = self.reference_policy is not None and interpret_reference(self.reference_policy).target_kl is not None
+        return [*super()._excluded_save_params(), "_compiler", "_reference", *([] if held else ["reference_kl_coef"])]
 
     def _prepare_reference(self) -> None:
         """
@@ -156,7 +157,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         """
         # An attribute, which PPO ignores. th.load() accepts OrderedDict with its attributes, and no class of ours
         parameters = OrderedDict(super().get_parameters())
-        vars(parameters)["penalty"] = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+        state = set(STATE).difference(self._excluded_save_params())
+        vars(parameters)["penalty"] = {name: getattr(self, name) for name in state if getattr(self, name) is not None}
         return parameters
 
     def set_parameters(

@@ -62,13 +62,6 @@ def check_arguments(model: Any) -> None:
             f"learning_rate_rule={model.learning_rate_rule!r} compares the gain in the surrogate with the penalty: it needs "
             "normalize_advantage=True, which makes the surrogate 0 at the old policy, or pass learning_rate_rule=None"
         )
-    n_transitions = model.n_steps * (model.n_envs if model.env is not None else 0)
-    if isinstance(actuator, BalancedLearningRate) and n_transitions % (model.batch_size or n_transitions) == 1:
-        raise ValueError(
-            f"learning_rate_rule={model.learning_rate_rule!r}: batch_size={model.batch_size} leaves 1 of n_steps * n_envs = "
-            f"{n_transitions} transitions for the last minibatch, and a single advantage cannot be normalized, so that the "
-            "gain would depend on the rewards' scale: change batch_size or n_steps"
-        )
     if isinstance(actuator, AdaptiveLearningRate) and not isinstance(rule, FixedPenalty):
         warn_user(
             "learning_rate_rule='adaptive' and kl_rule answer the same error, both at once: pass kl_rule='fixed', or "
@@ -117,6 +110,14 @@ def check_settings(model: Any) -> None:
     if isinstance(model.normalize_advantage, str):
         raise ValueError(f"normalize_advantage={model.normalize_advantage!r} must be True or False")
     check_minibatches(model.batch_size, model.n_epochs, model.normalize_advantage)
+    is_balanced = isinstance(learning_rate_rule(model.learning_rate_rule), BalancedLearningRate)
+    n_transitions = model.n_steps * model.n_envs if model.env is not None else 0  # a loaded model may only be there to act
+    if is_balanced and n_transitions > 0 and n_transitions % (model.batch_size or n_transitions) == 1:
+        raise ValueError(
+            f"learning_rate_rule={model.learning_rate_rule!r}: batch_size={model.batch_size} leaves 1 of n_steps * n_envs = "
+            f"{n_transitions} transitions for the last minibatch, and a single advantage cannot be normalized, so that the "
+            "gain would depend on the rewards' scale: change batch_size or n_steps"
+        )
 
 
 def check_minibatches(batch_size: int | None, n_epochs: int, normalize_advantage: bool) -> None:

@@ -80,7 +80,7 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         step.
     :param learning_rate_rule: How a factor of ``learning_rate`` moves: ``None`` (default: not at all); ``"balanced"``, the
         second actuator next to a rule for β (lowered while the KL buys less gain than it should, raised while it buys three
-        times as much; it needs ``normalize_advantage=True``);
+        times as much; it needs ``normalize_advantage=True``, and no last minibatch of a single transition);
         ``"adaptive"`` (divided by 1.5 above twice the target, multiplied below half of it, once per update, as in robotics;
         with ``kl_rule="fixed"``, or two controllers answer the same error); with other numbers as a mapping; any
         ``LearningRateRule``, or a function of the factor, the KL, its target and the balance. The running factor is the
@@ -94,8 +94,8 @@ class AdaptiveKLPPO(KLPenaltyTraining, PPO):  # type: ignore[misc]  # None joins
         policy of SB3 or sb3-contrib, which is copied and saved with the model; the path of a saved model, which is read again
         wherever the model is trained; or either with a coefficient, a target or a direction,
         ``ReferencePolicy("clone.zip", target_kl=0.5)``, or the same as a mapping. See
-        :class:`~sb3_adaptive_kl.ReferencePolicy`. The running coefficient is the attribute ``reference_kl_coef``, which
-        ``save`` keeps. ``None`` (default): no reference.
+        :class:`~sb3_adaptive_kl.ReferencePolicy`. With a target, the running coefficient is the attribute
+        ``reference_kl_coef``, which ``save`` keeps. ``None`` (default): no reference.
     :param compile: Whether to compile the policy's ``forward`` and the gradients of a minibatch with ``torch.compile``, which
         takes seconds to a minute in the first iteration. Where that fails, or torch is older than 2.13, training goes on
         uncompiled, with one warning. In a callback, ``policy.action_dist`` then holds no distribution:

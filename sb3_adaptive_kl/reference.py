@@ -153,7 +153,7 @@ def adapted_kl_coef(
     if spec.target_kl is None or kl_coef is None:
         return None
     # On its way to the target already. It takes many updates, and a coefficient that was halved after each of them could not
-    # stop the policy where it arrives. It has not moved if the update was undone
+    # stop the policy where it arrives. Equal after an update that was undone, which says nothing about the coefficient
     if before <= kl < spec.target_kl:
         return kl_coef
     return apply_rule(AdaptivePenalty(), kl_coef, kl, spec.target_kl, bounds)[0]

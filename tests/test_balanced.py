@@ -6,10 +6,11 @@ import warnings
 import pytest
 import torch as th
 
-from sb3_adaptive_kl import AdaptiveKLPPO, BalancedLearningRate, objective
+from sb3_adaptive_kl import AdaptiveKLPPO, BalancedLearningRate, RecurrentAdaptiveKLPPO, objective
 from sb3_adaptive_kl.arguments import settings_at
 from sb3_adaptive_kl.metrics import UpdateMetrics
 from sb3_adaptive_kl.objective import MinibatchMetrics
+from tests import test_recurrent
 from tests.conftest import CASES, NEEDS_COMPILER, collect, logged
 
 BALANCED = {"learning_rate_rule": "balanced", "kl_rule": "predictive", "n_steps": 256, "batch_size": 32, "n_epochs": 4}
@@ -162,3 +163,14 @@ def test_balanced_learning_rate_needs_a_surrogate_that_begins_at_0():
         CASES["box"].build(AdaptiveKLPPO, normalize_advantage=False, **BALANCED)
     with pytest.raises(ValueError, match=r"batch_size=21 leaves 1 of n_steps \* n_envs = 64 .* change batch_size or n_steps$"):
         CASES["box"].build(AdaptiveKLPPO, **{**BALANCED, "n_steps": 64, "batch_size": 21})
+    model = CASES["box"].build(AdaptiveKLPPO, **BALANCED)
+    model.batch_size = 51  # by a callback
+    with pytest.raises(ValueError, match=r"batch_size=51 leaves 1 of n_steps \* n_envs = 256 "):
+        model.learn(256)
+
+
+def test_balanced_model_is_loaded_without_environments(tmp_path):
+    """To act. Its minibatches are not known then."""
+    case = test_recurrent.CASES["box"]
+    case.build(RecurrentAdaptiveKLPPO, **{**BALANCED, "n_steps": 64, "batch_size": None}).save(tmp_path / "model")
+    assert RecurrentAdaptiveKLPPO.load(tmp_path / "model").learning_rate_rule == "balanced"

@@ -1,5 +1,6 @@
 """Ranks that would make different updates say so, and an update that is unsound on one rank is undone on all."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -18,6 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_adaptive_kl import PenaltyRule
 from sb3_adaptive_kl.distributed import DistributedAdaptiveKLPPO, RanksDisagree
+from sb3_adaptive_kl.distributed.synchronization import comparable
 from tests.ranks import SMALL, Ranks, check_same_model, learned, make_env, outcome
 
 
@@ -61,7 +64,7 @@ def learned_with(of_ranks: dict[str, list[Any]]) -> None:
             {"kl_rule": [{"name": "adaptive", "high": high} for high in (1.5, 2.0)]},
             "kl_rule is {'high': 1.5, 'name': 'adaptive'}",
         ),
-        ({"normalize": [{"norm_obs": True}, {"norm_obs": False}]}, "VecNormalize is {'clip_obs': 10.0, "),
+        ({"normalize": [{"norm_reward": True}, {"norm_reward": False}]}, "'norm_reward': True} on rank 0, but {"),
         ({"normalize": [{"clip_obs": 5.0}, {"clip_obs": 10.0}]}, "VecNormalize is {'clip_obs': 5.0, "),
     ],
     ids=str,
@@ -70,6 +73,17 @@ def test_ranks_must_be_given_the_same(ranks: Ranks, of_ranks: dict[str, list[Any
     for error in ranks.run(learned_with, of_ranks):
         assert isinstance(error, RanksDisagree)
         assert message in str(error)
+
+
+def test_spaces_are_compared_by_all_that_they_are() -> None:
+    """Policies for them have the same shapes."""
+    for one, other in (
+        (spaces.MultiDiscrete([2, 3]), spaces.MultiDiscrete([3, 2])),
+        (spaces.Discrete(2), spaces.Discrete(2, start=1)),
+        (spaces.Box(-1, 1, (3,)), spaces.Box(-2, 2, (3,))),
+    ):
+        assert repr(comparable(one)) != repr(comparable(other))
+        assert repr(comparable({"space": one})) == repr(comparable({"space": copy.deepcopy(one)}))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_callbacks_that_write_files_run_on_rank_0_only(monkeypatch: pytest.Monke
 
 
 class ListsNothing(BaseCallback):
-    """An attribute of the user's that has the name of SB3's."""
+    """A user's attribute with the same name as SB3's."""
 
     callbacks = callback = None
 

@@ -249,7 +249,7 @@ def test_the_balance_within_an_update_is_that_of_a_segment(monkeypatch):
     *within, logged_one, of_the_update = seen
     assert within
     assert None not in within
-    assert logged_one is of_the_update is None
+    assert [logged_one, of_the_update] == [None, None]
 
 
 class Broken(LearningRateRule):

@@ -199,12 +199,14 @@ def test_schedule_follows_the_progress():
     assert logged(model)["reference_kl_coef"] == 1.0
 
 
-def test_target_begins_with_its_own_coefficient(tmp_path):
+@pytest.mark.parametrize("n_updates", [0, 2])
+def test_target_begins_with_its_own_coefficient(n_updates, tmp_path):
     """And not with what a schedule or a number before it has ended at."""
     clone = other(CASES["box"])
     for kl_coef in (lambda progress: progress, 0.3):
         model = CASES["box"].build(AdaptiveKLPPO, reference_policy=ReferencePolicy(clone, kl_coef), **SMALL)
-        model.learn(2 * 64).save(tmp_path / "faded")
+        model.learn(n_updates * 64).save(tmp_path / "faded")
+        assert "reference_kl_coef" not in vars(model.get_parameters())["penalty"]
         held = ReferencePolicy(clone, kl_coef=4.0, target_kl=1e-3)
         model = AdaptiveKLPPO.load(tmp_path / "faded", env=pendulum(), reference_policy=held)
         model.learn(64, reset_num_timesteps=False)

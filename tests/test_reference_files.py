@@ -1,5 +1,6 @@
 """Where a reference policy comes from: objects and files, saving and loading, and what is said about wrong ones."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -213,7 +214,10 @@ def test_distribution_without_spread_is_rejected(log_std):
     model = CASES["box"].build(AdaptiveKLPPO, reference_policy=without_spread(log_std), **SMALL)
     with pytest.raises(ValueError, match=r"not finite, or without enough spread .* clone it with an entropy bonus.*'forward'"):
         model.learn(64)
+    measured = ReferencePolicy(without_spread(log_std), kl_coef=0)
+    model = CASES["box"].build(AdaptiveKLPPO, reference_policy=measured, **SMALL)
     if log_std == -50:
+        assert logged(model.learn(64))["reference_kl"] == math.inf
         forward = ReferencePolicy(without_spread(log_std), direction="forward")
         model = CASES["box"].build(AdaptiveKLPPO, reference_policy=forward, **SMALL).learn(64)
         assert logged(model)["reference_kl"] == pytest.approx(50, rel=0.1)

@@ -4,13 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from stable_baselines3.common.callbacks import (
-    BaseCallback,
-    CallbackList,
-    ConvertCallback,
-    EventCallback,
-    ProgressBarCallback,
-)
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 # SB3's and the zoo's that write files or draw; what they evaluate is the same on all ranks. By name, since the zoo is optional
@@ -64,8 +58,6 @@ def _flat(callback: Any) -> Iterator[BaseCallback]:
 
 def _is_only_on_rank_0(callback: BaseCallback) -> bool:
     """Check a callback, and those that it calls in turn."""
-    called = callback.callbacks if isinstance(callback, CallbackList) else []
-    if isinstance(callback, EventCallback) and callback.callback is not None:
-        called = [callback.callback]
-    by_itself = not ONLY_ON_RANK_0.isdisjoint(base.__name__ for base in type(callback).__mro__)
-    return by_itself or any(map(_is_only_on_rank_0, called))
+    called = callback.callbacks if isinstance(callback, CallbackList) else [getattr(callback, "callback", None)]
+    is_named = not ONLY_ON_RANK_0.isdisjoint(base.__name__ for base in type(callback).__mro__)
+    return is_named or any(_is_only_on_rank_0(one) for one in called if isinstance(one, BaseCallback))

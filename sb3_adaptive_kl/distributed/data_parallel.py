@@ -48,7 +48,7 @@ COMPARED_STATE = ("n_envs", "num_timesteps", "_n_updates", "learning_rate_scale"
 # All arguments of ours and of the hosts', but those that may differ between ranks
 MAY_DIFFER = {"env", "device", "verbose", "tensorboard_log", "reference_policy", "_init_setup_model"}
 COMPARED = sorted({*signature(AdaptiveKLPPO).parameters, *COMPARED_STATE} - MAY_DIFFER)
-NORMALIZATION = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
+NORMALIZATION = ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 
 CAUSES_OF_DIFFERENCE = "a callback has changed it on some ranks only, or their machines do not compute the same"
 
@@ -178,7 +178,6 @@ class DataParallel(KLPenaltyTraining):
                 "action_space": self.action_space,
                 "the shapes of the policy's parameters": [tuple(parameter.shape) for parameter in all_parameters(self.policy)],
                 "VecNormalize": normalize and {name: getattr(normalize, name) for name in NORMALIZATION},
-                "the shapes of its statistics": [one.mean.shape for one in running_statistics(normalize)],
                 **self._facts(),
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
@@ -207,7 +206,12 @@ class DataParallel(KLPenaltyTraining):
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
         if self._reference is not None:  # its file may lie elsewhere on another machine
             spec = self._reference.spec
-            facts["reference_policy"] = spec.target_kl, spec.direction, checksum(self._reference.policy.parameters())
+            facts["reference_policy"] = (
+                spec.target_kl,
+                spec.direction,
+                spec.kl_coef,
+                checksum(self._reference.policy.parameters()),
+            )
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in all_parameters(self.policy)]
         return facts
 

@@ -59,24 +59,19 @@ def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> 
 def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]) -> th.Tensor:
     """Replace ``.grad`` by its mean over the transitions of all ranks, and return the mean of the metrics."""
     present = [parameter.grad is not None for parameter in parameters]
-    gradients = [as_real(th.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+    gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     weighted = n_transitions * th.cat([*(gradient.flatten() for gradient in gradients), metrics])
     numbers = th.tensor([*present, n_transitions], dtype=weighted.dtype)
     total = th.cat([weighted, to_device(numbers, weighted.device)])
     dist.all_reduce(total)
-    means = th.split(total[: len(weighted)] / total[-1], [*map(th.numel, gradients), len(metrics)])
+    means = th.split(total[: len(weighted)] / total[-1].real, [*map(th.numel, gradients), len(metrics)])
     # A branch that no rank takes has no gradient: Adam leaves its parameters alone
     anywhere = present if all(present) else total[len(weighted) : -1].bool().tolist()
     for parameter, mean, has_gradient in zip(parameters, means, anywhere, strict=False):
-        gradient = mean.view_as(as_real(parameter)).to(parameter.real.dtype)
-        gradient = th.complex(*gradient.unbind(-1)) if parameter.is_complex() else gradient
+        # One complex parameter makes all numbers complex
+        gradient = (mean if parameter.is_complex() else mean.real).view_as(parameter).to(parameter.dtype)
         parameter.grad = in_layout_of(parameter, gradient if has_gradient else None)
-    return means[-1]
-
-
-def as_real(tensor: th.Tensor) -> th.Tensor:
-    """Show complex numbers as pairs of real ones, in another dimension."""
-    return th.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return means[-1].real
 
 
 def normalized_over_ranks(minibatches: Iterator[tuple[Any, th.Tensor]]) -> Iterator[tuple[Any, th.Tensor]]:

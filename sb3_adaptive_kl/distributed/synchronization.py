@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 import torch.distributed as dist
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
@@ -26,22 +27,14 @@ class RanksDisagree(ValueError):
 
 
 def comparable(value: Any) -> Any:
-    """
-    Find what two ranks can compare of a value.
-
-    :param value: anything
-    :return: of numbers, strings and classes themselves, of collections and dataclasses what they hold, of others their class
-        alone: the ``repr`` of a function has its address
-    """
-    if value is None or isinstance(value, Real | str | type):
+    """Reduce a value to what ranks can compare: of objects such as functions, whose ``repr`` has an address, the class."""
+    if isinstance(value, Real | str | type | spaces.Space | None):
         return value
     if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)} | {"class": type(value)}
+        return type(value), {field.name: comparable(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {name: comparable(value[name]) for name in sorted(value, key=str)}
-    if isinstance(value, list | tuple):
-        return tuple(map(comparable, value))
-    return type(value)
+    return tuple(map(comparable, value)) if isinstance(value, list | tuple) else type(value)
 
 
 def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
@@ -76,8 +69,7 @@ def checksum(tensors: Iterable[th.Tensor]) -> int:
 
 def all_parameters(policy: ActorCriticPolicy) -> list[th.Tensor]:
     """List the parameters of the policy and those that only its optimizer holds, in the same order on all ranks."""
-    parameters = [*policy.parameters(), *optimized_parameters(policy.optimizer)]
-    return list({id(parameter): parameter for parameter in parameters}.values())
+    return list(dict.fromkeys([*policy.parameters(), *optimized_parameters(policy.optimizer)]))
 
 
 def broadcast_parameters(model: KLPenaltyAlgorithm) -> None:

@@ -108,9 +108,11 @@ def _compile(function: Callable[P, T]) -> Callable[P, T]:
     # At the first compilation in a process torch turns the validation of all its distributions off, forever
     checks = Distribution._validate_args
     try:
-        # Several models would otherwise share torch's two limits of recompilations: the one that an argument isolates, and the
-        # one of all that it has compiled of the same code, also for models that are gone
-        own: Any = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        # torch limits recompilations per call of th.compile(), if told so, and per code object, counting models that are gone.
+        # Each model has a code object of its own
+        plain: Any = function
+        parts = plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+        own: Any = FunctionType(plain.__code__.replace(), *parts)
         # Static shapes: a buffer gives full minibatches and a shorter last one
         kwargs = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
         return th.compile(own, **kwargs)  # type: ignore[call-overload,no-any-return]

@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import ACTING, fast_collection, nan_is_fatal, unvalidated
+from sb3_adaptive_kl.fast.eager import ACTING, fast_collection, needs_validation, unvalidated
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -92,7 +92,7 @@ class Compiler:
         :param policy: the policy that collects
         """
         with fast_collection(policy):
-            if nan_is_fatal(policy) or not all(is_stock(policy, name) for name in ACTING):
+            if needs_validation(policy):
                 yield
                 return
             policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign]

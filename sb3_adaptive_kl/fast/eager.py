@@ -49,9 +49,8 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
         yield
         return
     hook = policy.register_forward_hook(raise_for_nan)
-    validates = nan_is_fatal(policy) or not all(is_stock(policy, name) for name in ACTING)
     try:
-        with nullcontext() if validates else without_validation(policy):
+        with nullcontext() if needs_validation(policy) else without_validation(policy):
             yield
     except RuntimeError as error:
         if str(error).startswith(NAN_MESSAGES):
@@ -61,10 +60,13 @@ def fast_collection(policy: ActorCriticPolicy) -> Iterator[None]:
         hook.remove()
 
 
-def nan_is_fatal(policy: ActorCriticPolicy) -> bool:
-    """Whether sampling from NaN ends all use of the GPU in this process, so that torch's validation has to prevent it."""
-    # Its Bernoulli asserts in the kernel; its categoricals raise the errors above
-    return policy.device.type == "cuda" and isinstance(getattr(policy, "action_dist", None), BernoulliDistribution)
+def needs_validation(policy: ActorCriticPolicy) -> bool:
+    """
+    Whether the user's code may rely on torch's validation, or sampling from NaN would end all use of the GPU in this process.
+    """
+    # torch's Bernoulli asserts in the kernel; its categoricals raise the errors above
+    is_fatal = policy.device.type == "cuda" and isinstance(getattr(policy, "action_dist", None), BernoulliDistribution)
+    return is_fatal or not all(is_stock(policy, name) for name in ACTING)
 
 
 def raise_for_nan(policy: Any, args: Any, result: Any) -> None:

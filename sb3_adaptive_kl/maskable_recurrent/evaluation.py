@@ -20,11 +20,9 @@ class UnderMasks:
 
     :param model: a model with masks
     :param env: the environments that it is evaluated in, with a method ``action_masks()``
-    :raises ValueError: if they have none
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:
-        check_masking(env)
         self.model, self.env = model, env
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,8 +44,12 @@ def evaluate_policy(model: Any, env: GymEnv, *args: Any, use_masking: bool = Tru
     :param use_masking: whether to ask for masks
     :param kwargs: as for SB3's
     :return: the mean return and its standard deviation, or what ``return_episode_rewards`` says
+    :raises ValueError: if the environments have no masks
     """
-    return evaluation.evaluate_policy(UnderMasks(model, env) if use_masking else model, env, *args, **kwargs)
+    if use_masking:
+        check_masking(env)
+        model = UnderMasks(model, env)
+    return evaluation.evaluate_policy(model, env, *args, **kwargs)
 
 
 class MaskableEvalCallback(EvalCallback):
@@ -62,6 +64,11 @@ class MaskableEvalCallback(EvalCallback):
     def __init__(self, *args: Any, use_masking: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.use_masking = use_masking
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        if self.use_masking:
+            check_masking(self.eval_env)
 
     def _on_step(self) -> bool:
         model = self.model

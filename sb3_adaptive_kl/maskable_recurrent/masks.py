@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_masks, is_masking_supported
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -14,13 +13,12 @@ class MasksOfRollout:
     Forward pre-hook under which a policy acts during a rollout: sb3-contrib's RecurrentPPO calls
     ``policy(observations, lstm_states, episode_starts)`` once per step, and adds the transition afterwards.
 
-    :param policy: the policy that acts
     :param env: the environments
     :param buffer: a ``MasksOfSequences``, which is told the masks of each transition
     """
 
-    def __init__(self, policy: ActorCriticPolicy, env: VecEnv, buffer: Any) -> None:
-        self.policy, self.env, self.buffer = policy, env, buffer
+    def __init__(self, env: VecEnv, buffer: Any) -> None:
+        self.env, self.buffer = env, buffer
 
     def __call__(self, policy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A callback's own call may give masks, as the fifth argument or by name, or ask about other states

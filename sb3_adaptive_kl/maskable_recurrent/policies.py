@@ -49,12 +49,12 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
 
     @contextmanager
     def _masked(self, action_masks: MaybeMasks) -> Iterator[None]:
-        around = self._action_masks  # predict() calls get_distribution()
-        self._action_masks = around if action_masks is None else action_masks
+        outer = self._action_masks  # predict() calls get_distribution()
+        self._action_masks = outer if action_masks is None else action_masks
         try:
             yield
         finally:
-            self._action_masks = around
+            self._action_masks = outer
 
     def forward(  # type: ignore[override]  # as contrib's
         self,

@@ -68,8 +68,8 @@ class MaskableRecurrentPPO(RecurrentPPO):
         Collect as RecurrentPPO does, under the masks of the environments.
 
         :param env: the environments, each with a method ``action_masks()``
-        :param callback: its calls of ``model.policy(...)`` for all environments are masked, too, unless they give
-            ``action_masks``
+        :param callback: its calls of ``model.policy(...)`` for all environments, with positional arguments, are masked, too,
+            unless they give ``action_masks``
         :param rollout_buffer: to be filled
         :param n_rollout_steps: steps of each environment
         :param use_masking: whether to ask for masks; otherwise everything is allowed
@@ -81,7 +81,7 @@ class MaskableRecurrentPPO(RecurrentPPO):
         if not use_masking:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         check_masking(env)
-        masks = MasksOfRollout(self.policy, env, rollout_buffer)
+        masks = MasksOfRollout(env, rollout_buffer)
         hook = self.policy.register_forward_pre_hook(masks, with_kwargs=True)
         try:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)

@@ -61,7 +61,7 @@ def to_device(array: Any, device: th.device) -> th.Tensor:
     Copy an array to a device. A copy from pageable memory waits for all work that a GPU has been given; from pinned memory it
     is queued like everything else.
 
-    :param array: NumPy's, or a tensor on the CPU; on the CPU, memory is shared
+    :param array: NumPy's, or a tensor on the CPU; on the CPU, contiguous arrays share their memory
     :param device: where to
     :return: the tensor; a GPU may still be about to copy it
     """

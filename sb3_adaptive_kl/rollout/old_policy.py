@@ -102,7 +102,7 @@ class OldPolicy:
             reference.check_comparable(self.reference, self.distribution, policy.action_dist)
             before_update = self._reference_divergence.between(self.reference, of_distribution(self.distribution))
             self._reference_before = before_update.mean().item()
-            if not math.isfinite(self._reference_before):
+            if reference.spec.kl_coef != 0 and not math.isfinite(self._reference_before):
                 raise reference.invalid_error()
 
     def divergence(self, index: th.Tensor, new: Evaluation) -> th.Tensor:

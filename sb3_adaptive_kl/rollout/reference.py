@@ -108,7 +108,7 @@ class Reference:
         return ValueError(
             f"reference_policy={self._name} has a distribution that is not finite, or without enough spread for a finite KL "
             "divergence: train or clone it with an entropy bonus, check its file and the observations for NaN, or, if it "
-            "excludes actions on purpose, pass direction='forward'"
+            "excludes actions on purpose, pass ReferencePolicy(…, direction='forward')"
         )
 
     def check_comparable(self, reference: ActionDistribution, policy: ActionDistribution, action_dist: Distribution) -> None:
