@@ -3,7 +3,8 @@ The zoo's scripts without the start-up hook, for users who switched it off or ca
 
     python -m sb3_adaptive_kl.zoo train --algo ppo_kl --env CartPole-v1
 
-Scripts that start child processes are left out, since the children would not know the algorithms.
+Scripts that start child processes are left out, since the children would not know the algorithms, and so is `push_to_hub`,
+which cannot be imported with the huggingface_sb3 that the zoo brings.
 """
 
 import runpy
@@ -15,7 +16,7 @@ from sb3_adaptive_kl.zoo.registry import REGISTRIES, complete_registry
 
 SCRIPTS = (
     "train", "enjoy", "record_video", "plots.plot_train", "plots.all_plots", "plots.plot_from_file",
-    "load_from_hub", "push_to_hub",
+    "load_from_hub",
 )  # fmt: skip
 USAGE = f"""usage: python -m sb3_adaptive_kl.zoo SCRIPT [the script's own arguments]
 SCRIPT is one of {", ".join(SCRIPTS)}"""
