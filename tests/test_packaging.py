@@ -13,6 +13,8 @@ from sb3_adaptive_kl.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.xdist_group("packaging")  # they share a wheel
+
 
 def build(folder: Path, out: Path) -> zipfile.ZipFile:
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, folder], check=True)
