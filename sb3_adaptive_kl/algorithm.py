@@ -157,8 +157,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         """
         # An attribute, which PPO ignores. th.load() accepts OrderedDict with its attributes, and no class of ours
         parameters = OrderedDict(super().get_parameters())
-        state = set(STATE).difference(self._excluded_save_params())
-        vars(parameters)["penalty"] = {name: getattr(self, name) for name in state if getattr(self, name) is not None}
+        state = {name: getattr(self, name) for name in STATE if name not in self._excluded_save_params()}
+        vars(parameters)["penalty"] = {name: value for name, value in state.items() if value is not None}
         return parameters
 
     def set_parameters(
