@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_adaptive_kl import HELD, AdaptiveKLPPO
 
 AGENTS = Path(__file__).parents[1] / "trained_agents" / "ppo_kl"
-N_ENVS = 8
+N_ENVS, N_EVAL_ENVS = 8, 4
 
 
 def make_env(args: argparse.Namespace, n_envs: int, seed: int, env_kwargs: dict[str, Any]) -> VecEnv:
@@ -133,8 +133,7 @@ def main() -> None:
     gamma = clone_expert(args, path)
     env = make_env(args, N_ENVS, 1000 + args.seed, args.env_kwargs)
     env = VecNormalize(env, norm_obs=False, gamma=gamma)  # rewards of one scale for the critic, whatever the task
-    # An environment for each episode, so that all are evaluated at once
-    evaluation_env = make_env(args, args.eval_episodes, 2000 + args.seed, args.env_kwargs)
+    evaluation_env = make_env(args, N_EVAL_ENVS, 2000 + args.seed, args.env_kwargs)
     evaluation_env = VecNormalize(evaluation_env, training=False, norm_obs=False, norm_reward=False)
     model = continue_as(args, path, env)
 
@@ -142,7 +141,7 @@ def main() -> None:
     if args.env_kwargs:
         known["env"] += f" {json.dumps(args.env_kwargs)}"
     for name, policy in (("cloned", model), ("random", random_policy(evaluation_env.action_space, args.seed))):
-        known[f"{name}_return"], _ = evaluate_policy(policy, evaluation_env, 5 * args.eval_episodes)
+        known[f"{name}_return"], _ = evaluate_policy(policy, evaluation_env, 2 * args.eval_episodes)
 
     evaluation = EvalCallback(
         evaluation_env,

@@ -59,7 +59,7 @@ def test_clone_is_continued(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert output.stat().st_mtime_ns == before
     assert "is complete: remove it to repeat the run" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["", "--env", "Hopper-v5"])
+    monkeypatch.setattr(sys, "argv", ["", "--env", "Walker2d-v5"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "continue_a_policy.py"), run_name="__main__")
     assert "pass a saved model with --expert" in capsys.readouterr().err
