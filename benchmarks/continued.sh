@@ -4,19 +4,22 @@
 #
 #     bash benchmarks/continued.sh FOLDER [JOBS]
 #
-# Runs whose file is in FOLDER are not repeated. docs/study/continued.csv holds all of them.
+# Runs whose file is in FOLDER are not repeated. At the end, FOLDER/continued.csv holds all of them.
 set -euo pipefail
 folder=$1 jobs=${2:-1}
 
 run() {
-    local folder=$1 env=$2 seed=$3 arm=$4 task=$5 kwargs='{}'
+    local folder=$1 seed=$2 env=$3 arm=$4 task=$5 kwargs='{}'
     if [ "$task" = wind ]; then kwargs='{"enable_wind": true}'; fi
     python examples/continue_a_policy.py --env "$env" --arm "$arm" --seed "$seed" --env-kwargs "$kwargs" --compile \
         --eval-every 20000 -o "$folder/$env-$task-$arm-$seed.csv"
 }
 export -f run
 
+# Seed by seed, so that an early stop leaves a balanced comparison
 {
-    printf '%s\n' {LunarLander-v3,Pendulum-v1,Swimmer-v5,Hopper-v5}" "{0..4}" "{ppo,held,reference}" "as_cloned
-    printf '%s\n' "LunarLander-v3 "{0..4}" "{ppo,held,reference}" wind"
+    printf '%s\n' {0..4}" "{LunarLander-v3,Pendulum-v1,Swimmer-v5,Hopper-v5}" "{ppo,held,reference}" as_cloned"
+    printf '%s\n' {0..4}" LunarLander-v3 "{ppo,held,reference}" wind"
 } | xargs -P "$jobs" -L 1 bash -c 'run "$0" "$@"' "$folder"
+
+{ head -n 1 "$folder/LunarLander-v3-wind-ppo-0.csv"; tail -qn +2 "$folder"/*-[0-4].csv; } > "$folder/continued.csv"
