@@ -9,10 +9,11 @@ set -euo pipefail
 folder=$1 jobs=${2:-1}
 
 run() {
-    local folder=$1 seed=$2 env=$3 arm=$4 task=$5 kwargs='{}'
+    local folder=$1 seed=$2 env=$3 arm=$4 task=$5 kwargs='{}' expert=trained_agents/ppo_kl/$3_1/$3.zip
     if [ "$task" = wind ]; then kwargs='{"enable_wind": true}'; fi
-    python examples/continue_a_policy.py --env "$env" --arm "$arm" --seed "$seed" --env-kwargs "$kwargs" --compile \
-        --eval-every 20000 -o "$folder/$env-$task-$arm-$seed.csv"
+    if [ "$env" = Hopper-v5 ]; then expert=docs/study/Hopper-v5.zip; fi  # arm "default" of judged_nine.yml, seed 50
+    python examples/continue_a_policy.py --env "$env" --arm "$arm" --seed "$seed" --env-kwargs "$kwargs" --expert "$expert" \
+        --compile --eval-every 20000 -o "$folder/$env-$task-$arm-$seed.csv"
 }
 export -f run
 

@@ -1,6 +1,5 @@
 """PPO with an adaptive KL penalty, for Stable-Baselines3."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sb3_adaptive_kl.clip_range import clip_equivalent_target
@@ -17,9 +16,9 @@ from sb3_adaptive_kl.presets import HELD
 from sb3_adaptive_kl.reference import ReferencePolicy
 
 if TYPE_CHECKING:
-    from sb3_adaptive_kl.ppo_mask import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
-    from sb3_adaptive_kl.ppo_mask_recurrent import MaskableRecurrentAdaptiveKLPPO as MaskableRecurrentAdaptiveKLPPO
-    from sb3_adaptive_kl.ppo_recurrent import RecurrentAdaptiveKLPPO as RecurrentAdaptiveKLPPO
+    from sb3_adaptive_kl.ppo_contrib import MaskableAdaptiveKLPPO as MaskableAdaptiveKLPPO
+    from sb3_adaptive_kl.ppo_contrib import MaskableRecurrentAdaptiveKLPPO as MaskableRecurrentAdaptiveKLPPO
+    from sb3_adaptive_kl.ppo_contrib import RecurrentAdaptiveKLPPO as RecurrentAdaptiveKLPPO
 
 __version__ = "0.2.0"
 
@@ -40,11 +39,7 @@ __all__ = [
     "clip_equivalent_target",
 ]
 
-_VARIANTS = {
-    "MaskableAdaptiveKLPPO": "ppo_mask",
-    "MaskableRecurrentAdaptiveKLPPO": "ppo_mask_recurrent",
-    "RecurrentAdaptiveKLPPO": "ppo_recurrent",
-}
+_VARIANTS = ("MaskableAdaptiveKLPPO", "MaskableRecurrentAdaptiveKLPPO", "RecurrentAdaptiveKLPPO")
 
 
 def __getattr__(name: str) -> Any:
@@ -52,13 +47,13 @@ def __getattr__(name: str) -> Any:
     if name not in _VARIANTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = import_module(f"{__name__}.{_VARIANTS[name]}")
+        from sb3_adaptive_kl import ppo_contrib
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("sb3_contrib"):
             raise
         remedy = "pip install '.[contrib]' in the clone, or pip install sb3-contrib"
         raise ImportError(f"{name} needs sb3-contrib: {remedy}") from None
-    return getattr(module, name)
+    return getattr(ppo_contrib, name)
 
 
 def __dir__() -> list[str]:

@@ -35,17 +35,6 @@ MAX_SENSIBLE_TARGET_KL = 10.0
 # The clip range that follows the target
 OUTLIERS = "outliers"
 
-# Numbers that may change from one update to the next: what they must be, and what to do instead
-NUMBERS = {
-    "kl_cutoff_coef": (">= 0", "0 leaves the hinge out, TF-Agents uses 1000"),
-    "learning_rate_scale": ("> 0", "1 is the learning rate itself"),
-}
-# ... which may be None as well
-OPTIONAL_NUMBERS = {
-    "kl_stop_factor": ("> 0", "DPPO uses 4; None never stops early"),
-    "kl_ceiling": (">= 1", "1.5 is the edge of the paper's band; None never shortens a step"),
-}
-
 
 def check_arguments(model: Any) -> None:
     """
@@ -54,7 +43,8 @@ def check_arguments(model: Any) -> None:
     :param model: the algorithm, before its policy and buffer are set up
     :raises ValueError: if one is out of range
     """
-    _check_kl_coef("init_kl_coef", model.init_kl_coef, model, "move it or the bounds")
+    bounds = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+    check_kl_coef("init_kl_coef", model.init_kl_coef, bounds, "move it or the bounds")
     check_settings(model)
     rule, actuator = penalty_rule(model.kl_rule), learning_rate_rule(model.learning_rate_rule)
     if isinstance(actuator, BalancedLearningRate) and not model.normalize_advantage:
@@ -81,28 +71,33 @@ def check_settings(model: Any) -> None:
     :param model: the algorithm
     :raises ValueError: if one is out of range
     """
+    bounds = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
     # The running β is not there before the first _setup_model()
-    _check_kl_coef("kl_coef", getattr(model, "kl_coef", None), model, "set one within them, in load() by kl_coef=...")
+    kl_coef = getattr(model, "kl_coef", model.init_kl_coef)
+    check_kl_coef("kl_coef", kl_coef, bounds, "set one within them, in load() by kl_coef=...")
     remedy = "try 0.02; SB3's LinearSchedule(0.02, 0.0, 1.0) decays, clip_equivalent_target(0.2) corresponds to a clip range"
     if model.target_kl is None:
         remedy = "a model of PPO has none, pass load() a target_kl, such as 0.02; for no early stopping, leave it out"
-    _check_schedule("target_kl", model.target_kl, remedy)
+    check_schedule("target_kl", model.target_kl, "> 0", remedy)
     if isinstance(model.clip_range, str):
         alternative = ", a positive number, a schedule, or None for no clipping" + _hint(model.clip_range)
         check_choice("clip_range", model.clip_range, (OUTLIERS,), alternative)
-    for name in ("clip_range", "clip_range_vf"):
-        if getattr(model, name) is not None and not (name == "clip_range" and isinstance(model.clip_range, str)):
-            _check_schedule(name, getattr(model, name), "None deactivates clipping")
+    elif model.clip_range is not None:
+        check_schedule("clip_range", model.clip_range, "> 0", "None deactivates clipping")
+    if model.clip_range_vf is not None:
+        check_schedule("clip_range_vf", model.clip_range_vf, "> 0", "None deactivates clipping")
     for name in ("ent_coef", "vf_coef"):
         value = getattr(model, name)
         if not is_schedule(value) and not is_number(value):
             raise ValueError(
                 f"{name}={value!r} must be a finite number or a schedule (a function of the remaining progress){_hint(value)}"
             )
-    for name, (requirement, remedy) in {**NUMBERS, **OPTIONAL_NUMBERS}.items():
-        value = getattr(model, name)
-        if not (value is None and name in OPTIONAL_NUMBERS):
-            _check_number(name, value, requirement, remedy)
+    check_number("kl_cutoff_coef", model.kl_cutoff_coef, ">= 0", "0 leaves the hinge out, TF-Agents uses 1000")
+    check_number("learning_rate_scale", model.learning_rate_scale, "> 0", "1 is the learning rate itself")
+    if model.kl_stop_factor is not None:
+        check_number("kl_stop_factor", model.kl_stop_factor, "> 0", "DPPO uses 4; None never stops early")
+    if model.kl_ceiling is not None:
+        check_number("kl_ceiling", model.kl_ceiling, ">= 1", "1.5 is the edge of the paper's band; None never shortens a step")
     check_choice("kl_divergence", model.kl_divergence, tuple(DIVERGENCES))
     # "False" from a file or a command line would mean True; PPO takes normalize_advantage=0, too
     if not isinstance(model.compile, bool):
@@ -161,10 +156,8 @@ def settings_at(model: Any, progress_remaining: float) -> Settings:
         if model.clip_range_vf is None
         else value_at("clip_range_vf", model.clip_range_vf, progress_remaining),
         vf_coef=value_at("vf_coef", model.vf_coef, progress_remaining, -math.inf),
-        # None for a constant 0, so that a zero gradient is not computed; a schedule that reaches 0 is not compiled again
-        ent_coef=value_at("ent_coef", model.ent_coef, progress_remaining, -math.inf)
-        if model.ent_coef or callable(model.ent_coef)
-        else None,
+        # None for a constant 0, so that a zero gradient is not computed. A schedule that reaches 0 is not compiled again
+        ent_coef=value_at("ent_coef", model.ent_coef, progress_remaining, -math.inf) if model.ent_coef else None,
         max_grad_norm=model.max_grad_norm,
         normalize_advantage=bool(model.normalize_advantage),
         kl_cutoff_coef=model.kl_cutoff_coef or None,
@@ -181,7 +174,7 @@ def penalty_rule(rule: str | Mapping[str, Any] | PenaltyRule | Callable[[float, 
     :return: the rule
     :raises ValueError: if there is no such rule
     """
-    known = _rule("kl_rule", rule, RULES, LEARNING_RATE_RULES, "β", "(kl_coef, kl, target_kl)")
+    known = _rule("kl_rule", rule, RULES, LearningRateRule, "(kl_coef, kl, target_kl)")
     if not isinstance(known, PenaltyRule):
         return FunctionPenalty(known)
     if not is_count(known.segments):
@@ -201,8 +194,7 @@ def learning_rate_rule(rule: str | Mapping[str, Any] | LearningRateRule | None) 
     """
     if rule is None:
         return None
-    signature = "(scale, kl, target_kl, balance)"
-    known = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, RULES, "the learning rate", signature)
+    known = _rule("learning_rate_rule", rule, LEARNING_RATE_RULES, PenaltyRule, "(scale, kl, target_kl, balance)")
     return known if isinstance(known, LearningRateRule) else FunctionLearningRate(known)
 
 
@@ -249,12 +241,7 @@ def is_number(value: Any) -> bool:
 
     :param value: anything; booleans do not count
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
-        return False
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
 
 
 def is_count(value: Any) -> bool:
@@ -297,19 +284,10 @@ def value_at(name: str, schedule: float | Schedule, progress_remaining: float, l
     return float(value)
 
 
-def _rule(
-    argument: str,
-    rule: Any,
-    rules: Mapping[str, Callable[..., Any]],
-    others: Mapping[str, Callable[..., Any]],
-    quantity: str,
-    signature: str,
-) -> Any:
-    """Make a rule from its name or a mapping; ``others`` would move the other quantity, and in the wrong direction."""
+def _rule(argument: str, rule: Any, rules: Mapping[str, Callable[..., Any]], other: type, signature: str) -> Any:
+    """Make a rule from its name or a mapping. One of the class ``other`` would move the other quantity."""
     alternative = f" or a function {signature}"
     if isinstance(rule, str):
-        if rule in others and rule not in rules:
-            alternative += f"; {rule!r} is a {'learning_rate_rule' if argument == 'kl_rule' else 'kl_rule'}"
         check_choice(argument, rule, tuple(rules), alternative)
         rule = {"name": rule}
     if isinstance(rule, Mapping):
@@ -325,23 +303,21 @@ def _rule(
         return known(**numbers)
     if isinstance(rule, type):  # it is callable, too, but would make a rule of β instead of the next β
         raise ValueError(f"{argument}={rule.__name__} is a class: pass an instance, {rule.__name__}()")
-    if not callable(rule) or type(rule) in others.values():
-        raise ValueError(
-            f"{argument}={rule!r} is not a rule for {quantity}: pass one of {tuple(rules)}, or a function {signature}"
-        )
+    if not callable(rule) or isinstance(rule, other):
+        raise ValueError(f"{argument}={rule!r} is not a {argument}: pass one of {tuple(rules)}, or a function {signature}")
     return rule
 
 
-def _check_kl_coef(name: str, value: Any, model: Any, remedy: str) -> None:
-    """Raise ValueError unless ``value``, if there is one, is a number within the bounds of β."""
-    low, high = kl_coef_limits(model.kl_coef_bounds, model.normalize_advantage)
+def check_kl_coef(name: str, value: Any, bounds: tuple[float, float], remedy: str) -> None:
+    """Raise ValueError unless ``value`` is a number within the bounds of β."""
+    low, high = bounds
     # Not only positive: a β that cannot stay where it is would surprise
-    if value is not None and (not is_number(value) or not low <= value <= high):
+    if not is_number(value) or not low <= value <= high:
         limits = f"within kl_coef_bounds=({low:g}, {high:g})"
         raise ValueError(f"{name}={value!r} must be a finite number {limits}: {remedy}{_hint(value)}")
 
 
-def _check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
+def check_number(name: str, value: Any, requirement: str, remedy: str) -> None:
     """
     Raise ValueError unless ``value`` is finite and meets the requirement, such as ``>= 1``: it is parsed, so that the message
     and the check cannot differ.
@@ -361,7 +337,8 @@ def _hint(value: Any) -> str:
     return " (only the zoo's yml files and -params read this form)" if match[1] else " (pass a number without quotes)"
 
 
-def _check_schedule(name: str, value: Any, remedy: str) -> None:
+def check_schedule(name: str, value: Any, requirement: str, remedy: str) -> None:
+    """Raise ValueError unless ``value`` is a schedule, or a number that meets the requirement."""
     # A schedule's values are not checked: rl-zoo3 replaces schedules by constant zeros to replay an agent
     if not is_schedule(value):
-        _check_number(name, value, "> 0, or a schedule (a function of the remaining progress)", remedy)
+        check_number(name, value, f"{requirement}, or a schedule (a function of the remaining progress)", remedy)

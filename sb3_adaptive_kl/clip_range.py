@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule
 
 
 def clip_equivalent_target(clip_range: float | Schedule) -> "float | ClipEquivalentTarget":
@@ -22,9 +21,9 @@ def clip_equivalent_target(clip_range: float | Schedule) -> "float | ClipEquival
     :raises ValueError: if ``clip_range`` is neither a positive, finite number nor a function
     """
     if callable(clip_range) and not isinstance(clip_range, type):
-        return ClipEquivalentTarget(FloatSchedule(clip_range))
+        return ClipEquivalentTarget(clip_range)
     # Beyond these bounds the square is 0 or infinite
-    if not isinstance(clip_range, Real) or isinstance(clip_range, bool | type) or not 1e-150 < _as_float(clip_range) < 1e150:
+    if not isinstance(clip_range, Real) or isinstance(clip_range, bool) or not 1e-150 < float(clip_range) < 1e150:
         raise ValueError(f"clip_range={clip_range!r} must be a positive, finite number or a schedule: try 0.2")
     return float(clip_range) ** 2 / 2
 
@@ -64,11 +63,3 @@ def outlier_clip_range(target_kl: float) -> float:
     :return: ε = 2·√(2t), 0.4 for 0.02
     """
     return 2 * math.sqrt(2 * target_kl)
-
-
-def _as_float(number: Real) -> float:
-    """Convert a number: NumPy's float32 cannot be compared with bounds beyond its range, and an int can exceed the floats."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf

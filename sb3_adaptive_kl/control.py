@@ -5,9 +5,7 @@ The rules themselves are in ``penalty.py``, those for the learning rate in ``lea
 """
 
 import math
-from collections.abc import Sequence
 from numbers import Real
-from statistics import fmean
 
 from sb3_adaptive_kl.messages import warn_user
 from sb3_adaptive_kl.penalty import PenaltyRule
@@ -68,29 +66,22 @@ class SegmentedControl:
         first = max((start + n_taken) // 2, 1)
         return slice(first, n_taken) if first < n_taken else None
 
-    def adapt(self, kl_coef: float, kls: Sequence[float], target_kl: float) -> float:
+    def adapt(self, kl_coef: float, kl: float, target_kl: float) -> float:
         """
         Apply the rule at the end of a segment.
 
         :param kl_coef: β in that segment
-        :param kls: KLs of the minibatches that ``end_segment`` named, each before its step and beyond the KL at rest, in nats
+        :param kl: mean KL of the minibatches that ``end_segment`` named, each before its step and beyond the KL at rest, in
+            nats, ≥ 0
         :param target_kl: d_targ in nats, > 0
         :return: β from here on
         :raises ValueError: if the rule returned NaN, or something that is not a number
         """
         low, high = self._bounds
-        kl = mean_kl(kls)
         segments_left = len(self._ends) - self._segment
         wanted = self._rule.within_update(kl_coef, kl, self._previous_kl, segments_left, target_kl)
         self._previous_kl = kl
         return min(max(_checked(wanted, f"{self._rule!r}.within_update", kl_coef, kl, target_kl), low), high)
-
-
-def mean_kl(kls: Sequence[float]) -> float:
-    """Average the KLs of minibatches, each beyond the KL at rest, for a rule."""
-    # Dropout or rounding can make it negative, and a diverged policy NaN: a rule raises β for inf
-    kl = fmean(kls)
-    return math.inf if math.isnan(kl) else max(kl, 0.0)
 
 
 def count_at_bound(count: int, side: int) -> int:

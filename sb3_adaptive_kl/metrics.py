@@ -5,6 +5,7 @@ What an update did, and all log keys under ``train/``: SB3's keys where they mea
 """
 
 import math
+from statistics import fmean
 from typing import Any
 
 import torch as th
@@ -51,15 +52,14 @@ class UpdateMetrics:
 
     def clip_fraction(self) -> float:
         """Read the mean share of ratios that were clipped, 0 without a clip range."""
-        n_metrics = len(self._minibatches[0]) if self._minibatches else 0
-        if n_metrics < len(MinibatchMetrics._fields):
-            return 0.0
-        return self._read()[:, -1].mean().item()
+        return self._read()[:, -1].mean().item() if self._minibatches else 0.0
 
-    def kls(self, minibatches: slice) -> list[float]:
-        """Read the KL of some minibatches of the update, each before its step and beyond the KL at rest, in nats."""
+    def kl(self, minibatches: slice) -> float:
+        """Read the mean KL of some minibatches, each before its step and beyond the KL at rest, in nats, for a rule."""
         at_rest = self.kl_at_rest()
-        return [kl - at_rest for kl in self._read()[minibatches, KL].tolist()]
+        # Dropout or rounding can make it negative, and a diverged policy NaN: a rule raises β for inf
+        kl = fmean(kl - at_rest for kl in self._read()[minibatches, KL].tolist())
+        return math.inf if math.isnan(kl) else max(kl, 0.0)
 
     def kl_at_rest(self) -> float:
         """
@@ -113,7 +113,7 @@ class UpdateMetrics:
         logger.record("train/approx_kl", last_epoch.approx_kl.item())
         logger.record("train/loss", last.loss.item())
         logger.record("train/grad_norm", th.stack(self._grad_norms).mean().item())
-        if means.clip_fraction is not None:
+        if settings.clip_range is not None:
             logger.record("train/clip_fraction", means.clip_fraction.item())
             logger.record("train/clip_range", settings.clip_range)
         if settings.clip_range_vf is not None:

@@ -48,11 +48,7 @@ class Evaluation(NamedTuple):
 
 
 class MinibatchMetrics(NamedTuple):
-    """
-    The parts of one minibatch's loss before its step: scalars, left on their device so that nothing waits for them.
-
-    Only the last field may be ``None``: ``stack`` drops it, and the others are identified by their position.
-    """
+    """The parts of one minibatch's loss before its step: scalars, left on their device so that nothing waits for them."""
 
     loss: th.Tensor
     policy_gradient_loss: th.Tensor
@@ -61,13 +57,13 @@ class MinibatchMetrics(NamedTuple):
     kl_loss: th.Tensor
     kl: th.Tensor
     approx_kl: th.Tensor
-    clip_fraction: th.Tensor | None = None
+    clip_fraction: th.Tensor
 
     def stack(self) -> th.Tensor:
-        """Stack the metrics that are not ``None`` into one vector."""
+        """Stack the metrics into one vector."""
         # Detached from the graph, which would otherwise live until they are logged
         with th.no_grad():
-            return th.stack([part for part in self if part is not None])
+            return th.stack(tuple(self))
 
 
 def objective(
@@ -95,8 +91,7 @@ def objective(
     # Terms without a coefficient are left out, so that neither they nor their gradients are computed
     if settings.ent_coef is not None:
         loss = loss + settings.ent_coef * negative_entropy
-    if reference_kl is not None:
-        assert settings.reference_kl_coef is not None
+    if reference_kl is not None and settings.reference_kl_coef is not None:
         loss = loss + penalty_loss(reference_kl.mean(), settings.reference_kl_coef)
 
     with th.no_grad():
@@ -135,15 +130,15 @@ def surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: float | 
     return -surrogate.mean()
 
 
-def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor | None:
+def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor:
     """
     Compute the share of transitions whose ratio lies outside [1 − ε, 1 + ε], for the log.
 
     :param ratio: r, shape (B,)
     :param clip_range: ε > 0, or None for no clipping
-    :return: scalar in [0, 1], or None without clipping
+    :return: scalar in [0, 1]
     """
-    return None if clip_range is None else ((ratio - 1).abs() > clip_range).float().mean()
+    return ratio.new_zeros(()) if clip_range is None else ((ratio - 1).abs() > clip_range).float().mean()
 
 
 def penalty_loss(kl: th.Tensor, kl_coef: float, cutoff_coef: float | None = None, cutoff: float = 0.0) -> th.Tensor:

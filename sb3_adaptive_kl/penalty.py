@@ -12,7 +12,6 @@ A rule is a frozen value: plain numbers in, a plain number out. Its state, β it
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 
 class PenaltyRule:
@@ -139,7 +138,7 @@ class PredictivePenalty(PenaltyRule):
     :param gain: share of the error, in log KL, that one move corrects in log β, in (0, 10]
     :param max_ratio: largest d̂ / d_targ, or inverse of it, that counts, in (1, 1000]
     :param floor: smallest d̂ / k, in (0, 1]: a KL that falls is not expected to go on falling
-    :raises ValueError: if a number is out of its range
+    :raises ValueError: if a number is out of its range; where a model is built, for ``segments``
     """
 
     segments: int = 10
@@ -148,8 +147,6 @@ class PredictivePenalty(PenaltyRule):
     floor: float = 0.3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.segments, Integral) or isinstance(self.segments, bool) or self.segments < 1:
-            raise ValueError(f"segments={self.segments!r} must be a whole number of at least 1")
         # The upper limits keep max_ratio ** gain finite
         if not (0 < self.gain <= 10 and 1 < self.max_ratio <= 1000):
             raise ValueError(

@@ -18,7 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_adaptive_kl.arguments import check_choice, is_number, is_schedule, value_at
+from sb3_adaptive_kl.arguments import check_choice, check_kl_coef, check_number, check_schedule, value_at
 from sb3_adaptive_kl.control import apply_rule
 from sb3_adaptive_kl.penalty import AdaptivePenalty
 
@@ -82,26 +82,14 @@ def interpret_reference(value: Any) -> ReferencePolicy:
         value = ReferencePolicy(**value)
     spec: ReferencePolicy = value if isinstance(value, ReferencePolicy) else ReferencePolicy(value)
     if not isinstance(spec.policy, str) and not tells_probabilities(spec.policy):
-        remedy = "pass a policy, such as model.policy, the path of a saved model, or ReferencePolicy(…)"
+        remedy = "pass a policy with get_distribution(), such as model.policy, or a saved model's path, or ReferencePolicy(…)"
         if isinstance(spec.policy, BaseAlgorithm):
             remedy = "that is a model, pass its policy, reference_policy=model.policy"
-        elif isinstance(spec.policy, type):
-            remedy = "that is a class, pass a trained policy, such as reference_policy=model.policy, or a path"
-        elif isinstance(spec.policy, th.nn.Module):
-            remedy = "it does not tell the probabilities of its actions: pass a policy like PPO's, with get_distribution()"
         kind: Any = spec.policy if isinstance(spec.policy, type) else type(spec.policy)
         raise ValueError(f"reference_policy={kind.__name__}: {remedy}")
-    kl_coef: Any = spec.kl_coef
-    if not is_schedule(kl_coef) and not (is_number(kl_coef) and kl_coef >= 0):
-        raise ValueError(
-            f"reference_policy: kl_coef={kl_coef!r} must be a finite number >= 0, or a schedule (a function of the "
-            "remaining progress): 0 only measures the KL"
-        )
-    if spec.target_kl is not None and not (is_number(spec.target_kl) and spec.target_kl > 0):
-        raise ValueError(
-            f"reference_policy: target_kl={spec.target_kl!r} must be a finite number > 0, in nats, or None for a coefficient "
-            "that follows kl_coef"
-        )
+    check_schedule("reference_policy: kl_coef", spec.kl_coef, ">= 0", "0 only measures the KL")
+    if spec.target_kl is not None:
+        check_number("reference_policy: target_kl", spec.target_kl, "> 0, in nats", "None follows kl_coef")
     if spec.target_kl is not None and callable(spec.kl_coef):
         raise ValueError("reference_policy: target_kl moves the coefficient, and a schedule of kl_coef does, too: pass one")
     check_choice("reference_policy: direction", spec.direction, DIRECTIONS)
@@ -126,15 +114,11 @@ def reference_kl_coef(
         if not spec.kl_coef:
             return None
         return value_at("reference_policy: kl_coef", spec.kl_coef, progress_remaining)
-    low, high = bounds
-    coef: Any = spec.kl_coef if running is None else running
-    if not (is_number(coef) and low <= coef <= high):
-        name = "reference_policy: kl_coef" if running is None else "reference_kl_coef"
-        raise ValueError(
-            f"{name}={coef!r} must be a finite number within kl_coef_bounds=({low:g}, {high:g}), where target_kl moves it"
-            + ("" if running is None else ": pass load() another, or None to begin with kl_coef")
-        )
-    return float(coef)
+    name, coef = "reference_policy: kl_coef", spec.kl_coef
+    if running is not None:
+        name, coef = "reference_kl_coef", running
+    check_kl_coef(name, coef, bounds, "target_kl moves it; load() takes another, or None to begin with kl_coef")
+    return float(coef)  # type: ignore[arg-type]  # not a schedule, next to a target
 
 
 def adapted_kl_coef(
@@ -178,7 +162,7 @@ def frozen_bytes(policy: BasePolicy) -> bytes:
     data = BytesIO()
     try:
         th.save(bare, data, pickle_module=cloudpickle)
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
+    except (TypeError, AttributeError, pickle.PickleError) as error:
         raise ValueError(
             f"reference_policy={type(policy).__name__} cannot be copied ({error}): save its model, and pass the path"
         ) from error

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
 
 import torch as th
 
@@ -28,16 +27,9 @@ MIN_EXPONENT, MAX_EXPONENT = 1.0, 8.0  # bounds on the estimated exponent of d(Î
 CRITIC_PROBE_SIZE = 64  # transitions that tell the critic's parameters from the actor's
 
 
-class ShortenedStep(NamedTuple):
-    """What is left of an update's step: Î±, and how far it moves the policy."""
-
-    scale: float
-    kl: RolloutKL
-
-
 def shorten_step(
     snapshot: Snapshot, critic: AbstractSet[int], measure_kl: Callable[[], RolloutKL], kl: float, limit: float
-) -> ShortenedStep:
+) -> tuple[float, RolloutKL]:
     """
     Shorten the actor's part of an update until the divergence stays below a limit.
 
@@ -60,15 +52,15 @@ def shorten_step(
         if (tensor.is_floating_point() or tensor.is_complex()) and not th.equal(tensor, old)
     ]
     actor = [step for step in moved if id(step[0]) not in critic]
-    shortened = _shorten(actor, measure_kl, kl, limit)
-    if shortened.kl.mean <= limit or len(actor) == len(moved):
-        return shortened
+    scale, shortened = _shorten(actor, measure_kl, kl, limit)
+    if shortened.mean <= limit or len(actor) == len(moved):
+        return scale, shortened
     return _shorten(moved, measure_kl, kl, limit)
 
 
 def _shorten(
     moved: Sequence[tuple[th.Tensor, th.Tensor, th.Tensor]], measure_kl: Callable[[], RolloutKL], kl: float, limit: float
-) -> ShortenedStep:
+) -> tuple[float, RolloutKL]:
     """
     Shorten the step of some tensors.
 
@@ -94,7 +86,7 @@ def _shorten(
 
     scale = longest_allowed(divergence_at, kl, limit)
     set_length(scale)
-    return ShortenedStep(scale, measured[scale] if scale in measured else measure_kl())
+    return scale, measured[scale] if scale in measured else measure_kl()
 
 
 def longest_allowed(divergence_at: Callable[[float], float], kl: float, limit: float) -> float:

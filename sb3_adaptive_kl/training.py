@@ -30,7 +30,7 @@ from sb3_adaptive_kl.arguments import (
     penalty_rule,
     settings_at,
 )
-from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, mean_kl, warn_at_bound, warn_at_limit
+from sb3_adaptive_kl.control import SegmentedControl, apply_rule, count_at_bound, warn_at_bound, warn_at_limit
 from sb3_adaptive_kl.fast.eager import fast_update, one_kernel
 from sb3_adaptive_kl.learning_rate import limited
 from sb3_adaptive_kl.messages import warn_user
@@ -82,7 +82,9 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         self._prepare_reference()
         self._update_learning_rate(self.policy.optimizer)
         settings = settings_at(self, self._current_progress_remaining)
-        rule, bounds = self._penalty_rule(settings.target_kl), kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
+        # Compared with a target of 0, any step would raise β
+        rule = FixedPenalty() if settings.target_kl <= MIN_SCHEDULED_TARGET_KL else penalty_rule(self.kl_rule)
+        bounds = kl_coef_limits(self.kl_coef_bounds, self.normalize_advantage)
         metrics = UpdateMetrics()
 
         problem = None
@@ -147,13 +149,13 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
                     take_step()
                     segment = control.end_segment(metrics.n_minibatches)
                     if segment is not None:
-                        kls = metrics.kls(segment)
-                        self.kl_coef = control.adapt(self.kl_coef, kls, settings.target_kl)
+                        kl = metrics.kl(segment)
+                        self.kl_coef = control.adapt(self.kl_coef, kl, settings.target_kl)
                         settings = settings._replace(kl_coef=self.kl_coef)
                         if lr_rule is not None:
-                            measured = mean_kl(kls), settings.target_kl, metrics.balance(settings, segment)
-                            wanted = lr_rule.within_update(self.learning_rate_scale, *measured)
-                            self._scale_learning_rate(limited(lr_rule, wanted, measured[0])[0])
+                            balance = metrics.balance(settings, segment)
+                            wanted = lr_rule.within_update(self.learning_rate_scale, kl, settings.target_kl, balance)
+                            self._scale_learning_rate(limited(lr_rule, wanted, kl)[0])
 
     def _minibatch_gradients(self, old_policy: OldPolicy) -> AbstractContextManager[step.ComputeGradients]:
         """Choose how the gradients of a minibatch are computed during an update: plainly, or compiled."""
@@ -180,16 +182,11 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
     def _stops_early(self, epoch: int, target_kl: float, metrics: UpdateMetrics) -> bool:
         if self.kl_stop_factor is None:
             return False
-        (kl,) = metrics.kls(slice(-1, None))
+        kl = metrics.kl(slice(-1, None))
         stops = kl > self.kl_stop_factor * target_kl
         if stops and self.verbose >= 1:
             print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
         return stops
-
-    def _penalty_rule(self, target_kl: float) -> PenaltyRule:
-        if target_kl <= MIN_SCHEDULED_TARGET_KL:  # compared with a target of 0, any step would raise β
-            return FixedPenalty()
-        return penalty_rule(self.kl_rule)
 
     @property
     def _steps_per_update(self) -> int:

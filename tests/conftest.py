@@ -139,7 +139,7 @@ def minibatch_loss(
     """The loss of one minibatch and its parts, under the model's settings with some of them changed."""
     settings = settings_at(model, model._current_progress_remaining)._replace(**changes)
     loss, metrics = step.minibatch_loss(model.policy, old_policy, rollout_data, index, settings)
-    return loss, MinibatchMetrics(*metrics, *[None] * (len(MinibatchMetrics._fields) - len(metrics)))
+    return loss, MinibatchMetrics(*metrics)
 
 
 def parameters(model: OnPolicyAlgorithm) -> th.Tensor:

@@ -68,7 +68,7 @@ LAYERS = (
     ("training",),
     ("maskable_recurrent.evaluation", "maskable_recurrent.policies"),
     ("maskable_recurrent.ppo",),
-    ("ppo", "ppo_mask", "ppo_recurrent", "ppo_mask_recurrent"),
+    ("ppo", "ppo_contrib"),
     ("distributed.ranks", "distributed.callbacks", "distributed.synchronization", "distributed.gradients"),
     ("distributed.data_parallel",),
     ("distributed.contrib",),

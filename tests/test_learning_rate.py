@@ -8,9 +8,10 @@ import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_adaptive_kl import AdaptiveKLPPO, AdaptiveLearningRate, BalancedLearningRate, LearningRateRule, objective
-from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, mean_kl, warn_at_limit
+from sb3_adaptive_kl.control import PATIENCE_AT_BOUND, warn_at_limit
 from sb3_adaptive_kl.learning_rate import FunctionLearningRate, limited
 from sb3_adaptive_kl.metrics import UpdateMetrics
+from sb3_adaptive_kl.objective import MinibatchMetrics
 from tests.conftest import CASES, collect, logged
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2}
@@ -206,9 +207,13 @@ def test_a_target_of_0_says_nothing_about_the_learning_rate(rule):
 
 
 def test_kl_within_an_update_is_what_a_rule_may_expect():
-    assert mean_kl([0.01, 0.03]) == 0.02
-    assert mean_kl([-1e-8]) == 0
-    assert mean_kl([0.01, math.nan]) == math.inf
+    metrics = UpdateMetrics()
+    for kl in (1e-3, 0.011, 0.031, 1e-4, math.nan):
+        parts = dict.fromkeys(MinibatchMetrics._fields, th.tensor(0.0))
+        metrics.add(MinibatchMetrics(**{**parts, "kl": th.tensor(kl)}).stack(), th.tensor(1.0))
+    assert metrics.kl(slice(1, 3)) == pytest.approx(0.02)  # beyond that of the first
+    assert metrics.kl(slice(3, 4)) == 0
+    assert metrics.kl(slice(2, 5)) == math.inf
 
 
 def test_two_controllers_of_one_error_are_told():

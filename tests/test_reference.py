@@ -17,6 +17,7 @@ from sb3_adaptive_kl import (
     ReferencePolicy,
 )
 from sb3_adaptive_kl.arguments import settings_at
+from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.reference import adapted_kl_coef, reference_kl_coef
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, minibatches
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -275,6 +276,15 @@ def test_switches_of_masked_and_unmasked_policies_are_compared_with_their_own(al
     first, second = (on_rollout(model, Reference(ReferencePolicy(policy), model.policy)) for policy in (masked, unmasked))
     assert th.allclose(first.reference.log_probs, second.reference.log_probs, atol=1e-5)
     assert first.reference.log_probs.shape == first.distribution.log_probs.shape
+
+
+def test_a_masked_policy_that_trains_without_masks_is_at_no_distance_from_itself():
+    case = CASES["multibinary"]._replace(policy=MaskableRecurrentActorCriticPolicy)
+    model = collect(case.build(RecurrentAdaptiveKLPPO, **SMALL))
+    with th.no_grad():
+        model.policy.action_net.bias.copy_(th.linspace(-2, 2, 6))
+    old_policy = on_rollout(model, Reference(ReferencePolicy(model.policy), model.policy))
+    assert old_policy.reference.kl(old_policy.distribution).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("lstm_in_training", [True, False], ids=["lstm", "feed-forward"])

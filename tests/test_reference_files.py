@@ -176,9 +176,9 @@ def without_spread(log_std=-200.0):
         (lambda: "clone.zip", r"reference_policy='clone\.zip': there is no such file in .*Pass the path of a saved model"),
         (lambda: __file__, "cannot be read .* must be a model saved by model.save"),
         (lambda: CASES["box"].build(PPO), "PPO: that is a model, pass its policy, reference_policy=model.policy"),
-        (lambda: ActorCriticPolicy, "ActorCriticPolicy: that is a class, pass a trained policy"),
-        (lambda: th.nn.Linear(3, 1), r"Linear: it does not tell .* with get_distribution\(\)"),
-        (lambda: 0.5, r"float: pass a policy, such as model\.policy, the path"),
+        (lambda: ActorCriticPolicy, r"ActorCriticPolicy: pass a policy with get_distribution\(\), such as model\.policy"),
+        (lambda: th.nn.Linear(3, 1), r"Linear: pass a policy with get_distribution\(\)"),
+        (lambda: 0.5, r"float: pass a policy with get_distribution\(\), .* or a saved model's path"),
         (lambda: policy_of("discrete"), r"the action_space Discrete\(4\), and the environment has Box"),
         (lambda: PPO("MlpPolicy", Wider()).policy, "the observation_space .* pass a policy of this environment"),
         (lambda: policy_of("gsde-squashed"), "squash_output=True, and the policy in training False"),
@@ -205,7 +205,7 @@ def test_other_saved_models_are_rejected(tmp_path):
         read_policy(str(tmp_path / "dqn"))
     recurrent = test_recurrent.CASES["box"].build(RecurrentPPO, n_steps=64, batch_size=64)
     recurrent.policy.save(tmp_path / "lstm.pt")  # the file does not tell that there is an LSTM
-    with pytest.raises(ValueError, match="of another class, pass the model's path or the policy itself"):
+    with pytest.raises(ValueError, match="Of others, pass the policy itself"):
         read_policy(str(tmp_path / "lstm.pt"))
 
 

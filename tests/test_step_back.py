@@ -19,7 +19,6 @@ from sb3_adaptive_kl.step_back import (
     MAX_TRIES,
     MIN_FRACTION,
     TARGET_FRACTION,
-    ShortenedStep,
     critic_parameters,
     longest_allowed,
     shorten_step,
@@ -141,7 +140,7 @@ def test_the_users_precision_of_cudnn_is_no_obstacle():
 
 
 def test_an_update_whose_shortened_step_cannot_be_measured_is_undone(monkeypatch):
-    monkeypatch.setattr(training, "shorten_step", lambda *_: ShortenedStep(0.5, RolloutKL(math.nan, math.nan)))
+    monkeypatch.setattr(training, "shorten_step", lambda *_: (0.5, RolloutKL(math.nan, math.nan)))
     model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
     before = parameters(model)
     with pytest.warns(UserWarning, match="above kl_ceiling"):

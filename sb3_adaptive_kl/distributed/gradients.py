@@ -36,16 +36,15 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
     def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
         # Clip the mean of all ranks, not each rank's part
         alone = settings._replace(normalize_advantage=False, max_grad_norm=math.inf)
-        n_metrics = len(MinibatchMetrics._fields) - (settings.clip_range is None)
-        metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], n_metrics, old_policy)
+        metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], old_policy)
         metrics = _average(metrics, len(index), parameters)
         return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
     return compute
 
 
-def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> th.Tensor:
-    """Compute n numbers, or NaN where the policy of this rank has diverged: then all ranks see it, and undo the update."""
+def _or_nan(compute: Callable[[], th.Tensor], old_policy: OldPolicy) -> th.Tensor:
+    """Compute the metrics, or NaN where the policy of this rank has diverged: then all ranks see it, and undo the update."""
     try:
         return compute()
     except ValueError:  # torch's distributions refuse the NaN of a diverged network
@@ -53,7 +52,7 @@ def _or_nan(compute: Callable[[], th.Tensor], n: int, old_policy: OldPolicy) -> 
             raise
         parameter = optimized_parameters(old_policy.policy.optimizer)[0]
         parameter.grad = th.full_like(parameter, math.nan)
-        return parameter.new_full((n,), math.nan)
+        return parameter.new_full((len(MinibatchMetrics._fields),), math.nan)
 
 
 def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]) -> th.Tensor:

@@ -37,30 +37,16 @@ class MasksOfSequences(_Host):
     """Mixin before a recurrent and a maskable buffer, in this order: their constructors, ``reset`` and ``add`` cooperate."""
 
     needs_masks = False
-    _next_masks: np.ndarray | None
-
-    def reset(self) -> None:
-        self._next_masks = None
-        super().reset()  # type: ignore[no-untyped-call]
-
-    def announce_masks(self, action_masks: np.ndarray) -> None:
-        """
-        Keep the masks for the transition that is added next: RecurrentPPO does not pass any to ``add``.
-
-        :param action_masks: shape (n_envs, choices)
-        """
-        # A callback may run the policy again after the environments have moved on: the first call is that of the transition
-        if self._next_masks is None:
-            self._next_masks = action_masks
+    next_masks: np.ndarray | None = None  # of the transition that is added next: RecurrentPPO does not pass any to ``add``
 
     def add(self, *args: Any, **kwargs: Any) -> None:
-        if self.needs_masks and self._next_masks is None:
+        if self.needs_masks and self.next_masks is None:
             raise RuntimeError(
                 "the policy has acted without masks: a callback may give model.policy other parameters during a rollout "
                 "(load_state_dict), but not replace it"
             )
-        super().add(*args, action_masks=self._next_masks, **kwargs)
-        self._next_masks = None
+        super().add(*args, action_masks=self.next_masks, **kwargs)
+        self.next_masks = None
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         if not self.generator_ready:

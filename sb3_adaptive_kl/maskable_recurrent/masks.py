@@ -13,31 +13,26 @@ class MasksOfRollout:
     Forward pre-hook under which a policy acts during a rollout: sb3-contrib's RecurrentPPO calls
     ``policy(observations, lstm_states, episode_starts)`` once per step, and adds the transition afterwards.
 
-    :param env: the environments
+    :param env: the environments, or ``None`` for a hook that changes nothing
     :param buffer: a ``MasksOfSequences``, which is told the masks of each transition
     """
 
-    def __init__(self, env: VecEnv, buffer: Any) -> None:
+    def __init__(self, env: Any, buffer: Any) -> None:
         self.env, self.buffer = env, buffer
 
     def __call__(self, policy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A callback's own call may give masks, as the fifth argument or by name, or ask about other states
-        of_environments = 3 <= len(args) <= 4 and len(args[2]) == self.env.num_envs
+        of_environments = self.env is not None and 3 <= len(args) <= 4 and len(args[2]) == self.env.num_envs
         if not of_environments or "action_masks" in kwargs:
             return None
         kwargs["action_masks"] = masks = masks_of(self.env)
-        self.buffer.announce_masks(masks)
+        # It may run the policy again after the environments have moved on: the first call is that of the transition
+        if self.buffer.next_masks is None:
+            self.buffer.next_masks = masks
         return args, kwargs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NoMasks, ()  # a callback may keep copies of the policy, which act elsewhere
-
-
-class NoMasks:
-    """Forward pre-hook that changes nothing."""
-
-    def __call__(self, *args: Any) -> None:
-        return None
+        return type(self), (None, None)  # a callback may keep copies of the policy, which act elsewhere
 
 
 def check_masking(env: GymEnv) -> None:

@@ -77,7 +77,7 @@ class MaskableRecurrentPPO(RecurrentPPO):
         :raises ValueError: if there are no masks, or if they do not fit the action space
         :raises RuntimeError: if a callback replaces ``model.policy``
         """
-        rollout_buffer.needs_masks = use_masking
+        rollout_buffer.needs_masks, rollout_buffer.next_masks = use_masking, None
         if not use_masking:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         check_masking(env)
@@ -87,6 +87,3 @@ class MaskableRecurrentPPO(RecurrentPPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             hook.remove()
-
-    def train(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} has no train() that evaluates actions under masks")

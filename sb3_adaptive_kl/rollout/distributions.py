@@ -167,7 +167,8 @@ def _parameters(head: Any) -> ActionDistribution | None:
     if isinstance(head, Bernoulli):
         # log-sigmoid, not log(probs): float32 rounds the probability of a logit above 17 to 1
         logits = _flat(head.logits)
-        return Categoricals(th.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1))
+        # Both outcomes of a switch side by side, as sb3-contrib's masked policies have them
+        return Categoricals(th.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=2).flatten(1))
     return Categoricals(_finite(_flat(head.logits))) if isinstance(head, Categorical) else None
 
 

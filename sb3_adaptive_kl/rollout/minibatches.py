@@ -198,10 +198,9 @@ def _draws(buffer: RolloutBuffer, batch_size: int) -> Generator[tuple[Any, Draw]
                 )
             yield samples, draw
     finally:
+        del buffer._get_samples
         if set_on_instance:
             buffer._get_samples = get_samples  # type: ignore[method-assign]
-        else:
-            del buffer._get_samples
 
 
 @contextmanager

@@ -8,7 +8,6 @@ the policy in training.
 
 import json
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from sb3_adaptive_kl.rollout.distributions import (
     forget_distribution,
     has_closed_form,
     no_closed_form_error,
-    torch_distribution,
 )
 from sb3_adaptive_kl.rollout.evaluation import taken_actions, valid_transitions
 from sb3_adaptive_kl.rollout.minibatches import preserve_random_state, through_time, to_device
@@ -159,18 +157,14 @@ def read_policy(path: str) -> Any:
         )
     with preserve_random_state():
         try:
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    names = archive.namelist()
-                    saved = json.loads(archive.read("data")) if "data" in names else None
-                policy = _of_model(file, saved) if saved is not None else _of_policy(file)
-            else:
-                policy = _of_policy(file)
+            with zipfile.ZipFile(file) as archive:
+                saved = json.loads(archive.read("data")) if "data" in archive.namelist() else None
+            policy = _of_policy(file) if saved is None else _of_model(file, saved)
         except Exception as error:
+            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(
-                f"reference_policy={path!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). It must be "
-                "a model saved by model.save(), or one of SB3's feed-forward policies saved by policy.save(): of another "
-                "class, pass the model's path or the policy itself"
+                f"reference_policy={path!r} cannot be read ({problem}). It must be a model saved by model.save(), or one of "
+                "SB3's feed-forward policies saved by policy.save(). Of others, pass the policy itself or a model's path"
             ) from error
     if not tells_probabilities(policy):
         raise ValueError(
@@ -185,11 +179,10 @@ def _of_model(file: Path, saved: dict[str, Any]) -> Any:
     not_needed = dict.fromkeys(saved.keys() - set(NEEDED))
     data, parameters, _ = load_from_zip_file(file, custom_objects=not_needed, device="cpu")
     assert data is not None
-    policy_class, kwargs = data["policy_class"], data["policy_kwargs"]
-    if not hasattr(policy_class, "get_distribution"):
-        return object.__new__(policy_class)  # only to be named
-    sde = {"use_sde": True} if data.get("use_sde") else {}  # MaskablePPO's policies do not have the argument
-    policy = policy_class(data["observation_space"], data["action_space"], lr_schedule=lambda _: 0.0, **sde, **kwargs)
+    kwargs = {**data["policy_kwargs"], "lr_schedule": lambda _: 0.0}
+    if data.get("use_sde"):  # MaskablePPO's policies do not have the argument
+        kwargs["use_sde"] = True
+    policy = data["policy_class"](data["observation_space"], data["action_space"], **kwargs)
     policy.load_state_dict(parameters["policy"])
     return policy
 
@@ -206,18 +199,9 @@ def _of_policy(file: Path) -> Any:
 
 
 def _comparable(distribution: Distribution, space: spaces.Space[Any], masks: th.Tensor | None) -> ActionDistribution:
-    """Extract the parameters, laid out and masked as those of the policy in training."""
+    """Extract the parameters, masked as those of the policy in training."""
     parameters = action_distribution(distribution)
-    if not isinstance(parameters, Categoricals):
-        return parameters
-    if isinstance(space, spaces.MultiBinary):
-        # sb3-contrib's masked policies have two outcomes side by side for each switch, others first all that are off
-        in_pairs = isinstance(torch_distribution(distribution), list)
-        if in_pairs != (masks is not None):
-            n_switches = parameters.log_probs.shape[1] // 2
-            outcomes = parameters.log_probs.reshape((-1, n_switches, 2) if in_pairs else (-1, 2, n_switches))
-            parameters = Categoricals(outcomes.transpose(1, 2).flatten(1))
-    if masks is None:
+    if masks is None or not isinstance(parameters, Categoricals):
         return parameters
     from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution  # only masked rollouts need it
 
@@ -234,7 +218,6 @@ def _select(tensors: Any, valid: th.Tensor | None) -> Any:
 
 
 def _form(distribution: ActionDistribution) -> tuple[Any, ...]:
-    parts = [getattr(distribution, field.name) for field in fields(distribution)]
-    return type(distribution).__name__, *[
-        tuple(part.shape[1:]) if isinstance(part, th.Tensor) else _form(part) for part in parts
-    ]
+    parts = vars(distribution).values()
+    shapes = [tuple(part.shape[1:]) if isinstance(part, th.Tensor) else _form(part) for part in parts]
+    return type(distribution).__name__, *shapes
