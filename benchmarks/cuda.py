@@ -29,6 +29,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from benchmarks.distributed import on_ranks, variants
 from benchmarks.throughput import build, images, seconds, with_random_rollout
 from sb3_adaptive_kl.fast.compilation import _guards_to_keep
+from sb3_adaptive_kl.fast.compiled import clipped_gradients
 
 GRAPHS = "CUDA graphs"
 # What a GPU's queue runs empty for, by the names of the profiler; on the CPU, where numbers are read from tensors
@@ -81,16 +82,15 @@ NETWORKS = {
 
 def use_cuda_graphs(model: Any) -> None:
     """Replay the compiled gradients of a model as a CUDA graph. The next replay overwrites what it returns."""
-    compiled = model._compiler._clipped_gradients
     options = {"triton.cudagraphs": True, "guard_filter_fn": _guards_to_keep, "fallback_random": True}
-    compiled.fast = th.compile(compiled.function, fullgraph=True, dynamic=False, options=options)
+    compiled = th.compile(clipped_gradients, fullgraph=True, dynamic=False, options=options)
 
     def replay(*args: Any) -> Any:
         th.compiler.cudagraph_mark_step_begin()
         gradients, metrics, norm = compiled(*args)
         return gradients, metrics.clone(), norm.clone()
 
-    model._compiler._clipped_gradients = replay
+    model._compiler.compilation.compiled[clipped_gradients] = replay
 
 
 def let_older_torch_compile() -> None:

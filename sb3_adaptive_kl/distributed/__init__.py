@@ -12,19 +12,13 @@ from sb3_adaptive_kl.ppo import AdaptiveKLPPO
 
 __all__ = ["DataParallel", "DistributedAdaptiveKLPPO", "RanksDisagree"]
 
-CONTRIB = (
-    "DistributedMaskableAdaptiveKLPPO",
-    "DistributedMaskableRecurrentAdaptiveKLPPO",
-    "DistributedRecurrentAdaptiveKLPPO",
-)
-
 
 class DistributedAdaptiveKLPPO(DataParallel, AdaptiveKLPPO):  # type: ignore[misc]  # as for AdaptiveKLPPO
     """:class:`~sb3_adaptive_kl.AdaptiveKLPPO` on all ranks of ``torch.distributed``'s default group."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in CONTRIB:
+    if name.startswith("Distributed"):
         from sb3_adaptive_kl.distributed import contrib  # it needs sb3-contrib
 
         return getattr(contrib, name)

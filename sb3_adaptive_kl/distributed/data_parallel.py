@@ -97,7 +97,7 @@ class DataParallel(KLPenaltyTraining):
         return normalized_over_ranks(minibatches) if settings.normalize_advantage else minibatches
 
     def _measure_kl(self, old_policy: OldPolicy) -> RolloutKL:
-        return pool_kl(super()._measure_kl(old_policy), self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
+        return pool_kl(super()._measure_kl(old_policy))
 
     def _critic_parameters(self, old_policy: OldPolicy) -> set[int]:
         # Only those that every rank counts as the critic's: a rank may probe other branches of a network
@@ -152,8 +152,7 @@ class DataParallel(KLPenaltyTraining):
             super()._update_info_buffer([info], np.array([done]))
         overwrite(statistics, [pooled(old, new) for old, *new in zip(old_statistics, *new_statistics, strict=True)])
         average_buffers(self.policy)
-        check_agreement(self._facts(), CAUSES_OF_DIFFERENCE)
-        self._check_hinge()  # a callback may have set it
+        self._check_agreement({}, CAUSES_OF_DIFFERENCE)  # a callback may have changed something
         return all(continue_training)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
@@ -169,7 +168,7 @@ class DataParallel(KLPenaltyTraining):
         """Give all ranks the state of rank 0, if they were given the same arguments."""
         wait_for_all_ranks()
         normalize = self.get_vec_normalize_env()
-        check_agreement(
+        self._check_agreement(
             {
                 "algorithm": type(self).__name__,
                 "total_timesteps": total_timesteps,
@@ -178,11 +177,9 @@ class DataParallel(KLPenaltyTraining):
                 "action_space": self.action_space,
                 "the shapes of the policy's parameters": [tuple(parameter.shape) for parameter in all_parameters(self.policy)],
                 "VecNormalize": normalize and {name: getattr(normalize, name) for name in NORMALIZATION},
-                **self._facts(),
             },
             "let all ranks call learn() with the same arguments, on models that were made or loaded in the same way",
         )
-        self._check_hinge()
         broadcast_parameters(self)
         if dist.get_rank() > 0:
             self.verbose = 0
@@ -195,25 +192,17 @@ class DataParallel(KLPenaltyTraining):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         return super()._init_callback(callbacks_of_this_rank(callback, progress_bar), progress_bar=False)
 
-    def _check_hinge(self) -> None:
-        if self.kl_cutoff_coef:  # the hinge of a mean is not the mean of the ranks' hinges
-            raise ValueError(f"kl_cutoff_coef={self.kl_cutoff_coef!r} needs one process: pass 0, and a kl_ceiling")
-
-    def _facts(self) -> dict[str, Any]:
-        """Collect what decides about an update. Arguments that a user's subclass adds may differ."""
-        facts = {name: getattr(self, name, None) for name in COMPARED}
+    def _check_agreement(self, facts: dict[str, Any], explanation: str) -> None:
+        """Check these facts, and all that decides about an update. Arguments that a user's subclass adds may differ."""
+        facts = {**facts, **{name: getattr(self, name, None) for name in COMPARED}}
         facts |= settings_at(self, self._current_progress_remaining)._asdict()  # the values of schedules, too
         facts["learning_rate"] = self.lr_schedule(self._current_progress_remaining)
-        if self._reference is not None:  # its file may lie elsewhere on another machine
-            spec = self._reference.spec
-            facts["reference_policy"] = (
-                spec.target_kl,
-                spec.direction,
-                spec.kl_coef,
-                checksum(self._reference.policy.parameters()),
-            )
+        reference = self._reference  # its file may lie elsewhere on another machine
+        facts["reference_policy"] = reference and {**vars(reference.spec), "policy": checksum(reference.policy.parameters())}
         facts["the choice of trainable parameters"] = [parameter.requires_grad for parameter in all_parameters(self.policy)]
-        return facts
+        check_agreement(facts, explanation)
+        if self.kl_cutoff_coef:  # the hinge of a mean is not the mean of the ranks' hinges
+            raise ValueError(f"kl_cutoff_coef={self.kl_cutoff_coef!r} needs one process: pass 0, and a kl_ceiling")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_ended_episodes"]

@@ -6,7 +6,7 @@ ranks, of one vector, gives the gradients and the metrics of all.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -36,26 +36,20 @@ def gradients_of_all_ranks(compute_gradients: ComputeGradients, old_policy: OldP
     def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
         # Clip the mean of all ranks, not each rank's part
         alone = settings._replace(normalize_advantage=False, max_grad_norm=math.inf)
-        metrics = _or_nan(lambda: compute_gradients(rollout_data, index, alone)[0], old_policy)
-        metrics = _average(metrics, len(index), parameters)
+        n_transitions: float = len(index)
+        try:
+            metrics, _ = compute_gradients(rollout_data, index, alone)
+        except ValueError:  # torch's distributions refuse the NaN of a diverged network. All ranks see it, and undo the update
+            if math.isfinite(old_policy.kl().mean):
+                raise
+            metrics, n_transitions = parameters[0].new_zeros(len(MinibatchMetrics._fields)), math.nan
+        metrics = _average(metrics, n_transitions, parameters)
         return metrics, th.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
     return compute
 
 
-def _or_nan(compute: Callable[[], th.Tensor], old_policy: OldPolicy) -> th.Tensor:
-    """Compute the metrics, or NaN where the policy of this rank has diverged: then all ranks see it, and undo the update."""
-    try:
-        return compute()
-    except ValueError:  # torch's distributions refuse the NaN of a diverged network
-        if math.isfinite(old_policy.kl().mean):
-            raise
-        parameter = optimized_parameters(old_policy.policy.optimizer)[0]
-        parameter.grad = th.full_like(parameter, math.nan)
-        return parameter.new_full((len(MinibatchMetrics._fields),), math.nan)
-
-
-def _average(metrics: th.Tensor, n_transitions: int, parameters: list[th.Tensor]) -> th.Tensor:
+def _average(metrics: th.Tensor, n_transitions: float, parameters: list[th.Tensor]) -> th.Tensor:
     """Replace ``.grad`` by its mean over the transitions of all ranks, and return the mean of the metrics."""
     present = [parameter.grad is not None for parameter in parameters]
     gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -4,11 +4,9 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from io import BytesIO
-from itertools import chain
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
@@ -46,12 +44,10 @@ def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     :raises RanksDisagree: on all ranks, with the first fact that differs
     """
     of_ranks = gather_objects({name: repr(comparable(value)) for name, value in facts.items()})
-    # Of all ranks in the order of the first: every rank must raise the same error
-    for name in dict.fromkeys(chain.from_iterable(of_ranks)):
-        first, *others = (stated.get(name, "something else") for stated in of_ranks)
-        for other, value in enumerate(others, start=1):
-            if value != first:
-                raise RanksDisagree(f"{name} is {first} on rank 0, but {value} on rank {other}: {explanation}")
+    for name, first in of_ranks[0].items():
+        for rank, stated in enumerate(of_ranks):
+            if stated[name] != first:  # all ranks raise the same error
+                raise RanksDisagree(f"{name} is {first} on rank 0, but {stated[name]} on rank {rank}: {explanation}")
 
 
 def checksum(tensors: Iterable[th.Tensor]) -> int:
@@ -84,12 +80,10 @@ def broadcast_parameters(model: KLPenaltyAlgorithm) -> None:
     th.save((dict(model.get_parameters()), [parameter.detach() for parameter in parameters]), saved)
     of_rank_0 = [saved.getvalue()]
     dist.broadcast_object_list(of_rank_0)
-    if dist.get_rank() > 0:
-        registered, values = th.load(BytesIO(of_rank_0[0]), map_location=model.device, weights_only=False)
-        model.set_parameters(registered)
-        with th.no_grad():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+    registered, values = th.load(BytesIO(of_rank_0[0]), map_location="cpu", weights_only=False)
+    model.set_parameters(registered)
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
 
 
 def average_buffers(policy: ActorCriticPolicy) -> None:
@@ -99,26 +93,20 @@ def average_buffers(policy: ActorCriticPolicy) -> None:
     :param policy: the policy
     """
     for tensor in filter(th.is_floating_point, policy.buffers()):
-        of_ranks = gather(tensor.flatten())
-        # Rounding must not move what is the same on all ranks. Masks may hold infinities
-        same = (of_ranks == of_ranks[0]).all(dim=0)
-        with th.no_grad():
-            tensor.copy_(th.where(same, of_ranks[0], of_ranks.mean(dim=0)).view_as(tensor))
+        # In float64, where the mean of equal numbers is that number again
+        tensor.copy_(gather(tensor.flatten()).double().mean(dim=0).view_as(tensor))
 
 
-def pool_kl(kl: RolloutKL, n_transitions: int) -> RolloutKL:
+def pool_kl(kl: RolloutKL) -> RolloutKL:
     """
-    Combine what the ranks have measured, each on its own rollout. *Collective.*
+    Combine what the ranks have measured, each on as many transitions. *Collective.*
 
     :param kl: the divergences on this rank's rollout, in nats
-    :param n_transitions: how many transitions it holds
     :return: the divergences over the transitions of all ranks
     """
-    means = kl.mean, kl.reference, kl.reference_before
-    mine = th.tensor([n_transitions, kl.max, *(n_transitions * mean for mean in means)], dtype=th.float64)
-    n, largest, *totals = gather(mine).unbind(dim=1)
-    mean, *to_reference = [(total.sum() / n.sum()).item() for total in totals]
-    return RolloutKL(mean, largest.max().item(), *to_reference)
+    of_ranks = gather(th.tensor(kl, dtype=th.float64))
+    means, largest = RolloutKL(*of_ranks.mean(dim=0).tolist()), RolloutKL(*of_ranks.amax(dim=0).tolist())
+    return means._replace(max=largest.max)
 
 
 def running_statistics(normalize: VecNormalize | None) -> list[RunningMeanStd]:
@@ -153,11 +141,8 @@ def pooled(before: RunningMeanStd, after: Sequence[RunningMeanStd]) -> RunningMe
     :param after: what each of them has become, by data of its own
     :return: the statistics of what was before, and of all the data
     """
-    # Moments about the old mean: sums of squares about 0 would lose the variance of data far from 0
-    count = before.count + sum(one.count - before.count for one in after)
-    shift = sum((one.mean - before.mean) * one.count for one in after) / count
-    squares = sum((one.var + np.square(one.mean - before.mean)) * one.count for one in after)
-    squares -= (len(after) - 1) * before.var * before.count
-    result = before.copy()
-    result.mean, result.var, result.count = before.mean + shift, squares / count - np.square(shift), count
+    result = after[0].copy()
+    for one in after[1:]:
+        result.combine(one)
+        result.update_from_moments(before.mean, before.var, -before.count)  # it is in both
     return result

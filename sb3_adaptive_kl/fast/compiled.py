@@ -8,7 +8,7 @@ shares its networks; the policy itself, which callbacks see, stays as it is.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any
 
@@ -19,8 +19,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 
-from sb3_adaptive_kl.fast.compilation import Compilation, Compiled, NotCompiled
-from sb3_adaptive_kl.fast.eager import ACTING, fast_collection, needs_validation, unvalidated
+from sb3_adaptive_kl.fast.compilation import Compilation, NotCompiled
+from sb3_adaptive_kl.fast.eager import ACTING, fast_collection, needs_validation
 from sb3_adaptive_kl.objective import Settings
 from sb3_adaptive_kl.rollout.distributions import forget_distribution, is_stock
 from sb3_adaptive_kl.rollout.old_policy import OldPolicy
@@ -37,10 +37,6 @@ class Compiler:
 
     def __init__(self) -> None:
         self.compilation = Compilation()
-        self._act = Compiled(act, self.compilation)
-        self._clipped_gradients = Compiled(clipped_gradients, self.compilation)
-        self._settings: tuple[Settings, Settings] | None = None
-        self._warned = False
 
     @contextmanager
     def compiled_gradients(self, policy: ActorCriticPolicy, old_policy: OldPolicy) -> Iterator[ComputeGradients]:
@@ -52,36 +48,27 @@ class Compiler:
         :return: a context with a function that computes the same up to rounding
         """
         plain = partial(compute_gradients, policy, old_policy)
+        if not self.compilation.failed and (hooked := hooked_parameter(policy)):
+            self.compilation.give_up(f"Only backward() calls the hooks on {hooked}")
         if self.compilation.failed:
-            yield plain
-            return
-        if hooked := hooked_parameter(policy):
-            if not self._warned:
-                self.compilation.warn(f"only backward() calls the hooks on {hooked}: training runs uncompiled")
-            self._warned = True
             yield plain
             return
         twin, preprocess = compilable_copy(policy, EVALUATING)
         parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
 
         def compute(rollout_data: Any, index: th.Tensor, settings: Settings) -> tuple[th.Tensor, th.Tensor]:
-            if self.compilation.failed:
-                return plain(rollout_data, index, settings)
             preprocessed = rollout_data._replace(observations=preprocess(rollout_data.observations))
-            tensors = self._tensors(settings, policy.device)
+            inputs = twin, old_policy, parameters, preprocessed, index, as_tensors(settings, policy.device)
             try:
-                gradients, metrics, norm = self._clipped_gradients(twin, old_policy, parameters, preprocessed, index, tensors)
+                gradients, metrics, norm = self.compilation.run(clipped_gradients, *inputs)
             except NotCompiled:
                 return plain(rollout_data, index, settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             return metrics, norm
 
-        for parameter in optimized_parameters(policy.optimizer):
-            parameter.grad = None  # one that was frozen since the last update would still be moved by its old gradient
-        import torch._dynamo  # not at module level: it takes a second, and `failed` says that it may be of no use
-
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # let th.autograd.grad be compiled, in this thread only
+        policy.optimizer.zero_grad()  # a parameter that was frozen since the last update would still be moved by its gradient
+        with th._dynamo.config.patch(trace_autograd_ops=True):  # let th.autograd.grad be compiled, in this thread only
             yield compute
 
     @contextmanager
@@ -92,15 +79,14 @@ class Compiler:
         :param policy: the policy that collects
         """
         with fast_collection(policy):
-            if needs_validation(policy):
+            if self.compilation.failed or needs_validation(policy):
                 yield
                 return
-            policy.forward = forward = CompiledForward(policy, self._act)  # type: ignore[method-assign]
+            policy.forward = forward = CompiledForward(policy, self.compilation)  # type: ignore[method-assign]
             try:
                 yield
             finally:
-                forward.stop()
-                # A callback may have set a wrapper around it, which stays
+                forward.compilation = None  # for a wrapper that a callback has set around it, and which stays
                 if vars(policy).get("forward") is forward:
                     del policy.forward
 
@@ -110,38 +96,25 @@ class Compiler:
             logger.record("time/compilation", self.compilation.seconds)
         self.compilation.seconds = 0.0
 
-    def _tensors(self, settings: Settings, device: th.device) -> Settings:
-        # Converted when they change, and not at every step
-        if self._settings is None or self._settings[0] != settings:
-            self._settings = settings, as_tensors(settings, device)
-        return self._settings[1]
-
 
 class CompiledForward:
     """Stands in for a policy's ``forward`` during a rollout. It is not copied with the policy: a callback may keep copies."""
 
-    def __init__(self, policy: ActorCriticPolicy, compiled_act: Callable[..., Any]) -> None:
-        self.policy = policy
+    def __init__(self, policy: ActorCriticPolicy, compilation: Compilation) -> None:
+        self.policy, self.own_forward = policy, policy.forward
         self.actor, self.preprocess = compilable_copy(policy, ACTING)
-        self.act = compiled_act
+        self.compilation: Compilation | None = compilation  # None after the rollout
 
     def __call__(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        if th.jit.is_tracing() or th.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]  # a callback exports
-            return type(self.policy).forward(self.policy, obs, *args, **kwargs)
-        observations = self.preprocess(obs)
-        # Masks: torch compiles functions of tensors only
-        kwargs = {
-            name: th.as_tensor(value, device=self.policy.device) if isinstance(value, np.ndarray) else value
-            for name, value in kwargs.items()
-        }
+        # The rollout is over, or a callback exports the policy
+        if self.compilation is None or th.jit.is_tracing() or th.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]
+            return self.own_forward(obs, *args, **kwargs)
+        if isinstance(masks := kwargs.get("action_masks"), np.ndarray):  # torch compiles functions of tensors only
+            kwargs["action_masks"] = th.as_tensor(masks, device=self.policy.device)
         try:
-            return self.act(self.actor, observations, *args, **kwargs)
+            return self.compilation.run(act, self.actor, self.preprocess(obs), *args, **kwargs)
         except NotCompiled:
-            return act(self.actor, observations, *args, **kwargs)
-
-    def stop(self) -> None:
-        """Run the policy's own ``forward`` from now on, for a wrapper that a callback has put around this."""
-        self.actor, self.act, self.preprocess = self.policy, act, lambda observations: observations
+            return self.own_forward(obs, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A policy that is copied or unpickled finds its class's method under this name
@@ -150,9 +123,8 @@ class CompiledForward:
 
 def act(actor: ActorCriticPolicy, observations: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a policy's own ``forward`` on preprocessed observations."""
-    result = type(actor).forward(actor, observations, *args, **kwargs)  # the instance's forward is CompiledForward
-    if th.compiler.is_compiling():
-        forget_distribution(actor)  # compiled code cannot leave a new object behind
+    result = type(actor).forward(actor, observations, *args, **kwargs)  # a copied policy has one of its own
+    forget_distribution(actor)  # compiled code cannot leave a new object behind
     return result
 
 
@@ -207,13 +179,13 @@ def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tupl
     if not all(is_stock(policy, name) for name in methods):
         return policy, lambda observations: observations
     twin = copy.copy(policy)
-    twin.action_dist = unvalidated(action_dist)
     space = policy.observation_space
     keys = space.spaces if isinstance(space, spaces.Dict) else None
     twin.observation_space = PREPROCESSED if keys is None else spaces.Dict(dict.fromkeys(keys, PREPROCESSED))
     return twin, lambda observations: preprocess_obs(observations, space, normalize_images=policy.normalize_images)
 
 
+@lru_cache(maxsize=8)  # not at every step
 def as_tensors(settings: Settings, device: th.device) -> Settings:
     """
     Convert numbers to scalar tensors, which ``torch.compile`` treats as inputs instead of constants.

@@ -7,7 +7,7 @@ of the user's may rely on what would be left out.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -19,7 +19,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_adaptive_kl.fast.sequences import sequences_at_once
-from sb3_adaptive_kl.rollout.distributions import is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock, replaced
 from sb3_adaptive_kl.rollout.minibatches import has_sequences, to_device
 from sb3_adaptive_kl.step import optimized_parameters
 
@@ -108,44 +108,27 @@ def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
 
     :param policy: the model's policy; the caller checks for NaN
     """
-    action_dist = getattr(policy, "action_dist", None)
-    if action_dist is None:
+    action_dist: Any = getattr(policy, "action_dist", None)
+    if not is_stock(action_dist, "proba_distribution"):
         yield
         return
-    policy.action_dist = lenient = unvalidated(action_dist)
+    family: Any = type(action_dist)
+    action_dist.__class__ = _unvalidated(family)
     try:
         yield
     finally:
-        if policy.action_dist is lenient:  # a callback may have set another one, which stays
-            policy.action_dist = action_dist
-
-
-def unvalidated(action_dist: Any) -> Any:
-    """
-    Make torch's distributions skip their argument validation, which costs as much as evaluating them.
-
-    torch's own switch is global. Here one method looks up ``Normal`` and its like in a namespace of its own.
-
-    :param action_dist: ``policy.action_dist``
-    :return: another object with the same ``__dict__``, or ``action_dist`` itself if it is not SB3's or sb3-contrib's
-    """
-    if not is_stock(action_dist, "proba_distribution"):
-        return action_dist
-    lenient: Any = object.__new__(_unvalidated_family(type(action_dist)))  # type: ignore[arg-type]
-    lenient.__dict__ = action_dist.__dict__  # shared: gSDE draws its matrices into the original
-    return lenient
+        action_dist.__class__ = family
 
 
 @cache
-def _unvalidated_family(family: type) -> type:
-    make = family.proba_distribution  # type: ignore[attr-defined]
-    namespace = {
-        name: partial(value, validate_args=False)
-        if isinstance(value, type) and issubclass(value, th.distributions.Distribution)
-        else value
-        for name, value in make.__globals__.items()
-        if name != "__name__"  # torch's compiler would look up the original by it
-    }
+def _unvalidated(family: Any) -> type:
+    make = family.proba_distribution
+    # torch's own switch is global. Here one method looks up `Normal` and its like in a namespace of its own. torch's compiler
+    # would look up the originals in the module, if it had the module's name
+    namespace = {name: value for name, value in make.__globals__.items() if name != "__name__"}
+    for name, value in make.__globals__.items():
+        if isinstance(value, type) and issubclass(value, th.distributions.Distribution):
+            namespace[name] = partial(value, validate_args=False)
     method = FunctionType(make.__code__, namespace, closure=make.__closure__)
 
     def reduce(self: Any) -> tuple[Any, ...]:
@@ -155,21 +138,15 @@ def _unvalidated_family(family: type) -> type:
     return type(family.__name__, (family,), {"proba_distribution": method, "__reduce__": reduce})
 
 
-@contextmanager
-def asynchronous_copies(buffer: RolloutBuffer) -> Iterator[None]:
+def asynchronous_copies(buffer: RolloutBuffer) -> AbstractContextManager[None]:
     """
     Let a buffer's samples be copied to a GPU while it computes.
 
     :param buffer: a rollout buffer; one of the user's that overrides ``to_torch`` runs its own code
     """
     if buffer.device.type != "cuda" or not is_stock(buffer, "to_torch"):
-        yield
-        return
-    buffer.to_torch = lambda array, copy=True: to_device(array, buffer.device)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del buffer.to_torch
+        return nullcontext()
+    return replaced(buffer, to_torch=lambda array, copy=True: to_device(array, buffer.device))
 
 
 @contextmanager
@@ -235,30 +212,27 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     options["beta1"], options["beta2"] = group["betas"]
     kernel: Any = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
     # One for all: to advance every parameter's takes as long as the kernel. A GPU's reads it as a float32 of its own
+    home = states[0]["step"].device
     count = states[0]["step"].to(parameters[0].device, th.float32, copy=True)
     counts = [count] * len(parameters)
-    is_bare = True
 
     @th.no_grad()
     def step() -> None:
         gradients = [parameter.grad for parameter in parameters]
-        if is_bare and any(gradient is None for gradient in gradients):  # a branch that no state took: its parameters stay
-            stop()
-        if not is_bare:
+        if any(gradient is None for gradient in gradients):  # a branch that no state took: its parameters stay
+            write_back()
+        if not states:
             optimizer.step()
             return
         count.add_(1)
         kernel(parameters, gradients, exp_avgs, exp_avg_sqs, [], counts, lr=group["lr"], **options)
 
-    def stop() -> None:
-        nonlocal is_bare
-        is_bare = False
-        taken = count.to(states[0]["step"].device)
-        for state in states:
-            state["step"].copy_(taken)
+    def write_back() -> None:
+        taken = count.to(home)
+        while states:  # once: afterwards the optimizer counts by itself
+            states.pop()["step"].copy_(taken)
 
     try:
         yield step
     finally:
-        if is_bare:
-            stop()
+        write_back()

@@ -9,14 +9,14 @@ heads and losses are those of the minibatch's own transitions; the LSTM alone is
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_adaptive_kl.rollout.distributions import is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock, replaced
 from sb3_adaptive_kl.rollout.minibatches import to_device
 
 # Modules whose _get_samples pads sequences, and does nothing else
@@ -54,7 +54,10 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
     :param buffer: the rollout buffer that it is trained on; one that pads in its own way goes on doing so
     """
     draws_stock = all(is_stock(buffer, name, PADDING) for name in ("get", "_get_samples"))
-    if not (draws_stock and hands_sequences_on(policy)):
+    evaluates_stock = all(is_stock(policy, name) for name in EVALUATING)
+    # A critic may have none of its own. A subclass of the user's may need to see one step at a time
+    lstms = {type(getattr(policy, name, None)) for name in ("lstm_actor", "lstm_critic")}
+    if not (draws_stock and evaluates_stock and lstms <= {th.nn.LSTM, type(None)}):
         yield
         return
     step_by_step = policy._process_sequence
@@ -64,19 +67,8 @@ def sequences_at_once(policy: ActorCriticPolicy, buffer: Any) -> Iterator[None]:
         process: Any = in_blocks if isinstance(starts, Sequences) else step_by_step
         return process(features, states, starts, lstm)
 
-    policy._process_sequence = process_sequence  # type: ignore[assignment]
-    buffer._get_samples = partial(unpadded, buffer)
-    try:
+    with replaced(policy, _process_sequence=process_sequence), replaced(buffer, _get_samples=partial(unpadded, buffer)):
         yield
-    finally:
-        del policy._process_sequence, buffer._get_samples
-
-
-def hands_sequences_on(policy: ActorCriticPolicy) -> bool:
-    """Whether a policy has LSTMs of torch, and only ``_process_sequence`` looks at hidden states and episode starts."""
-    lstms = [lstm for name in ("lstm_actor", "lstm_critic") if (lstm := getattr(policy, name, None)) is not None]
-    stock = all(is_stock(policy, name) for name in EVALUATING)
-    return bool(lstms) and stock and all(type(lstm) is th.nn.LSTM for lstm in lstms)
 
 
 def in_blocks(
@@ -116,9 +108,6 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
     # Not at module level: whoever draws from contrib's buffer has contrib, others need not
     from sb3_contrib.common.recurrent.type_aliases import RecurrentRolloutBufferSamples, RNNStates
 
-    def draw(array: np.ndarray) -> th.Tensor:
-        return buffer.to_torch(array[batch_inds])  # type: ignore[no-any-return]
-
     episode_starts = buffer.episode_starts[batch_inds].flatten()
     begins = (episode_starts != 0) | (env_change[batch_inds].flatten() != 0)
     begins[0] = True
@@ -126,31 +115,22 @@ def unpadded(buffer: Any, batch_inds: np.ndarray, env_change: np.ndarray, env: A
     lengths = np.diff([*first, len(batch_inds)])
     order = np.argsort(-lengths, kind="stable")
     first, lengths = first[order], lengths[order]
-    # (N, n_layers, hidden size) -> (n_layers, n_sequences, hidden size)
-    states = [
-        buffer.to_torch(getattr(buffer, f"{kind}_states_{network}")[batch_inds[first]].swapaxes(0, 1)).contiguous()
-        for network in ("pi", "vf")
-        for kind in ("hidden", "cell")
-    ]
-    observations = buffer.observations
-    is_dict = isinstance(observations, dict)
-    drawn: Any = {key: draw(array) for key, array in observations.items()} if is_dict else draw(observations)
-    samples = RecurrentRolloutBufferSamples(
-        observations=drawn,
-        actions=draw(buffer.actions),
-        old_values=draw(buffer.values).flatten(),
-        old_log_prob=draw(buffer.log_probs).flatten(),
-        advantages=draw(buffer.advantages).flatten(),
-        returns=draw(buffer.returns).flatten(),
-        lstm_states=RNNStates((states[0], states[1]), (states[2], states[3])),
-        episode_starts=into_blocks(first, lengths, episode_starts[first], buffer.device),  # type: ignore[arg-type]
-        mask=None,  # type: ignore[arg-type]  # nothing is padding
-    )
+
+    def states(network: str) -> Any:
+        # (N, n_layers, hidden size) -> (n_layers, n_sequences, hidden size)
+        arrays = (getattr(buffer, f"{kind}_states_{network}") for kind in ("hidden", "cell"))
+        return tuple(buffer.to_torch(array[batch_inds[first]].swapaxes(0, 1)).contiguous() for array in arrays)
+
+    unpadding: Any = DictRolloutBuffer if isinstance(buffer, DictRolloutBuffer) else RolloutBuffer
+    drawn: Any = unpadding._get_samples(buffer, batch_inds)  # as SB3's feed-forward policies get them
+    sequences: Any = into_blocks(first, lengths, episode_starts[first], buffer.device)
+    states_of_both = RNNStates(states("pi"), states("vf"))
+    samples = RecurrentRolloutBufferSamples(*drawn, states_of_both, sequences, None)  # type: ignore[call-arg]
     if not hasattr(buffer, "action_masks"):
         return samples
     from sb3_adaptive_kl.maskable_recurrent.buffers import MaskableRecurrentRolloutBufferSamples
 
-    return MaskableRecurrentRolloutBufferSamples(*samples, action_masks=draw(buffer.action_masks))
+    return MaskableRecurrentRolloutBufferSamples(*samples, action_masks=buffer.to_torch(buffer.action_masks[batch_inds]))
 
 
 def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, device: th.device) -> Sequences:
@@ -166,18 +146,17 @@ def into_blocks(first: np.ndarray, lengths: np.ndarray, begins: np.ndarray, devi
     """
     # Sequences that have a step t, for each t
     n_active = len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
-    cuts = [0]
-    while cuts[-1] < len(n_active):
-        active = n_active[cuts[-1] :]
+    blocks, start = [], 0
+    while start < len(n_active):
+        active = n_active[start:]
+        n_sequences = int(active[0])
         # As many steps as still keep the padding within the limit. The first always does: it has none
-        cells, transitions = active[0] * np.arange(1, len(active) + 1), np.cumsum(active)
-        cuts.append(cuts[-1] + int(np.count_nonzero(cells <= MAX_CELLS * transitions)))
-    blocks = []
-    for start, end in pairwise(cuts):
-        n_sequences = int(n_active[start])
+        n_cells = n_sequences * np.arange(1, len(active) + 1)
+        end = start + int(np.count_nonzero(n_cells <= MAX_CELLS * np.cumsum(active)))
         # A block is flattened with time first, as an LSTM reads it
         steps = np.arange(start, end)[:, None]
         (cells,) = np.nonzero((steps < lengths[:n_sequences]).flatten())
         rows = (first[:n_sequences] + steps).flatten()[cells]
         blocks.append(Block(end - start, n_sequences, to_device(rows, device), to_device(cells, device)))
+        start = end
     return Sequences(to_device(begins.astype(np.float32), device).view(1, -1, 1), blocks)

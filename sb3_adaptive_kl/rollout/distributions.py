@@ -9,6 +9,8 @@ these, and several heads, one after the other in the columns of the action.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from types import FunctionType, MethodType
@@ -284,6 +286,24 @@ def forget_distribution(policy: ActorCriticPolicy) -> None:
 def _finite(log_probs: th.Tensor) -> th.Tensor:
     """Replace −inf (impossible outcomes) by the most negative float, so that p log p and its gradient are 0 and not NaN."""
     return log_probs.clamp(min=th.finfo(log_probs.dtype).min)
+
+
+@contextmanager
+def replaced(owner: Any, **methods: Any) -> Iterator[None]:
+    """
+    Set methods on an object, in place of its class's, for a time.
+
+    :param owner: a policy or a buffer; what was set on it before comes back
+    :param methods: name → function
+    """
+    before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+    vars(owner).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(owner)[name]
+        vars(owner).update(before)
 
 
 def is_stock(owner: Any, name: str, packages: tuple[str, ...] = STOCK_PACKAGES) -> bool:

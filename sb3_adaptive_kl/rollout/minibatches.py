@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_adaptive_kl.rollout.distributions import is_stock
+from sb3_adaptive_kl.rollout.distributions import is_stock, replaced
 
 # Draw at most this many bytes of the rollout at a time: images would otherwise be in memory twice
 BLOCK_BYTES = 2**21
@@ -169,16 +169,13 @@ def _draws(buffer: RolloutBuffer, batch_size: int) -> Generator[tuple[Any, Draw]
     """Iterate over ``buffer.get(batch_size)`` while recording its calls of ``_get_samples``."""
     pending: list[Draw] = []
     get_samples = buffer._get_samples
-    # The user may have set it on the instance: then it has to be put back, not just uncovered
-    set_on_instance = "_get_samples" in vars(buffer)
 
     def recording(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
         samples = get_samples(batch_inds, *args, **kwargs)
         pending.append(Draw(samples, batch_inds, args, kwargs))
         return samples
 
-    buffer._get_samples = recording  # type: ignore[method-assign]
-    try:
+    with replaced(buffer, _get_samples=recording):
         for samples in buffer.get(batch_size):
             # Match by identity, since get() may prefetch or drop draws. If it returns modified samples, there must be exactly
             # one pending draw
@@ -197,10 +194,6 @@ def _draws(buffer: RolloutBuffer, batch_size: int) -> Generator[tuple[Any, Draw]
                     "check its get() and batch_size"
                 )
             yield samples, draw
-    finally:
-        del buffer._get_samples
-        if set_on_instance:
-            buffer._get_samples = get_samples  # type: ignore[method-assign]
 
 
 @contextmanager
