@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 from sb3_adaptive_kl.compare import backends, statistics
+from sb3_adaptive_kl.compare.ruler import Ruler
 
 PLAN = {"environments": ["CartPole-v1"], "arms": ["ppo_kl", "ppo"], "seeds": 2, "n_timesteps": 1500, "n_eval_episodes": 2}
 # What command.json holds
@@ -15,8 +17,9 @@ COMPARE = [sys.executable, "-m", "sb3_adaptive_kl.compare"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
 
 
-def computed(results):
-    return statistics.compute(5, results)[0]
+def computed(results, **plan):
+    """The statistics of runs, for what they read of a plan."""
+    return statistics.compute(SimpleNamespace(**{"seeds": 5, "protocol": None, "families": {}, **plan}), results)[0]
 
 
 def compute(make, arms, environments=("E",), **kwargs):
@@ -40,7 +43,7 @@ def in_this_process(runs):
 
 
 def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, threshold=475.0):
-    """Files of a finished run: updates as (time step, KL), None if not measured; episodes as (time step, return)."""
+    """Files of a finished run: updates as (time step, KL), none if not measured; episodes as (time step, return)."""
     penalty = "1.0,0.01" if run.algo == "ppo_kl" else ","
     summary = {
         **asdict(run),
@@ -53,7 +56,6 @@ def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, t
     }
     files = {"run.json": json.dumps(summary), "episodes.csv": "timesteps,return,length\n"}
     files["episodes.csv"] += "".join(f"{timestep},{value},1\n" for timestep, value in episodes)
-    if updates is not None:
-        rows = "".join(f"{timestep},{kl},{kl},{penalty}\n" for timestep, kl in updates)
-        files["updates.csv"] = "timesteps,kl,kl_max,kl_coef,target_kl\n" + rows
+    rows = "".join(f"{timestep},{kl},{kl},{penalty},,3e-4\n" for timestep, kl in updates)
+    files["updates.csv"] = ",".join(Ruler.COLUMNS) + "\n" + rows
     return {name: content.encode() for name, content in files.items()}

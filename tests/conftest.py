@@ -190,6 +190,7 @@ def fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(tmp_path: Path) -> Callable[..., Any]:
     """Write a finished run to disk: final returns, episodes as (time step, return), updates as (kl, target[, step scale])."""
     from sb3_adaptive_kl.compare.plan import Run  # they import the zoo
+    from sb3_adaptive_kl.compare.ruler import Ruler
     from sb3_adaptive_kl.compare.store import Result
 
     def make(
@@ -199,11 +200,10 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         folder.mkdir()
         (folder / "episodes.csv").write_text("timesteps,return,length\n" + "".join(f"{t},{r},1\n" for t, r in episodes))
         rows = "".join(
-            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''}{''.join(f',{scale}' for scale in scales)}\n"
-            for i, (kl, target, *scales) in enumerate(updates)
+            f"{i},{kl},{kl},{'' if target is None else 1.0},{target or ''},{''.join(map(str, scale))},3e-4\n"
+            for i, (kl, target, *scale) in enumerate(updates)
         )
-        columns = "timesteps,kl,kl_max,kl_coef,target_kl" + (",step_scale" if updates and len(updates[0]) == 3 else "")
-        (folder / "updates.csv").write_text(f"{columns}\n{rows}")
+        (folder / "updates.csv").write_text(f"{','.join(Ruler.COLUMNS)}\n{rows}")
         run = Run(env, arm, "ppo_kl", seed, {"n_timesteps": budget}, 1, (), "")
         summary = {
             **asdict(run),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sb3_adaptive_kl.compare import intervals, plots, report
+from sb3_adaptive_kl.compare import backends, intervals, plots, report
 from sb3_adaptive_kl.compare.execute import Recorder, execute
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.store import Store
-from tests.compare_results import COMMAND, finished
+from tests.compare_results import COMMAND, PLAN, finished
 
 ENV = "CartPole-v1"
 FAILURE = "ValueError: Invalid learning rate: -1\n\nTraceback\nValueError: Invalid learning rate: -1"
@@ -128,7 +128,7 @@ def test_run_without_update_rows_does_not_disturb_other_seeds(summarize):
 
 
 def test_off_policy_arm_is_reported_as_not_measured(summarize):
-    summary = summarize(lambda run: finished(run, updates=None if run.algo == "dqn" else [(256, 0.02)]), arms=["ppo", "dqn"])
+    summary = summarize(lambda run: finished(run, updates=() if run.algo == "dqn" else [(256, 0.02)]), arms=["ppo", "dqn"])
     assert "| dqn | not measured: no update, or not an on-policy algorithm |" in summary.report
     assert summary.legend == ["ppo", "dqn"]
 
@@ -228,7 +228,7 @@ def test_sweep_is_reported_and_drawn(summarize):
         rate = run.hyperparameters["learning_rate"]
         return FAILURE if rate == 1e-2 else finished(run, final=11.0 + 1e4 * rate + run.seed / 10)
 
-    summary = summarize(outcome, arms=["ppo"], seeds=2, sweep="learning_rate=1e-2,1e-3,1e-4")
+    summary = summarize(outcome, arms=["ppo"], seeds=2, sweep={"learning_rate": [1e-2, 1e-3, 1e-4]})
     assert summary.report.startswith("# ppo\n")
     assert "- each with learning_rate = 0.01, 0.001, 0.0001" in summary.report
     assert "Fewer than two arms have finished runs with the same value" in summary.report
@@ -243,7 +243,7 @@ def test_sweep_is_reported_and_drawn(summarize):
 
 
 def test_sweep_without_intervals_or_training_episodes_is_drawn(summarize):
-    summary = summarize(lambda run: finished(run, final=5.0, episodes=()), sweep="n_epochs=0,1")
+    summary = summarize(lambda run: finished(run, final=5.0, episodes=()), sweep={"n_epochs": [0, 1]})
     assert "Not computed: no arm is shown to beat a random policy." in summary.report
     final, learning = summary.figures[-1].axes
     assert final.get_xscale() == "linear"  # 0 is not on a logarithmic axis
@@ -326,3 +326,19 @@ def test_run_with_an_infinite_return_fails_at_once(value):
     recorder.locals["infos"] = [{"episode": {"r": value, "l": 3}}]
     with pytest.raises(ValueError, match=rf"return is {value}: only finite rewards"):
         recorder._on_step()
+
+
+@pytest.mark.parametrize(("value", "text"), [(999.4, "999"), (999.6, "1,000"), (20.0, "20.0"), (-0.5, "−0.500"), (None, "–")])
+def test_numbers_have_three_digits_or_all_of_an_integer_part(value, text):
+    assert report.number(value) == text
+
+
+def test_an_algorithm_that_tells_callbacks_of_no_episodes_is_compared(monkeypatch):
+    """sb3-contrib's ARS."""
+    monkeypatch.setattr(backends.signal, "signal", lambda *_: None)  # this process goes on
+    (run,) = Plan.create({**PLAN, "arms": ["ars"], "seeds": 1}).runs()
+    told = []
+    outcome = backends.attempt(run, told.append)
+    assert told[0] == 0  # where it begins: one that does not get out of its first reset() is named, too
+    assert not isinstance(outcome, str), outcome
+    assert outcome["episodes.csv"] == b"timesteps,return,length\n"

@@ -115,7 +115,7 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
 
     def backend(runs):
         for run in runs:
-            for timesteps in (0, 0, 512, 1536, 1536, 1536):
+            for timesteps in (0, 512, 1536, 1536, 1536):
                 yield run, timesteps
             yield run, "RuntimeError: killed"
 
@@ -124,4 +124,4 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "If its environment never ends an episode" in line] == lines[1:2]
     assert lines[2] == "[1/1] ppo CartPole-v1 seed 0: failed: RuntimeError: killed"
-    assert shown[::2] == ["ppo CartPole-v1 seed 0"] + ["ppo CartPole-v1 seed 0, evaluating"] * 4
+    assert shown[::2] == ["ppo CartPole-v1 seed 0"] * 2 + ["ppo CartPole-v1 seed 0, evaluating"] * 4

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from sb3_adaptive_kl.compare import statistics
 from tests.compare_results import computed
 
 pytestmark = pytest.mark.usefixtures("fewer_samples")
 
 
 def paper_scores(results):
-    return statistics.compute(5, results, protocol="ppo-paper")[0]["protocol"]
+    return computed(results, protocol="ppo-paper")["protocol"]
 
 
 def test_scores_of_the_papers_protocol(make):

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from sb3_adaptive_kl.compare import statistics
 from sb3_adaptive_kl.compare.sensitivity import _family, phi
-from tests.compare_results import compute
+from tests.compare_results import compute, computed
 
 pytestmark = pytest.mark.usefixtures("fewer_samples")
 
@@ -20,7 +19,7 @@ def swept(make, returns):
         for arm, final in arms.items()
         for seed, noise in enumerate((-0.01, 0.01))
     ]
-    return statistics.compute(2, runs, families=FAMILIES)[0]
+    return computed(runs, seeds=2, families=FAMILIES)
 
 
 def test_sensitivity_is_the_loss_by_a_single_value(make):

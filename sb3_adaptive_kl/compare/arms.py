@@ -42,6 +42,14 @@ ZOO_KEYS = frozenset({"n_timesteps", "n_envs", "normalize", "env_wrapper", "vec_
 OTHER_ARGUMENTS = frozenset({"env", "seed", "_init_setup_model", "device", "verbose", "tensorboard_log", "stats_window_size"})
 
 
+class Loader(yaml.SafeLoader):
+    """Reads 3e-4 as a number and None as null: in yml 1.1 they are strings."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+
+
 class PlanError(ValueError):
     """A user error, reported in one line."""
 
@@ -105,10 +113,6 @@ class Arm:
         """Folder name, unique because what a shell or a file system might not like is escaped."""
         return quote(self.name.replace(":", "-", 1), safe="=,+")
 
-    @property
-    def recurrent(self) -> bool:
-        return self.algo.endswith("_lstm")
-
 
 def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
     """
@@ -133,7 +137,7 @@ def parse_hyperparameters(algo: str, assignments: list[str]) -> Hyperparameters:
         if key not in known:
             raise PlanError(f"{algo} has no hyperparameter {key!r}{suggestion(key, known)}")
         with reported(f"{algo}: {assignment!r}"):
-            parsed[key] = parse_value(value)
+            parsed[key] = yaml.load(value, Loader)
         if parsed[key] == "clip" and algo not in zoo.ALGORITHMS:
             raise PlanError(f"{algo}: only {', '.join(zoo.ALGORITHMS)} have a target that follows PPO's clip range")
     return parsed
@@ -168,7 +172,7 @@ def resolve_hyperparameters(
     :return: arm → hyperparameters of its runs
     :raises PlanError: if the zoo has no entry for an algorithm
     """
-    base = "ppo_lstm" if all(arm.recurrent for arm in arms) else "ppo"
+    base = "ppo_lstm" if all(arm.algo.endswith("_lstm") for arm in arms) else "ppo"
     budget = {"n_timesteps": n_timesteps or int(_entry(base, env)["n_timesteps"])}
     resolved = {}
     for arm in arms:
@@ -182,7 +186,7 @@ def resolve_hyperparameters(
 def _shared(arm: Arm, base: str, env: str) -> Hyperparameters:
     """Take from the base's entry every key that both algorithms have, and the rest from the arm's own entry."""
     # PPO's policy has no memory, and a recurrent one is nothing to PPO
-    own_keys = TRUST_REGION | ({"policy"} if arm.recurrent != base.endswith("_lstm") else set())
+    own_keys = TRUST_REGION | ({"policy"} if arm.algo.endswith("_lstm") != base.endswith("_lstm") else set())
     common = (arguments(arm.algo) & arguments(base) | ZOO_KEYS) - own_keys
     shared = {key: value for key, value in _entry(base, env).items() if key in common}
     rest = {key: value for key, value in _entry(arm.algo, env).items() if key not in common}
@@ -253,14 +257,6 @@ def _network(env: str) -> str:
     if isinstance(made.observation_space, gym.spaces.Dict):
         return "MultiInput"
     return "Cnn" if is_image_space(made.observation_space) else "Mlp"
-
-
-def parse_value(text: str) -> Any:
-    """Parse yml, but read 3e-4 as a number and None as null: in yml 1.1 they are strings."""
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
-        return float(text)
-    value = None if text == "None" else yaml.safe_load(text)
-    return [parse_value(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 def _split_outside_brackets(text: str) -> list[str]:

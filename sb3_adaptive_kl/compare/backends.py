@@ -31,6 +31,7 @@ def attempt(run: Run, report: Callable[[int], None]) -> Outcome:
     """Execute a run in the current process, which every backend starts for this run alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and ends this process
     try:
+        report(0)  # the driver counts from here how long a run takes no time step
         from sb3_adaptive_kl.compare.execute import execute
 
         return execute(run, report)
@@ -51,7 +52,7 @@ def _poll(active: dict["Future[Outcome]", Run], timesteps: dict[str, int]) -> Ev
     :param timesteps: folder of a run → its current time step
     """
     done, going = wait(active, POLL_SECONDS, FIRST_COMPLETED)
-    yield from ((active[future], timesteps.get(active[future].folder, 0)) for future in going)
+    yield from ((active[future], timesteps[active[future].folder]) for future in going if active[future].folder in timesteps)
     for future in done:
         error = future.exception()  # not the run's: its process died, out of memory for example
         yield active.pop(future), future.result() if error is None else _described(error)

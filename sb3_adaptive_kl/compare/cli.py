@@ -15,7 +15,6 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -28,22 +27,9 @@ from sb3_adaptive_kl.compare.store import Store
 
 # Those that can change a result
 PACKAGES = ("sb3-adaptive-kl", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy", "scipy")
-# Options whose names are not those of the fields of the plan
-FLAGS = {"environments": ["--env"], "arms": ["--algo"], "n_timesteps": ["-n", "--n-timesteps"]}
-# Type of a field → how its option is parsed; the other, the budget, may be written as 1e6
-KINDS: dict[Any, dict[str, Any]] = {
-    list[str]: {"nargs": "+"},
-    bool: {"action": "store_true"},
-    int: {"type": int},
-    Plan.model_fields["protocol"].annotation: {"choices": ["ppo-paper"]},
-    Plan.model_fields["sweep"].annotation: {"metavar": "NAME=VALUE,…"},
-}
+ARMS = "algorithms of the zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
 PATIENCE = 300  # seconds without a time step: longer than the update of a large network
 HINT = "If its environment never ends an episode, neither does the evaluation: register it with max_episode_steps."
-
-
-def _flags(name: str) -> list[str]:
-    return FLAGS.get(name, [f"--{name.replace('_', '-')}"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,18 +39,31 @@ def parser() -> argparse.ArgumentParser:
         epilog="To resume an interrupted comparison, run the same command again.",
         allow_abbrev=False,  # --seed 7 would mean --seeds 7
     )
-    # A field of the plan that is not given is absent from the namespace
-    group = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
-    for name, field in Plan.model_fields.items():
-        if name != "hyperparameters":
-            kind = KINDS.get(field.annotation, {"type": float})
-            group.add_argument(*_flags(name), dest=name, help=field.description, **kind)
-    parser.add_argument("--plan", type=Path, metavar="YML", help="file with the plan, instead of its options below")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder for the results")
+    # Where an option is not given, the plan has its own default
+    plan = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
+    either = plan.add_mutually_exclusive_group(required=True)
+    either.add_argument("--plan", type=Path, default=None, metavar="YML", help="file with the plan, instead of these options")
+    either.add_argument("--env", dest="environments", nargs="+", metavar="ID", help="gymnasium ids of the environments")
+    plan.add_argument("--algo", dest="arms", nargs="+", metavar="ARM", help=ARMS)
+    plan.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
+    plan.add_argument("--first-seed", type=int, metavar="N", help="where seeds are counted from (default: 0)")
+    plan.add_argument("-n", "--n-timesteps", type=float, metavar="N", help="time steps (default: PPO's in the zoo)")
+    plan.add_argument("--n-eval-episodes", type=int, metavar="N", help="episodes that score a final policy (default: 20)")
+    plan.add_argument("--params", nargs="+", help="hyperparameters of all arms, such as n_envs=8 normalize=true")
+    plan.add_argument("--own-hyperparameters", action="store_true", help="give each algorithm the entry tuned for it")
+    plan.add_argument("--sweep", type=sweep, metavar="NAME=VALUE,…", help="numbers that every arm gets for a hyperparameter")
+    plan.add_argument("--protocol", choices=["ppo-paper"], help="also score as in a paper: that of PPO, section 6.1")
+    plan.add_argument("--gym-packages", nargs="+", metavar="PACKAGE", help="packages to import for their environments")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="number of runs at a time (default: 1)")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky", help="run on this machine or on a Ray cluster")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="existing cluster, whose CPUs replace --jobs")
     return parser
+
+
+def sweep(text: str) -> dict[str, list[float]]:
+    name, _, values = text.partition("=")
+    return {name: [int(value) if value.isdigit() else float(value) for value in values.split(",")]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,10 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    # argparse would ask for one, and then for the other
-    missing = ["--env"] * (args.plan is None and "environments" not in args) + ["-o"] * (args.output is None)
-    if missing:
-        parser().error(f"the following arguments are required: {', '.join(missing)}")
     try:
         plan = _plan(args)
         check(plan)
@@ -105,9 +100,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     given = {name: value for name, value in vars(args).items() if name in Plan.model_fields}
     if args.plan is None:
         return Plan.create({"arms": ["ppo_kl", "ppo"], "seeds": FEW_SEEDS, **given})
-    if given:
-        raise PlanError(f"--plan cannot be combined with {', '.join(_flags(name)[-1] for name in given)}: remove one of them")
-    return Plan.load(args.plan)
+    return Plan.load(args.plan, given)
 
 
 def _backend(args: argparse.Namespace) -> backends.Backend:
@@ -130,23 +123,19 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # On stderr, so that stdout has the result alone; and names of arms may look like rich's markup: [0.1, 3]
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    values = [(len(values), "value") for values in plan.sweep.values()]
-    sizes = ((len(plan.arms), "arm"), *values, (len(plan.environments), "environment"), (plan.seeds, "seed"))
+    sizes = ((len(plan.names), "arm"), (len(plan.environments), "environment"), (plan.seeds, "seed"))
     budgets = " or ".join(f"{budget:,}" for budget in sorted({run.budget for run in runs}))
-    console.print(f"{' × '.join(report.count(*size) for size in sizes)} × {budgets} time steps = {len(runs)} runs")
-    if n_finished:
-        console.print(f"{n_finished} of {len(runs)} runs have already finished")
+    size = " × ".join(report.count(*each) for each in sizes)
+    console.print(f"{size} × {budgets} time steps = {len(runs)} runs, {n_finished} finished")
     start, total = time.monotonic(), sum(run.budget for run in todo)
     progress: dict[str, tuple[int, float]] = {}  # folder of a run → its time step, and when it took that
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars, closing(backend(todo)) as events:
         overall = bars.add_task(f"{n_finished}/{len(runs)} runs", total=total)
         tasks = {run.folder: bars.add_task("", total=run.budget, visible=False) for run in todo}
         for run, event in events:
-            if event == 0:  # it waits for a CPU, or is still importing
-                continue
             # A rollout ends beyond the budget
             timesteps = min(event, run.budget) if isinstance(event, int) else run.budget
-            before, since = progress.get(run.folder, (0, 0.0))
+            before, since = progress.get(run.folder, (-1, 0.0))
             if timesteps != before:
                 progress[run.folder] = timesteps, time.monotonic()
             elif time.monotonic() - since > PATIENCE:

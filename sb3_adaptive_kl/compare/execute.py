@@ -58,7 +58,7 @@ class Recorder(BaseCallback):
         self._reported = -float("inf")
 
     def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
+        for info in self.locals.get("infos", ()):
             if "episode" in info:
                 episode = info["episode"]
                 self.episodes.append((self.num_timesteps, _finite_return(episode["r"]), int(episode["l"])))
@@ -130,8 +130,7 @@ def execute(run: Run, report: Callable[[int], None] = lambda timesteps: None) ->
 def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[ExperimentManager, dict[str, Any]]:
     manager, model = build(run, folder)
     recorder, ruler = Recorder(report), Ruler()
-    measurable = isinstance(model, OnPolicyAlgorithm)
-    manager.callbacks.extend([recorder, ruler] if measurable else [recorder])
+    manager.callbacks.extend([recorder, ruler] if isinstance(model, OnPolicyAlgorithm) else [recorder])
     start = time.perf_counter()
     manager.learn(model)
     seconds = time.perf_counter() - start - ruler.seconds
@@ -141,8 +140,7 @@ def _train(run: Run, folder: Path, report: Callable[[int], None]) -> tuple[Exper
 
     folder = Path(manager.save_path)
     pd.DataFrame(recorder.episodes, columns=["timesteps", "return", "length"]).to_csv(folder / "episodes.csv", index=False)
-    if measurable:
-        pd.DataFrame(ruler.updates, columns=ruler.COLUMNS).to_csv(folder / "updates.csv", index=False)
+    pd.DataFrame(ruler.updates, columns=ruler.COLUMNS).to_csv(folder / "updates.csv", index=False)
     return manager, {
         **asdict(run),
         "timesteps": model.num_timesteps,

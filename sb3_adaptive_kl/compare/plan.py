@@ -5,7 +5,7 @@ The resolved plan is written into the results folder. A run depends on nothing e
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
@@ -15,44 +15,14 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import pandas as pd
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sb3_adaptive_kl.compare.arms import (
-    Arm,
-    Hyperparameters,
-    PlanError,
-    parse_value,
-    reported,
-    resolve_hyperparameters,
-)
+from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, Loader, PlanError, reported, resolve_hyperparameters
 from sb3_adaptive_kl.messages import suggestion
 
 FEW_SEEDS = 5  # with fewer, intervals say little, and no arm is called better
-ARMS = "algorithms of RL Baselines3 Zoo, or 'ppo_kl:target_kl=0.1', or 'name=ppo_kl:target_kl=0.1' (default: ppo_kl ppo)"
-
-# In yml, 1e-3 is a string
-Number = Annotated[int | FiniteFloat, BeforeValidator(lambda given: parse_value(given) if isinstance(given, str) else given)]
-
-
-def _sweep(given: Any) -> Any:
-    """Split the text of the command line; leave the field of a file as it is."""
-    if not isinstance(given, str):
-        return given
-    name, equals, values = given.partition("=")
-    if not equals:
-        raise PlanError(f"sweep={given!r} is not of the form name=value,value")
-    return {name: values.split(",")}
+MAX_FOLDER = 180  # characters of a run's folder: file systems have 255, and the environment and a prefix are added
 
 
 @dataclass(frozen=True)
@@ -78,7 +48,7 @@ class Run:
 
 class Plan(BaseModel):
     """
-    A comparison: environments, arms and seeds. The descriptions of the fields are also the help of the command line.
+    A comparison: environments, arms and seeds.
 
     Where ``hyperparameters`` are not given, validation resolves them.
     """
@@ -86,26 +56,22 @@ class Plan(BaseModel):
     # A misspelled field would be ignored, and seeds: true be one seed
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    environments: list[str] = Field(description="gymnasium ids of the environments to compare on")
-    arms: list[str] = Field(description=ARMS)
-    seeds: PositiveInt = Field(description=f"number of seeds (default: {FEW_SEEDS})")
-    n_eval_episodes: PositiveInt = Field(20, description="episodes that score a final policy (default: 20)")
-    gym_packages: list[str] = Field([], description="packages to import for their environments")
+    environments: list[str] = Field(min_length=1)
+    arms: list[str] = Field(min_length=1)
+    seeds: PositiveInt
+    n_eval_episodes: PositiveInt = 20
+    gym_packages: list[str] = []
     # Environment → arm → hyperparameters of its runs
     hyperparameters: dict[str, dict[str, Hyperparameters]] = {}
     # Choose arms on some seeds, and judge them on others
-    first_seed: NonNegativeInt = Field(0, description="where seeds are counted from (default: 0)")
-    sweep: Annotated[dict[str, Annotated[list[Number], Field(min_length=2)]], BeforeValidator(_sweep)] = Field(
-        {}, max_length=1, description="numbers that every arm gets for a hyperparameter: learning_rate=1e-4,3e-4,1e-3"
-    )
+    first_seed: NonNegativeInt = 0
+    sweep: dict[str, Annotated[list[int | FiniteFloat], Field(min_length=2)]] = Field({}, max_length=1)
     # Part of the evaluation alone, so it can be changed after the runs
-    protocol: Literal["ppo-paper"] | None = Field(None, description="also score as in a paper: that of PPO, section 6.1")
+    protocol: Literal["ppo-paper"] | None = None
     # These three resolve the hyperparameters. In yml, 1.0e6 is a float
-    n_timesteps: PositiveInt | None = Field(
-        None, strict=False, exclude=True, description="time steps (default: PPO's in the zoo)"
-    )
-    params: list[str] = Field([], exclude=True, description="hyperparameters of all arms, such as n_envs=8 normalize=true")
-    own_hyperparameters: bool = Field(False, exclude=True, description="give each algorithm the entry tuned for it, not PPO's")
+    n_timesteps: PositiveInt | None = Field(None, strict=False, exclude=True)
+    params: list[str] = Field([], exclude=True)
+    own_hyperparameters: bool = Field(False, exclude=True)
 
     @classmethod
     def create(cls, content: Any, source: str = "") -> "Plan":
@@ -122,21 +88,20 @@ class Plan(BaseModel):
             raise PlanError(source + "; ".join(map(_in_words, invalid.errors()))) from None
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
+    def load(cls, path: Path, options: Mapping[str, Any] | None = None) -> "Plan":
         """
         Read a plan from a file.
 
         :param path: a yml file with the fields
+        :param options: fields that replace those of the file
         :raises PlanError: if it does not hold a valid plan
         """
         with reported(f"{path} cannot be read as a plan"):
-            content = yaml.safe_load(path.read_text())
+            content = {**yaml.load(path.read_text(), Loader), **(options or {})}
         return cls.create(content, f"{path}: ")
 
     @model_validator(mode="after")
     def _complete(self) -> "Plan":
-        if not self.environments or not self.arms:
-            raise PlanError(f"no {'arms' if self.environments else 'environments'} to compare")
         for package in ("rl_zoo3.import_envs", *self.gym_packages):  # the zoo's: ale-py, minigrid, … if installed
             with reported("gym_packages must be installed or on PYTHONPATH"):
                 import_module(package)
@@ -154,6 +119,9 @@ class Plan(BaseModel):
             budget = self.hyperparameters.get(env, {}).get(arm, {}).get("n_timesteps", 0)
             if not isinstance(budget, int | float) or budget < 1:
                 raise PlanError(f"hyperparameters.{env}.{arm}: n_timesteps must be a number of at least 1, not {budget!r}")
+        for parsed in self.parsed_arms:
+            if len(parsed.folder) > MAX_FOLDER:
+                raise PlanError(f"the arm {parsed.name!r} is too long for a folder: give it a short name, name={parsed.algo}:…")
         ((folder, n),) = Counter(run.folder.casefold() for run in self.runs()).most_common(1)
         if n > 1:  # also on file systems that ignore case
             raise PlanError(f"an environment or an arm is given twice: {n} runs would be written to {folder}")
@@ -190,9 +158,14 @@ class Plan(BaseModel):
         """Describe the differences from another plan, one line each: of hyperparameters only if everything else is equal."""
         # Another protocol does not need other runs
         ours, theirs = (pd.json_normalize(plan.model_dump(exclude={"protocol"})).iloc[0].to_dict() for plan in (self, other))
-        keys = [str(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        keys = [key for key in keys if not key.startswith("hyperparameters.")] or keys
-        return [f"{key}: {ours.get(key, 'missing')} → {theirs.get(key, 'missing')}" for key in keys]
+        changes = changes_between(ours, theirs)
+        return [change for change in changes if not change.startswith("hyperparameters.")] or changes
+
+
+def changes_between(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> list[str]:
+    """Describe the differences, one line for each key."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key, 'missing')} → {new.get(key, 'missing')}" for key in keys]
 
 
 def _in_words(error: ErrorDetails) -> str:

@@ -42,15 +42,14 @@ def write(store: Store, statistics: dict[str, Any], results: Sequence[Result]) -
 
     :return: file names without suffix and extension
     """
-    names: dict[str, None] = {}  # an ordered set
     for suffix, style in STYLES.items():
         with mpl.rc_context(fname=str(files("sb3_adaptive_kl.compare") / "styles" / f"{style}.mplstyle")):
-            # A generator: a figure takes its colors from the style in which it is drawn
-            for name, figure in pictures(store.plan, statistics, results):
-                names[name] = None
+            # In both styles: a figure takes its colors from the one in which it is drawn
+            figures = dict(pictures(store.plan, statistics, results))
+            for name, figure in figures.items():
                 for format in ("svg", "png"):
                     store.write(f"{FOLDER}/{name}{suffix}.{format}", _render(figure, format))
-    return list(names)
+    return list(figures)
 
 
 def pictures(plan: Plan, statistics: dict[str, Any], results: Sequence[Result]) -> Iterator[tuple[str, Figure]]:
@@ -105,15 +104,8 @@ def _curves(env: str, environment: dict[str, Any], number: dict[str, int], resul
     n_panels = 1 + bool(updates) + bool(penalized)
     figure = _figure_with_legend(2.2 * n_panels + 0.7, {arm: number[arm] for arm in results})
     panels = figure.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
-    panels[0].set(title=env, ylabel="mean return")
     panels[-1].set_xlabel("time steps")
-    for arm, entry in environment["arms"].items():
-        if entry["curve"] is not None:
-            _band(panels[0], number[arm], entry["curve"]["timesteps"], *entry["curve"]["mean"])
-    if not panels[0].lines:
-        _note(panels[0], "no learning curve: not every run finished a training episode")
-    if environment["threshold"] is not None:
-        panels[0].axhline(environment["threshold"], color=mpl.rcParams["text.color"], lw=0.8, ls=":")
+    _learning(panels[0], env, environment, number, dict.fromkeys(results, 1.0))
     if updates:
         panels[1].set(ylabel="KL per update [nats]", yscale="log")
         _traces(panels[1], updates, "kl", "no update changed the policy")
@@ -132,14 +124,22 @@ def _clock(env: str, environment: dict[str, Any], number: dict[str, int], result
     """Plot the learning curves over the mean time of the runs, as if every time step took the same time."""
     figure = _figure_with_legend(2.9, {arm: number[arm] for arm in results})
     axes = figure.subplots()
-    axes.set(title=env, xlabel="seconds", ylabel="mean return")
+    axes.set_xlabel("seconds")
+    per_step = {arm: np.mean([r.summary["seconds"] / r.summary["timesteps"] for r in runs]) for arm, runs in results.items()}
+    _learning(axes, env, environment, number, per_step)
+    return figure
+
+
+def _learning(axes: Axes, env: str, environment: dict[str, Any], number: dict[str, int], per_step: dict[str, float]) -> None:
+    """Plot the learning curves and the threshold over time, of which a time step of an arm takes ``per_step``."""
+    axes.set(title=env, ylabel="mean return")
     for arm, entry in environment["arms"].items():
         if entry["curve"] is not None:
-            per_step = np.mean([result.summary["seconds"] / result.summary["timesteps"] for result in results[arm]])
-            _band(axes, number[arm], per_step * np.array(entry["curve"]["timesteps"]), *entry["curve"]["mean"])
+            _band(axes, number[arm], per_step[arm] * np.array(entry["curve"]["timesteps"]), *entry["curve"]["mean"])
+    if not axes.lines:
+        _note(axes, "no learning curve: not every run finished a training episode")
     if environment["threshold"] is not None:
         axes.axhline(environment["threshold"], color=mpl.rcParams["text.color"], lw=0.8, ls=":")
-    return figure
 
 
 def _traces(axes: Axes, updates: dict[int, pd.DataFrame], column: str, nothing: str) -> None:

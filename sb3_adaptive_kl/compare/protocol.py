@@ -24,15 +24,8 @@ def ppo_paper(runs: pd.DataFrame) -> dict[str, Any]:
     :return: the environments, without those where no arm beats a random policy, the returns that are 0 and 1 there, and the
         scores. An arm counts with the seeds it finished on all of them.
     """
-    by_env = runs.groupby("env", sort=False)
-    of_arms = runs.groupby(["env", "arm"])["last_return"].mean()
-    scale = pd.DataFrame(
-        {
-            "random": by_env["random_return"].mean(),
-            "best_run": by_env["last_return"].max(),
-            "best_setting": of_arms.groupby("env").max(),
-        }
-    )
+    scale = runs.groupby("env", sort=False).agg(random=("random_return", "mean"), best_run=("last_return", "max"))
+    scale["best_setting"] = runs.groupby(["env", "arm"])["last_return"].mean().groupby("env").max()
     # A scale of zero or less would turn the order of the arms around
     scale = scale[scale["best_setting"] > scale["random"]]
     counted = runs[runs["env"].isin(scale.index)].join(scale, on="env")

@@ -25,7 +25,7 @@ from sb3_adaptive_kl.compare.store import COMMAND_FILE, Store
 def summarize(store: Store) -> int:
     """Write statistics, plots and report of the finished runs, and return the exit code."""
     plan, results, failures = store.plan, store.results(), store.failures()
-    computed, runs = statistics.compute(plan.seeds, results, plan.protocol, plan.families)
+    computed, runs = statistics.compute(plan, results)
     # The numbers first: the report can be written again from them
     store.write("statistics.json", json.dumps(computed, indent=1, allow_nan=False))
     store.write("runs.csv", runs.to_csv(index=False))
@@ -37,9 +37,8 @@ def summarize(store: Store) -> int:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing, shared)})
-    if len(runs):
-        runs = runs.fillna({"seconds_to_threshold": math.inf})  # never
+    environment.filters.update({f.__name__: f for f in (number, interval, percent, count, differing)})
+    runs = runs.fillna({"seconds_to_threshold": math.inf})  # never
     timed = {"seconds": "mean", "steps_per_second": "mean", "seconds_to_threshold": "median"}
     command = json.loads((store.folder / COMMAND_FILE).read_text())
     warning = f"{count(plan.seeds, 'seed')}: with fewer than {FEW_SEEDS}, intervals say little, and no arm is called better"
@@ -48,7 +47,7 @@ def summarize(store: Store) -> int:
         "statistics": computed,
         "given_names": list(plan.families or plan.names),
         "timings": runs.groupby(["env", "arm"], sort=False).agg(timed) if len(runs) else runs,
-        "command": {"earlier": [], **command},  # a folder of an older version has none
+        "command": command,
         "command_line": shlex.join(command["command"]),
         "n_runs": len(list(plan.runs())),
         "n_finished": len(runs),
@@ -80,17 +79,12 @@ def differing(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {key: values for key, values in table.items() if len({repr(value) for value in values.values()}) > 1}
 
 
-def shared(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Hyperparameter → value, for hyperparameters that are the same in all arms."""
-    return {key: value for key, value in next(iter(arms.values())).items() if key not in differing(arms)}
-
-
 def number(value: float | None) -> str:
     """Format for reading, with three significant digits, or all digits of an integer part."""
     if value is None or not math.isfinite(value):
         return "–"
     # #: without it, 20.0 would lose the zero that says how precise it is
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−")
 
 

@@ -46,9 +46,8 @@ class Ruler(BaseCallback):
         kl = old_policy.kl()
         model: Any = self.model
         # In PPO and TRPO, target_kl is a limit, and not a target
-        target_kl = None
-        if hasattr(model, "kl_coef"):
-            target_kl = settings_at(model, model._current_progress_remaining).target_kl
+        has_penalty = hasattr(model, "kl_coef")
+        target_kl = settings_at(model, model._current_progress_remaining).target_kl if has_penalty else None
         # Only an arm with a ceiling can shorten its steps
         step_scale = model.step_scale if getattr(model, "kl_ceiling", None) is not None else None
         learning_rate = model.policy.optimizer.param_groups[0]["lr"]  # as low as a rule has made it within the update

@@ -23,16 +23,15 @@ def sensitivity(families: Families, runs: pd.DataFrame) -> dict[str, Any]:
     Score every value of every family.
 
     :param families: the arms by family and value
-    :param runs: a row for each run, with its normalized ``score``, NaN on environments that do not count
+    :param runs: a row for each run on the environments that count, with its normalized ``score``
     """
-    counted = runs[runs["score"].notna()]
-    matrix = matrices(counted, "score")
+    matrix = matrices(runs, "score")
     found = {}
     for family, arms in families.items():
         scores = {value: matrix[arm] for value, arm in sorted(arms.items()) if arm in matrix}
         if scores:
             found[family] = _family(scores, complete=len(scores) == len(arms))
-    return {"environments": counted["env"].unique().tolist(), "families": found}
+    return {"environments": runs["env"].unique().tolist(), "families": found}
 
 
 def _family(scores: dict[float, np.ndarray], complete: bool) -> dict[str, Any]:

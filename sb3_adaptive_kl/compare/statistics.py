@@ -14,8 +14,9 @@ import pandas as pd
 
 from sb3_adaptive_kl.compare import intervals
 from sb3_adaptive_kl.compare.intervals import AGGREGATES, CONFIDENCE, FINALS, interval, matrices
+from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.compare.protocol import LAST_EPISODES, ppo_paper
-from sb3_adaptive_kl.compare.sensitivity import Families, sensitivity
+from sb3_adaptive_kl.compare.sensitivity import sensitivity
 from sb3_adaptive_kl.compare.store import Result, updates_of
 from sb3_adaptive_kl.compare.verdicts import call_winners, detectable, difference, student
 
@@ -31,23 +32,16 @@ ROUNDING = 1e-4
 PROFILE_AT = np.linspace(0.0, 1.2, 61)
 
 
-def compute(
-    seeds: int,
-    results: Sequence[Result],
-    protocol: str | None = None,
-    families: Families | None = None,
-) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.DataFrame]:
     """
     Compute all statistics except timings, and the table of runs.
 
-    :param seeds: number of seeds of the plan
+    :param plan: the plan. Of a sweep, only arms with the same value are compared.
     :param results: its finished runs, sorted by environment and arm
-    :param protocol: its protocol
-    :param families: its arms by family and swept value. Only arms with the same value are compared.
     :return: the content of statistics.json, where a statistic that cannot be computed, for example for lack of runs, is None;
         and that of runs.csv
     """
-    settings: dict[str, Any] = {"seeds": seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
+    settings: dict[str, Any] = {"seeds": plan.seeds, "confidence": CONFIDENCE, "samples": intervals.SAMPLES, "band": BAND}
     if not results:
         return {**settings, "environments": {}, "across": None, "protocol": None, "sensitivity": None}, pd.DataFrame()
     runs = pd.DataFrame([_row(result) for result in results]).astype({"reward_threshold": float})
@@ -63,7 +57,8 @@ def compute(
     # As if every time step took the same time: a run stores only its total
     runs["seconds_to_threshold"] = runs["steps_to_threshold"] / runs["steps_per_second"]
     runs["score"] = (runs["final_return"] - runs["env"].map(random)) / runs["env"].map(scale)
-    value = {arm: value for arms in (families or {}).values() for value, arm in arms.items()}
+    counted = runs[runs["score"].notna()]
+    value = {arm: value for arms in plan.families.values() for value, arm in arms.items()}
     compared = [(a, b) for a, b in combinations(runs["arm"].unique(), 2) if value.get(a) == value.get(b)]
     environments = {
         env: {
@@ -78,16 +73,16 @@ def compute(
         for env, rows in runs.groupby("env", sort=False)
     }
     found = {
-        "across": _across(runs, compared),
-        "protocol": ppo_paper(runs) if protocol == "ppo-paper" else None,
-        "sensitivity": sensitivity(families, runs) if families else None,
+        "across": _across(counted, compared),
+        "protocol": ppo_paper(runs) if plan.protocol == "ppo-paper" else None,
+        "sensitivity": sensitivity(plan.families, counted) if plan.families else None,
     }
     pairs = [pair for environment in environments.values() for pair in environment["pairs"]]
     comparisons = {kind: call_winners([(pair["arms"], pair[kind]) for pair in pairs]) for kind in ("final", "area")}
     settings |= {
         "comparisons": comparisons,
-        "detectable": detectable(seeds),
-        "detectable_corrected": detectable(seeds, max(1, *comparisons.values())),
+        "detectable": detectable(plan.seeds),
+        "detectable_corrected": detectable(plan.seeds, max(1, *comparisons.values())),
     }
     return {**settings, "environments": environments, **found}, runs
 
@@ -101,8 +96,8 @@ def _row(result: Result) -> dict[str, Any]:
         "final_return": result.final,
         "final_return_std": np.std(summary["final_returns"]),
         "random_return": np.mean(summary["random_returns"]),
-        "last_return": result.last_return(LAST_EPISODES),
-        "area": result.area,
+        "last_return": result.episodes["return"].tail(LAST_EPISODES).mean(),
+        "area": result.curve.mean(),  # the area under the learning curve, divided by the budget
         **{f"kl_{name}": value for name, value in kl.items()},
         "steps_per_second": summary["timesteps"] / summary["seconds"],
     }
@@ -139,9 +134,8 @@ def _kl(results: list[Result]) -> dict[str, Any] | None:
     updates = updates_of(results)
     if updates is None:
         return None
-    kl, has_target = updates["kl"], bool(updates["target_kl"].notna().all())
+    kl, scale, has_target = updates["kl"], updates["step_scale"], bool(updates["target_kl"].notna().all())
     relative = kl / updates["target_kl"] if has_target else kl
-    scale = updates.get("step_scale", pd.Series(np.nan, updates.index))  # a study of 0.1.0 did not record it
     with np.errstate(invalid="ignore"):  # an update can leave an infinite KL
         return {
             "updates": len(kl),
@@ -177,14 +171,13 @@ def _pairs(runs: pd.DataFrame, compared: Pairs) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- across environments
 
 
-def _across(runs: pd.DataFrame, compared: Pairs) -> dict[str, Any] | None:
+def _across(counted: pd.DataFrame, compared: Pairs) -> dict[str, Any] | None:
     """
     Aggregate scores normalized to 0 for a random policy and 1 for the environment's best arm (its mean over seeds).
 
     Only environments where some arm is shown to beat random count, and for each arm only the seeds it finished on all of
     them. One environment alone says it all in its own units.
     """
-    counted = runs[runs["score"].notna()]
     scores = matrices(counted, "score")
     if not scores or counted["env"].nunique() == 1:
         return None

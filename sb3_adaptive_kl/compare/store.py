@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -27,13 +27,13 @@ import pandas as pd
 
 from sb3_adaptive_kl.compare.arms import PlanError, reported
 from sb3_adaptive_kl.compare.backends import Outcome
-from sb3_adaptive_kl.compare.plan import Plan, Run
+from sb3_adaptive_kl.compare.plan import Plan, Run, changes_between
 
 PLAN_FILE, COMMAND_FILE = "plan.yml", "command.json"
 SETUP = ("versions", "python", "machine")
 UNFINISHED = ".unfinished-"
-# Points of a learning curve; each is the mean of the episodes that ended in the 5 % of the budget before it
-N_POINTS, WINDOW = 100, 0.05
+# Points of a learning curve; each is the mean of the episodes that ended since the fifth point before it
+N_POINTS, WINDOW = 100, 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Result:
     run: Run
     summary: dict[str, Any]
     episodes: pd.DataFrame  # rows of `Recorder`, of training episodes that ended within the budget
-    updates: pd.DataFrame | None  # rows of `Ruler`; None for an algorithm it cannot measure
+    updates: pd.DataFrame  # rows of `Ruler`; none for an algorithm it cannot measure
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Result":
@@ -55,23 +55,17 @@ class Result:
         :raises PlanError: if it was run otherwise: the plan has been edited in its folder
         """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
-        ran, planned = _settings(summary), _settings(json.loads(json.dumps(asdict(run))))  # JSON has lists for tuples
-        changed = [key for key in {**ran, **planned} if ran.get(key) != planned.get(key)]
-        if changed:
-            changes = "; ".join(f"{key}: {ran.get(key)} → {planned.get(key)}" for key in changed)
-            raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {changes}")
-        updates = folder / "updates.csv"
+        ran = {**summary["hyperparameters"], "n_eval_episodes": summary["n_eval_episodes"]}
+        planned = {**run.hyperparameters, "n_eval_episodes": run.n_eval_episodes}
+        if changes := changes_between(ran, planned):
+            raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {'; '.join(changes)}")
         in_budget = episodes["timesteps"] <= run.budget
-        return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else None)
+        return cls(run, summary, episodes[in_budget], pd.read_csv(folder / "updates.csv"))
 
     @property
     def final(self) -> float:
         """Mean return of the final policy."""
         return fmean(self.summary["final_returns"])
-
-    def last_return(self, n: int) -> float:
-        """Mean return of the last ``n`` training episodes, or of all if there are fewer. NaN if there are none."""
-        return float(self.episodes["return"].tail(n).mean())
 
     @property
     def points(self) -> np.ndarray:
@@ -81,20 +75,11 @@ class Result:
     @cached_property
     def curve(self) -> np.ndarray:
         """Mean return of training episodes at ``points``; NaN if no episode ended within the budget."""
-        ended = self.episodes["timesteps"].to_numpy()
-        last = np.searchsorted(ended, self.points, side="right")
-        first = np.searchsorted(ended, self.points - WINDOW * self.run.budget, side="right")
-        # Differences of cumulative sums, since the windows of neighboring points overlap
-        sums = np.concatenate([[0.0], np.cumsum(self.episodes["return"].to_numpy(dtype=float))])
-        with np.errstate(invalid="ignore"):
-            means = (sums[last] - sums[first]) / (last - first)
+        bins = np.ceil(self.episodes["timesteps"].astype(float) * N_POINTS / self.run.budget)
+        ended = self.episodes["return"].astype(float).groupby(bins).agg(["sum", "count"])
+        windows = ended.reindex(range(1, N_POINTS + 1), fill_value=0).rolling(WINDOW, min_periods=1).sum()
         # Where no episode ended, repeat the last mean; before the first episode, the first mean
-        return np.asarray(pd.Series(means).ffill().bfill())
-
-    @property
-    def area(self) -> float:
-        """Area under the learning curve divided by the budget: the mean return while learning. NaN without a curve."""
-        return float(self.curve.mean())
+        return (windows["sum"] / windows["count"]).where(windows["count"] > 0).ffill().bfill().to_numpy()
 
     def steps_to(self, threshold: float) -> float:
         """Time steps until the learning curve reaches the threshold; NaN if it never does, or the threshold is NaN."""
@@ -102,14 +87,9 @@ class Result:
         return float(min(self.points[(self.curve >= threshold) & started], default=np.nan))
 
 
-def _settings(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run's numbers depend on, from the fields of a ``Run``."""
-    return {**run["hyperparameters"], "n_eval_episodes": run["n_eval_episodes"]}
-
-
 def updates_of(results: Iterable[Result]) -> pd.DataFrame | None:
     """Concatenate the measured updates of several runs; None if there are none."""
-    frames = [result.updates for result in results if result.updates is not None and len(result.updates)]
+    frames = [result.updates for result in results if len(result.updates)]
     return pd.concat(frames) if frames else None
 
 
