@@ -203,7 +203,8 @@ def print_profile(env_id: str, n_envs: int) -> None:
     ):
         setattr(owner, name, timed(title, getattr(owner, name)))
     compiled = model._compiler.compilation.compiled
-    compiled[clipped_gradients] = timed("updating: gradients", compiled[clipped_gradients])
+    if clipped_gradients in compiled:
+        compiled[clipped_gradients] = timed("updating: gradients", compiled[clipped_gradients])
     for _ in range(10):
         parts.append({})
         model.learn(n_transitions)

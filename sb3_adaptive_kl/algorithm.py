@@ -2,9 +2,11 @@
 The base of the algorithms: the penalty's arguments, its state, and SB3's hooks around training.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from inspect import signature
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +15,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 
-from sb3_adaptive_kl.arguments import check_arguments, check_minibatches, kl_coef_limits
+from sb3_adaptive_kl.arguments import OUTLIERS, check_arguments, check_minibatches, kl_coef_limits
 from sb3_adaptive_kl.fast.eager import fast_collection, is_enabled
 from sb3_adaptive_kl.learning_rate import LearningRateRule
 from sb3_adaptive_kl.messages import suggestion, warn_user
@@ -88,11 +90,14 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(self)
-        # The hosts would turn clip ranges into schedules here, and know neither None nor "outliers"
-        clip_ranges = self.clip_range, self.clip_range_vf
-        self.clip_range, self.clip_range_vf = 1.0, None
+        # The hosts turn clip_range into a schedule here, and accept Python's numbers and functions only
+        clip_range = self.clip_range
+        without_schedule = clip_range is None or clip_range == OUTLIERS
+        self.clip_range = math.inf if without_schedule else _python_number(clip_range)
+        self.clip_range_vf = _python_number(self.clip_range_vf)
         super()._setup_model()
-        self.clip_range, self.clip_range_vf = clip_ranges
+        if without_schedule:
+            self.clip_range = clip_range
         self._reference = None
         if not hasattr(self, "kl_coef"):  # a model that was loaded may only be there to act, and the reference's file gone
             self._prepare_reference()
@@ -210,3 +215,8 @@ def constructor_arguments(local_variables: dict[str, Any]) -> dict[str, Any]:
     Collect what a constructor was given, from its ``locals()``: its class spells the arguments out for IDEs and ``load()``.
     """
     return {name: value for name, value in local_variables.items() if name not in ("self", "__class__")}
+
+
+def _python_number(value: Any) -> Any:
+    """Convert NumPy's and other numbers, which SB3 rejects, to Python's; return anything else as it is."""
+    return float(value) if isinstance(value, Real) else value

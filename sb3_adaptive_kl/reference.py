@@ -114,10 +114,10 @@ def reference_kl_coef(
         if not spec.kl_coef:
             return None
         return value_at("reference_policy: kl_coef", spec.kl_coef, progress_remaining)
-    name, coef = "reference_policy: kl_coef", spec.kl_coef
+    name, coef, remedy = "reference_policy: kl_coef", spec.kl_coef, "target_kl moves it from there"
     if running is not None:
-        name, coef = "reference_kl_coef", running
-    check_kl_coef(name, coef, bounds, "target_kl moves it; load() takes another, or None to begin with kl_coef")
+        name, coef, remedy = "reference_kl_coef", running, "pass load() another, or None to begin with kl_coef"
+    check_kl_coef(name, coef, bounds, remedy)
     return float(coef)  # type: ignore[arg-type]  # not a schedule, next to a target
 
 

@@ -153,6 +153,11 @@ def test_signature_extends_the_hosts(algorithm, host):
     assert required == {"policy", "env"}  # load() passes only these
 
 
+def test_masked_actions_have_no_state_dependent_exploration():
+    with pytest.raises(ValueError, match="continuous actions"):
+        MaskableRecurrentAdaptiveKLPPO("MlpLstmPolicy", CASES["discrete"].make_env(), use_sde=True)
+
+
 @pytest.mark.parametrize("algorithm", [MaskableAdaptiveKLPPO, RecurrentAdaptiveKLPPO, MaskableRecurrentAdaptiveKLPPO])
 def test_arguments_of_the_penalty_are_the_same_for_every_host(algorithm):
     first = inspect.signature(AdaptiveKLPPO).parameters

@@ -198,7 +198,7 @@ def test_report_can_be_repeated_from_the_finished_runs_alone(completed, tmp_path
         ("--env CartPole-v1 -o occupied/file/below", "cannot write to occupied/file/below: NotADirectoryError"),
         ("--env CartPole-v1 --ray-address there", "--ray-address requires --backend ray"),
         ("--env CartPole-v1 --sweep gamma=0.9", "sweep.gamma=[0.9]: List should have at least 2 items"),
-        ("--env CartPole-v1 --sweep gamma", "argument --sweep: invalid sweep value: 'gamma'"),
+        ("--env CartPole-v1 --sweep gamma", "argument --sweep: 'gamma' is not of the form name=value,value"),
         ("--env CartPole-v1 --sweep gamma=[0.9,1", "argument --sweep: invalid sweep value: 'gamma=[0.9,1'"),
         ("--env CartPole-v1 --protocol ppo", "argument --protocol: invalid choice: 'ppo'"),
     ],

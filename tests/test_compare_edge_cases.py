@@ -136,8 +136,8 @@ def test_off_policy_arm_is_reported_as_not_measured(summarize):
 def test_runs_without_a_finished_training_episode_are_reported(summarize):
     summary = summarize(lambda run: finished(run, episodes=()), seeds=2)
     assert summary.exit_code == 0
-    assert "while learning: not compared: no seed has a finished training episode in both arms." in summary.report
-    assert summary.notes == ["no learning curve: not every run finished a training episode"]
+    assert "while learning: not compared: no seed has a recorded training episode in both arms." in summary.report
+    assert summary.notes == ["no learning curve: not every run recorded a training episode"]
     assert summary.legend == ["ppo_kl", "ppo"]
 
 

@@ -1,5 +1,6 @@
 """The results folder: whose runs it holds, what it remembers of earlier commands, and what a killed one left behind."""
 
+import json
 import runpy
 import sys
 
@@ -44,6 +45,9 @@ def test_report_names_the_versions_of_earlier_commands(finished_store):
         for earlier in (", torch 2", ""):
             assert f"some of the runs may be from: here; Python 3{earlier}\n" in text.replace("</p>", "\n")
         assert text.count("may be from") == 2
+    (folder / "command.json").write_text(json.dumps(COMMAND))  # as older versions wrote it, also those in docs/study
+    report.summarize(store)
+    assert "may be from" not in (folder / "report.md").read_text()
 
 
 def test_files_that_a_killed_driver_left_are_removed(finished_store):

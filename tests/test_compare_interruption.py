@@ -125,3 +125,14 @@ def test_driver_shows_evaluations_and_says_once_that_a_run_stands_still(tmp_path
     assert [line for line in lines if "If its environment never ends an episode" in line] == lines[1:2]
     assert lines[2] == "[1/1] ppo CartPole-v1 seed 0: failed: RuntimeError: killed"
     assert shown[::2] == ["ppo CartPole-v1 seed 0"] * 2 + ["ppo CartPole-v1 seed 0, evaluating"] * 4
+
+
+def test_a_run_that_takes_no_first_step_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "PATIENCE", -1)
+
+    def backend(runs):
+        for run in runs:
+            yield from ((run, 0), (run, 0), (run, "RuntimeError: killed"))
+
+    cli.carry_out(Store.create(tmp_path / "results", Plan.create({**PLAN, "arms": ["ppo"], "seeds": 1}), COMMAND), backend)
+    assert "ppo CartPole-v1 seed 0 has not taken a time step" in capsys.readouterr().err

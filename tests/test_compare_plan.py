@@ -120,8 +120,21 @@ def test_sweep_gives_every_arm_every_value(tmp_path):
 
 
 def test_options_replace_fields_of_a_plan(tmp_path):
-    (tmp_path / "plan.yml").write_text(create().dump())
-    assert Plan.load(tmp_path / "plan.yml", {"seeds": 3, "protocol": "ppo-paper"}).seeds == 3
+    file = tmp_path / "plan.yml"
+    file.write_text(create().dump())
+    replaced = Plan.load(file, {"seeds": 3, "protocol": "ppo-paper"})
+    assert (replaced.seeds, replaced.protocol) == (3, "ppo-paper")
+    with pytest.raises(PlanError, match="holds the hyperparameters of its arms: remove them from it"):
+        Plan.load(file, {"arms": ["ppo_kl:target_kl=0.1"]})
+
+
+def test_names_and_texts_that_yml_takes_for_numbers_are_restored(tmp_path):
+    plan = create(arms=["3e-4=ppo:learning_rate=3e-4", "None=ppo:policy_kwargs={activation: 'None', 1: 64}"])
+    (tmp_path / "plan.yml").write_text(plan.dump())
+    assert Plan.load(tmp_path / "plan.yml") == plan
+    text = yaml.safe_dump(plan.model_dump(), sort_keys=False)  # as older versions wrote it
+    (tmp_path / "plan.yml").write_text(text)
+    assert Plan.load(tmp_path / "plan.yml").names == ["3e-4", "None"]
 
 
 def test_numbers_in_a_file_are_read_as_on_the_command_line(tmp_path):

@@ -57,6 +57,10 @@ def test_invalid_sweeps_are_rejected(sweep, message):
         ({"arms": ["ppo:policy=A", "ppo:policy=a"]}, "given twice"),  # on a file system that ignores case
         ({"arms": ["ppo:n_timesteps=5"]}, "the budget is the same for all arms"),
         ({"arms": []}, "arms=.*List should have at least 1 item"),
+        (
+            {"arms": [f"ppo:policy_kwargs={{'a': '{250 * 'x'}'}}"]},
+            "is too long for a folder: give it a short name, name=ppo:…",
+        ),
         ({"params": ["n_evns=8"]}, "ppo_kl has no hyperparameter 'n_evns', did you mean 'n_envs'"),
         ({"arms": ["ppo", "a2c"], "params": ["n_epochs=3"]}, "a2c has no hyperparameter 'n_epochs'"),
         ({"arms": ["ppo:clip_range=[0.1"]}, r"clip_range=\[0.1': ParserError: "),
@@ -93,7 +97,7 @@ def test_invalid_arguments_are_rejected(arguments, message):
             "environments: [CartPole-v1]\narms: [ppo]\nseeds: 1\nseed: 2",
             "seed=2: Extra inputs are not permitted, did you mean 'seeds'",
         ),
-        ("[1, 2]", "cannot be read as a plan: TypeError: 'list' object is not a mapping"),
+        ("[1, 2]", r"plan=\[1, 2\]: Input should be a valid dictionary"),
         ("a: [", "cannot be read as a plan"),
         ("environments: CartPole-v1\narms: [ppo]\nseeds: 1", "environments='CartPole-v1': Input should be a valid list"),
     ],

@@ -180,7 +180,7 @@ def test_compiled_kl_of_several_heads(monkeypatch):
 
 @NEEDS_COMPILER
 def test_what_torch_cannot_compile_is_trained_uncompiled():
-    with pytest.warns(UserWarning, match="torch.compile failed, training goes on without it"):
+    with pytest.warns(UserWarning, match="torch.compile cannot be used, training goes on without it"):
         model = build(BetaDistribution, compile=True).learn(64)
     assert th.equal(parameters(model), parameters(build(BetaDistribution).learn(64)))
 

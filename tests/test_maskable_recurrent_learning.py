@@ -81,6 +81,7 @@ def test_learns_a_task_that_needs_masks_and_a_memory(algorithm, use_masking, lea
     settings = {"n_eval_episodes": 100, "eval_freq": 380, "best_model_save_path": tmp_path, "verbose": 0}
     callback = MaskableEvalCallback(environments(100), **settings, use_masking=use_masking)
     model = build(algorithm).learn(24 * 256, callback, use_masking=use_masking)
+    assert callback.model is model
     best = algorithm.load(tmp_path / "best_model", device="cpu")
     for agent in (model, best):
         mean_return, _ = evaluate_policy(agent, environments(200), n_eval_episodes=200, use_masking=use_masking)

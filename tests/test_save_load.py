@@ -59,7 +59,7 @@ def test_arguments_are_saved_and_can_be_replaced(kl_rule, tmp_path):
     model.save(tmp_path / "model")
     loaded = AdaptiveKLPPO.load(tmp_path / "model", target_kl=0.05, init_kl_coef=2.0)
     assert (loaded.kl_rule, tuple(loaded.kl_coef_bounds), loaded.target_kl) == (kl_rule, (0.5, 4.0), 0.05)
-    assert loaded.clip_range == 0.3
+    assert loaded.clip_range(1.0) == 0.3
     assert loaded.kl_coef == 1.0  # The saved value, not the new init_kl_coef
     assert AdaptiveKLPPO.load(tmp_path / "model", kl_coef=3.0).kl_coef == 3.0
 

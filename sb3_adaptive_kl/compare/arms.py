@@ -43,11 +43,22 @@ OTHER_ARGUMENTS = frozenset({"env", "seed", "_init_setup_model", "device", "verb
 
 
 class Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a number and None as null: in yml 1.1 they are strings."""
+    """Reads 3e-4 as a number and None as null, which yml 1.1 does not, and keys as strings: an arm may be named 3e-4."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        for key, _ in node.value:
+            key.tag = "tag:yaml.org,2002:str"
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that ``Loader`` would read as something else."""
+
+
+for either in (Loader, Dumper):
+    numbers = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    either.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+0123456789"))
+    either.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
 
 
 class PlanError(ValueError):

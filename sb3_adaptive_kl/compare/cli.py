@@ -39,10 +39,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="To resume an interrupted comparison, run the same command again.",
         allow_abbrev=False,  # --seed 7 would mean --seeds 7
     )
-    # Where an option is not given, the plan has its own default
+    # An option that is not given is absent from the namespace
     plan = parser.add_argument_group("the plan", argument_default=argparse.SUPPRESS)
     either = plan.add_mutually_exclusive_group(required=True)
-    either.add_argument("--plan", type=Path, default=None, metavar="YML", help="file with the plan, instead of these options")
+    either.add_argument("--plan", type=Path, default=None, metavar="YML", help="file with a plan; options replace its fields")
     either.add_argument("--env", dest="environments", nargs="+", metavar="ID", help="gymnasium ids of the environments")
     plan.add_argument("--algo", dest="arms", nargs="+", metavar="ARM", help=ARMS)
     plan.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds (default: {FEW_SEEDS})")
@@ -62,8 +62,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sweep(text: str) -> dict[str, list[float]]:
-    name, _, values = text.partition("=")
-    return {name: [int(value) if value.isdigit() else float(value) for value in values.split(",")]}
+    name, equals, values = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value,value")
+    return {name: [float(value) if set(".eEn") & set(value) else int(value) for value in values.split(",")]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,7 +141,8 @@ def carry_out(store: Store, backend: backends.Backend) -> None:
             if timesteps != before:
                 progress[run.folder] = timesteps, time.monotonic()
             elif time.monotonic() - since > PATIENCE:
-                console.print(f"{run} has not taken a time step for {PATIENCE // 60} minutes. {HINT}")
+                hint = HINT if timesteps else "Does its environment's reset() come to an end?"
+                console.print(f"{run} has not taken a time step for {PATIENCE // 60} minutes. {hint}")
                 progress[run.folder] = timesteps, math.inf  # say it once
             completed = sum(timesteps for timesteps, _ in progress.values())
             doing = f"{run}, evaluating" if timesteps == run.budget else str(run)

@@ -18,11 +18,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sb3_adaptive_kl.compare.arms import Arm, Hyperparameters, Loader, PlanError, reported, resolve_hyperparameters
+from sb3_adaptive_kl.compare.arms import Arm, Dumper, Hyperparameters, Loader, PlanError, reported, resolve_hyperparameters
 from sb3_adaptive_kl.messages import suggestion
 
 FEW_SEEDS = 5  # with fewer, intervals say little, and no arm is called better
-MAX_FOLDER = 180  # characters of a run's folder: file systems have 255, and the environment and a prefix are added
+MAX_FOLDER = 235  # characters of a run's folder: a file system's name has 255, and that of a failure is 20 longer
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,11 @@ class Plan(BaseModel):
         :raises PlanError: if it does not hold a valid plan
         """
         with reported(f"{path} cannot be read as a plan"):
-            content = {**yaml.load(path.read_text(), Loader), **(options or {})}
+            content = yaml.load(path.read_text(), Loader)
+        if options and isinstance(content, dict):
+            if "hyperparameters" in content and {"arms", "sweep"} & options.keys():
+                raise PlanError(f"{path} holds the hyperparameters of its arms: remove them from it to give it other arms")
+            content |= options
         return cls.create(content, f"{path}: ")
 
     @model_validator(mode="after")
@@ -119,9 +123,9 @@ class Plan(BaseModel):
             budget = self.hyperparameters.get(env, {}).get(arm, {}).get("n_timesteps", 0)
             if not isinstance(budget, int | float) or budget < 1:
                 raise PlanError(f"hyperparameters.{env}.{arm}: n_timesteps must be a number of at least 1, not {budget!r}")
-        for parsed in self.parsed_arms:
-            if len(parsed.folder) > MAX_FOLDER:
-                raise PlanError(f"the arm {parsed.name!r} is too long for a folder: give it a short name, name={parsed.algo}:…")
+        for run in self.runs():
+            if len(run.folder) > MAX_FOLDER:
+                raise PlanError(f"the arm {run.arm!r} is too long for a folder: give it a short name, name={run.algo}:…")
         ((folder, n),) = Counter(run.folder.casefold() for run in self.runs()).most_common(1)
         if n > 1:  # also on file systems that ignore case
             raise PlanError(f"an environment or an arm is given twice: {n} runs would be written to {folder}")
@@ -129,7 +133,7 @@ class Plan(BaseModel):
 
     def dump(self) -> str:
         """Serialize to yml; ``load`` restores an equal plan."""
-        return str(yaml.safe_dump(self.model_dump(), sort_keys=False))
+        return str(yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False))
 
     @property
     def parsed_arms(self) -> list[Arm]:

@@ -137,7 +137,7 @@ def _learning(axes: Axes, env: str, environment: dict[str, Any], number: dict[st
         if entry["curve"] is not None:
             _band(axes, number[arm], per_step[arm] * np.array(entry["curve"]["timesteps"]), *entry["curve"]["mean"])
     if not axes.lines:
-        _note(axes, "no learning curve: not every run finished a training episode")
+        _note(axes, "no learning curve: not every run recorded a training episode")
     if environment["threshold"] is not None:
         axes.axhline(environment["threshold"], color=mpl.rcParams["text.color"], lw=0.8, ls=":")
 

@@ -47,7 +47,7 @@ def summarize(store: Store) -> int:
         "statistics": computed,
         "given_names": list(plan.families or plan.names),
         "timings": runs.groupby(["env", "arm"], sort=False).agg(timed) if len(runs) else runs,
-        "command": command,
+        "command": {"earlier": [], **command},  # folders of older versions have none
         "command_line": shlex.join(command["command"]),
         "n_runs": len(list(plan.runs())),
         "n_finished": len(runs),

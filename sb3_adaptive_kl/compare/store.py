@@ -56,11 +56,13 @@ class Result:
         """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
         ran = {**summary["hyperparameters"], "n_eval_episodes": summary["n_eval_episodes"]}
-        planned = {**run.hyperparameters, "n_eval_episodes": run.n_eval_episodes}
+        # JSON has text for keys
+        planned = json.loads(json.dumps({**run.hyperparameters, "n_eval_episodes": run.n_eval_episodes}))
         if changes := changes_between(ran, planned):
             raise PlanError(f"{PLAN_FILE} was edited after {folder} had been run, choose another folder: {'; '.join(changes)}")
         in_budget = episodes["timesteps"] <= run.budget
-        return cls(run, summary, episodes[in_budget], pd.read_csv(folder / "updates.csv"))
+        updates = folder / "updates.csv"  # older versions wrote none for an algorithm that cannot be measured
+        return cls(run, summary, episodes[in_budget], pd.read_csv(updates) if updates.is_file() else pd.DataFrame())
 
     @property
     def final(self) -> float:

@@ -18,7 +18,7 @@ class DistributedAdaptiveKLPPO(DataParallel, AdaptiveKLPPO):  # type: ignore[mis
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("Distributed"):
+    if name.startswith(("DistributedMaskable", "DistributedRecurrent")):
         from sb3_adaptive_kl.distributed import contrib  # it needs sb3-contrib
 
         return getattr(contrib, name)

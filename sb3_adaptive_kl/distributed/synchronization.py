@@ -46,8 +46,8 @@ def check_agreement(facts: Mapping[str, Any], explanation: str) -> None:
     of_ranks = gather_objects({name: repr(comparable(value)) for name, value in facts.items()})
     for name, first in of_ranks[0].items():
         for rank, stated in enumerate(of_ranks):
-            if stated[name] != first:  # all ranks raise the same error
-                raise RanksDisagree(f"{name} is {first} on rank 0, but {stated[name]} on rank {rank}: {explanation}")
+            if stated.get(name) != first:  # all ranks raise the same error
+                raise RanksDisagree(f"{name} is {first} on rank 0, but {stated.get(name)} on rank {rank}: {explanation}")
 
 
 def checksum(tensors: Iterable[th.Tensor]) -> int:
@@ -93,8 +93,11 @@ def average_buffers(policy: ActorCriticPolicy) -> None:
     :param policy: the policy
     """
     for tensor in filter(th.is_floating_point, policy.buffers()):
-        # In float64, where the mean of equal numbers is that number again
-        tensor.copy_(gather(tensor.flatten()).double().mean(dim=0).view_as(tensor))
+        of_ranks = gather(tensor.flatten())
+        # Rounding must not move what is the same on all ranks
+        same = (of_ranks == of_ranks[0]).all(dim=0)
+        with th.no_grad():
+            tensor.copy_(th.where(same, of_ranks[0], of_ranks.mean(dim=0)).view_as(tensor))
 
 
 def pool_kl(kl: RolloutKL) -> RolloutKL:

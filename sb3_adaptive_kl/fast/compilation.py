@@ -69,7 +69,7 @@ class Compilation:
         """Compile nothing more for this model, and warn with the reason."""
         self.failed = True
         reason = " ".join(str(error).split("\n")[:2])
-        warn_user(f"compile=True: torch.compile failed, training goes on without it. {reason}")
+        warn_user(f"compile=True: torch.compile cannot be used, training goes on without it. {reason}")
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model must not run the code compiled for the original

@@ -163,7 +163,7 @@ def hooked_parameter(policy: ActorCriticPolicy) -> str | None:
 
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:
     """
-    Copy a policy for torch's compiler: it shares the networks, does not validate its distributions, and expects preprocessed
+    Copy a policy for torch's compiler: it shares the networks and the action distribution, and expects preprocessed
     observations, since SB3's ``preprocess_obs`` reads NumPy arrays.
 
     :param policy: the policy

@@ -104,7 +104,7 @@ def fast_update(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[No
 @contextmanager
 def without_validation(policy: ActorCriticPolicy) -> Iterator[None]:
     """
-    Replace ``policy.action_dist`` by one that does not validate its arguments.
+    Let ``policy.action_dist`` skip torch's validation for a time, by a class that differs in nothing else.
 
     :param policy: the model's policy; the caller checks for NaN
     """
@@ -219,7 +219,7 @@ def bare_adam(optimizer: th.optim.Optimizer) -> Iterator[Callable[[], object]]:
     @th.no_grad()
     def step() -> None:
         gradients = [parameter.grad for parameter in parameters]
-        if any(gradient is None for gradient in gradients):  # a branch that no state took: its parameters stay
+        if states and any(gradient is None for gradient in gradients):  # a branch that no state took: its parameters stay
             write_back()
         if not states:
             optimizer.step()

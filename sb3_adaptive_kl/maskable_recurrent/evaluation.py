@@ -65,8 +65,16 @@ class MaskableEvalCallback(EvalCallback):
         super().__init__(*args, **kwargs)
         self.use_masking = use_masking
 
-    def init_callback(self, model: Any) -> None:
-        super().init_callback(model)  # its children are given the model itself
+    def _init_callback(self) -> None:
+        super()._init_callback()
         if self.use_masking:
             check_masking(self.eval_env)
+
+    def _on_step(self) -> bool:
+        model = self.model
+        if self.use_masking:
             self.model = UnderMasks(model, self.eval_env)  # type: ignore[assignment]
+        try:
+            return super()._on_step()
+        finally:
+            self.model = model

@@ -87,3 +87,6 @@ class MaskableRecurrentPPO(RecurrentPPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             hook.remove()
+
+    def train(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no train() that evaluates actions under masks")

@@ -179,6 +179,8 @@ def _of_model(file: Path, saved: dict[str, Any]) -> Any:
     not_needed = dict.fromkeys(saved.keys() - set(NEEDED))
     data, parameters, _ = load_from_zip_file(file, custom_objects=not_needed, device="cpu")
     assert data is not None
+    if not hasattr(data["policy_class"], "get_distribution"):
+        return object.__new__(data["policy_class"])  # only to be named
     kwargs = {**data["policy_kwargs"], "lr_schedule": lambda _: 0.0}
     if data.get("use_sde"):  # MaskablePPO's policies do not have the argument
         kwargs["use_sde"] = True
