@@ -102,7 +102,7 @@ def json_object(text: str) -> Any:
     return json.loads(text)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="LunarLander-v3", help="environment")
     parser.add_argument("--arm", choices=("ppo", "held", "reference"), default="reference", help="how to train on")
@@ -122,6 +122,12 @@ def main() -> None:
         parser.error(f"{args.expert} does not exist: pass a saved model with --expert")
     if not N_ENVS <= args.eval_every <= args.n_timesteps:
         parser.error(f"--eval-every {args.eval_every} must be between {N_ENVS} environments and {args.n_timesteps} time steps")
+    return args
+
+
+def main() -> None:
+    """Clone, continue, and write the evaluations."""
+    args = parse_arguments()
     if args.output.exists():  # it is written at the end: so a study goes on where it was interrupted
         print(f"{args.output} is complete: remove it to repeat the run")
         return

@@ -89,7 +89,9 @@ def interpret_reference(value: Any) -> ReferencePolicy:
         raise ValueError(f"reference_policy={kind.__name__}: {remedy}")
     check_schedule("reference_policy: kl_coef", spec.kl_coef, ">= 0", "0 only measures the KL")
     if spec.target_kl is not None:
-        check_number("reference_policy: target_kl", spec.target_kl, "> 0, in nats", "None follows kl_coef")
+        check_number(
+            "reference_policy: target_kl", spec.target_kl, "> 0, in nats", "with None, the coefficient follows kl_coef"
+        )
     if spec.target_kl is not None and callable(spec.kl_coef):
         raise ValueError("reference_policy: target_kl moves the coefficient, and a schedule of kl_coef does, too: pass one")
     check_choice("reference_policy: direction", spec.direction, DIRECTIONS)

@@ -69,6 +69,7 @@ BAD = [
     ({"kl_coef_bounds": (0.1, math.nan)}, r"kl_coef_bounds"),
     ({"kl_coef_bounds": 3.0}, r"kl_coef_bounds=3.0"),
     ({"kl_coef_bounds": "ab"}, r"kl_coef_bounds='ab'"),
+    ({"init_kl_coef": None}, "init_kl_coef=None must be a finite number within"),
     ({"init_kl_coef": 33.0}, r"init_kl_coef=33.0.*kl_coef_bounds=\(0.03125, 32\)"),
     ({"init_kl_coef": 0.0}, r"init_kl_coef=0.0"),
     ({"init_kl_coef": "1"}, r"init_kl_coef='1'"),

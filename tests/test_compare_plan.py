@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sb3_adaptive_kl import HELD
-from sb3_adaptive_kl.compare import arms
+from sb3_adaptive_kl.compare import arms, cli
 from sb3_adaptive_kl.compare.arms import Arm, PlanError, effective
 from sb3_adaptive_kl.compare.cli import sweep
 from sb3_adaptive_kl.compare.execute import check
@@ -99,6 +99,10 @@ def test_protocol_can_be_changed_after_the_runs():
 RATES = [1e-4, 3e-4, 1e-3]
 
 
+def test_sweep_of_the_command_line_keeps_whole_numbers():
+    assert repr(sweep("sde_sample_freq=-1, 4")) == "{'sde_sample_freq': [-1, 4]}"
+
+
 def test_sweep_gives_every_arm_every_value(tmp_path):
     given = sweep("learning_rate=1e-4,3e-4,1e-3")
     assert given == {"learning_rate": RATES}
@@ -124,6 +128,8 @@ def test_options_replace_fields_of_a_plan(tmp_path):
     file.write_text(create().dump())
     replaced = Plan.load(file, {"seeds": 3, "protocol": "ppo-paper"})
     assert (replaced.seeds, replaced.protocol) == (3, "ppo-paper")
+    args = cli.parser().parse_args(["--plan", str(file), "--first-seed", "7", "-o", "results"])
+    assert cli._plan(args).first_seed == 7
     with pytest.raises(PlanError, match="holds the hyperparameters of its arms: remove them from it"):
         Plan.load(file, {"arms": ["ppo_kl:target_kl=0.1"]})
 

@@ -15,12 +15,14 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sb3_adaptive_kl.compare import backends, report
-from sb3_adaptive_kl.compare.arms import PlanError
+from sb3_adaptive_kl.compare.arms import Loader, PlanError, reported
 from sb3_adaptive_kl.compare.execute import check
 from sb3_adaptive_kl.compare.plan import FEW_SEEDS, Plan
 from sb3_adaptive_kl.compare.store import Store
@@ -61,11 +63,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sweep(text: str) -> dict[str, list[float]]:
+def sweep(text: str) -> dict[str, Any]:
+    """Parse ``name=value,value``; the plan checks that the values are numbers."""
     name, equals, values = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value,value")
-    return {name: [float(value) if set(".eEn") & set(value) else int(value) for value in values.split(",")]}
+    with reported(text):
+        return {name: yaml.load(f"[{values}]", Loader)}
 
 
 def main(arguments: list[str] | None = None) -> int:
