@@ -1,6 +1,6 @@
 """
-Draw the figures of docs/results.md and of the README from the runs in docs/study: judged.svg and learning_rate.svg, each also
-for dark pages.
+Draw the figures of docs/results.md, docs/continuing.md and the README from the runs in docs/study: judged.svg,
+learning_rate.svg and continued.svg, each also for dark pages.
 
     python docs/draw_results.py
 """
@@ -22,6 +22,8 @@ NAMES = {PPO: "PPO", PAPER: "paper 0.01", HELD: "held 0.03 + clip"}
 MEASURES = {"area": "while learning", "final_return": "final policy"}
 # Families of the sensitivity study, each with its line style: readable without colors, too
 FAMILIES = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "balanced": ("held, balanced rate", "C2", "D-")}
+# Arms of the study with a reference policy, likewise
+CONTINUED = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "reference": ("held, with the reference", "C2", "D-")}
 
 
 def probabilities(runs: pd.DataFrame) -> dict[str, list[float]]:
@@ -83,8 +85,37 @@ def draw_learning_rate(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def share_kept(evaluations: pd.DataFrame) -> pd.Series:
+    """Return what each evaluation has kept of the clone's return: 1 is the clone's, 0 that of random actions."""
+    gained = evaluations[["return", "cloned_return"]].sub(evaluations["random_return"], axis=0)
+    return gained["return"] / gained["cloned_return"]
+
+
+def draw_continued(evaluations: pd.DataFrame) -> Figure:
+    """Draw what is kept of the clone's return over time: a panel for each task, a line for each arm."""
+    evaluations = evaluations.assign(kept=share_kept(evaluations), steps=evaluations["timesteps"] / 1000)
+    tasks = evaluations["env"].unique()
+    figure = Figure(figsize=(2.6 * len(tasks), 3.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True), tasks, strict=True):
+        of_task = evaluations[evaluations["env"] == task]
+        for arm, (name, color, style) in CONTINUED.items():
+            kept = of_task[of_task["arm"] == arm].groupby("steps")["kept"]
+            axes.plot(kept.mean(), style, color=color, ms=4, label=name)
+            axes.fill_between(kept.mean().index, kept.min(), kept.max(), color=color, alpha=0.2, lw=0)
+        axes.axhline(1, color=mpl.rcParams["text.color"], lw=0.8, ls=":")
+        axes.set_title(task.replace(' {"enable_wind": true}', ",\nwith wind"), fontsize="medium")
+    figure.supxlabel("thousand time steps after the clone", fontsize="medium")
+    figure.supylabel("share of the clone's return", fontsize="medium")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(CONTINUED), frameon=False)
+    return figure
+
+
 # Name of a figure → the runs that it shows, and how it is drawn
-FIGURES = {"judged": ("judged.csv", draw_judged), "learning_rate": ("sensitivity.csv", draw_learning_rate)}
+FIGURES = {
+    "judged": ("judged.csv", draw_judged),
+    "learning_rate": ("sensitivity.csv", draw_learning_rate),
+    "continued": ("continued.csv", draw_continued),
+}
 
 
 def main() -> None:
