@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from sb3_adaptive_kl.compare.intervals import interval, matrices, probability_of_improvement
 
@@ -139,3 +140,57 @@ def test_forms_of_the_second_actuator_that_were_not_taken():
             key = form, env, float(rate)
             returns = runs.loc[[key]].sort_values("seed")["while_learning"] if key in runs.index else []
             assert cell == (", ".join(f"{value:.0f}".replace("-", "−") for value in returns) or "–"), key
+
+
+@pytest.fixture
+def continued():
+    """Evaluations after the clone, with the share that they have kept of its return."""
+    evaluations = pd.read_csv(DOCS / "study" / "continued.csv").query("timesteps > 0")
+    evaluations["env"] = evaluations["env"].str.replace(' {"enable_wind": true}', ", with wind")
+    random, clone = evaluations["random_return"], evaluations["cloned_return"]
+    return evaluations.assign(kept=(evaluations["return"] - random) / (clone - random))
+
+
+CONTINUED = {"PPO": "ppo", "held": "held", "with the reference": "reference"}
+
+
+def test_what_is_kept_of_a_clone(continued):
+    names, rows = table("evaluations at 90 % or more, lowest")
+    assert len(rows) * len(names) * 5 * 10 == len(continued)  # seeds, evaluations
+    for env, *cells in rows:
+        for name, cell in zip(names, cells, strict=True):
+            kept = continued.loc[(continued["env"] == env) & (continued["arm"] == CONTINUED[name]), "kept"]
+            share, lowest = cell.split(" %, ")
+            assert float(share) == pytest.approx(100 * (kept >= 0.9).mean()), (env, name)
+            assert as_number(lowest) == pytest.approx(kept.min(), abs=0.005 + 1e-9), (env, name)
+
+
+def test_returns_of_continued_clones(continued):
+    end = continued[continued["timesteps"] == 200_000]
+    for env, clone, *returns, difference in table("return at the end")[1]:
+        runs = end[end["env"] == env].pivot(index="seed", columns="arm", values="return")
+        clones = end[end["env"] == env].drop_duplicates("seed")["cloned_return"]
+        expected = [clones.mean(), *runs[list(CONTINUED.values())].mean()]
+        assert list(map(as_number, (clone, *returns))) == pytest.approx(expected, abs=0.5 + 1e-9), env
+        gained = runs["reference"] - runs["ppo"]
+        limits = stats.t.interval(0.95, len(gained) - 1, gained.mean(), stats.sem(gained))
+        published = [as_number(part) for part in re.findall(r"[−\d,.]+\d|\d", difference)]
+        assert published == pytest.approx([gained.mean(), *limits], abs=0.5 + 1e-9), env
+
+
+def test_share_of_all_evaluations_that_keep_the_return_of_the_clone(continued):
+    as_cloned = continued[~continued["env"].str.endswith("wind")]
+    clone = as_cloned["cloned_return"]
+    raw = as_cloned["return"] >= clone - 0.1 * clone.abs()
+    (kept, kept_raw) = (
+        {arm: f"{100 * share:.1f} %" for arm, share in good.groupby(as_cloned["arm"]).mean().items()}
+        for good in (as_cloned["kept"] >= 0.9, raw)
+    )
+    page = " ".join(PAGE.split())
+    assert f"{kept['reference']} of all {len(as_cloned) // 3} evaluations" in page
+    assert f"(PPO {kept['ppo']}, held {kept['held']})" in page
+    assert f"it would be {kept_raw['reference']} (PPO {kept_raw['ppo']}, held {kept_raw['held']})" in page
+    lost = as_cloned.query("arm == 'reference' and kept < 0.9")
+    assert lost["env"].unique().tolist() == ["Hopper-v5"]
+    early, late = (lost["timesteps"] == 20_000).sum(), (lost["timesteps"] > 40_000).sum()
+    assert (len(lost), early, late) == (10, 2, 7)  # in words on the page
