@@ -8,11 +8,14 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_adaptive_kl.algorithm import constructor_arguments
 from sb3_adaptive_kl.learning_rate import LearningRateRule
+from sb3_adaptive_kl.maskable_recurrent.masks import check_shape, masks_of
 from sb3_adaptive_kl.maskable_recurrent.policies import MaskableRecurrentActorCriticPolicy
 from sb3_adaptive_kl.maskable_recurrent.ppo import MaskableRecurrentPPO
 from sb3_adaptive_kl.penalty import PenaltyRule
@@ -73,6 +76,27 @@ class MaskableAdaptiveKLPPO(KLPenaltyTraining, MaskablePPO):  # type: ignore[mis
         _init_setup_model: bool = True,
     ):
         super().__init__(**constructor_arguments(locals()))
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        use_masking: bool = True,
+    ) -> bool:
+        """
+        Collect as MaskablePPO does.
+
+        :raises ValueError: if the masks do not fit the action space
+        """
+        try:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
+        except (RuntimeError, TypeError):  # torch's, about shapes or types of arrays
+            if use_masking:
+                n_choices = rollout_buffer.mask_dims  # type: ignore[attr-defined]  # of a MaskableRolloutBuffer
+                check_shape(masks_of(env).shape, self.action_space, env.num_envs, n_choices)
+            raise
 
 
 class RecurrentAdaptiveKLPPO(KLPenaltyTraining, RecurrentPPO):  # type: ignore[misc]  # as for AdaptiveKLPPO

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
+from sb3_contrib.common.wrappers import ActionMasker
 
 from sb3_adaptive_kl import MaskableAdaptiveKLPPO
 from sb3_adaptive_kl.rollout.distributions import action_distribution
@@ -183,3 +184,12 @@ def test_learns_with_invalid_actions(make_env):
     trained, _ = evaluate_policy(model, make_env(), n_eval_episodes=20, warn=False)
     assert untrained < 40
     assert trained > 90
+
+
+@pytest.mark.parametrize("masks", [np.ones(5), None], ids=["wrong length", "None"])
+def test_masks_of_the_wrong_length_are_refused(masks):
+    env = ActionMasker(InvalidActionEnvDiscrete(dim=6, n_invalid_actions=1), lambda env: masks)
+    model = MaskableAdaptiveKLPPO("MlpPolicy", env, n_steps=64, batch_size=32, device="cpu")
+    with pytest.raises(ValueError, match=r"action_masks of shape \(1.*\): Discrete\(6\) needs 6 booleans for each of 1 obs"):
+        model.learn(64)
+    assert model.learn(64, use_masking=False).num_timesteps == 64

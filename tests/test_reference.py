@@ -5,7 +5,8 @@ import pytest
 import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
-from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution, kl_divergence
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_adaptive_kl import (
@@ -334,3 +335,21 @@ def test_memory_that_began_with_the_policys_agrees_with_it(algorithm, case):
     model = collect(case.build(algorithm, **SMALL))
     old_policy = on_rollout(model, Reference(ReferencePolicy(model.policy), model.policy))
     assert old_policy.kl().reference < 1e-6
+
+
+@pytest.mark.parametrize("reference_is_squashed", [False, True])
+def test_gaussian_that_sb3_squashes_is_another_family(reference_is_squashed):
+    """Its torch distribution is a Normal, too, but the KL between the two is not that of the Normals."""
+
+    class Squashed(ActorCriticPolicy):
+        def _build(self, lr_schedule):
+            super()._build(lr_schedule)
+            self.action_dist = SquashedDiagGaussianDistribution(1)
+
+    plain, squashed = (PPO(policy, "Pendulum-v1", device="cpu").policy for policy in ("MlpPolicy", Squashed))
+    of_training, reference = ("MlpPolicy", squashed) if reference_is_squashed else (Squashed, plain)
+    sizes = {"n_steps": 64, "batch_size": 32, "device": "cpu"}
+    model = AdaptiveKLPPO(of_training, "Pendulum-v1", **sizes, reference_policy=reference)
+    with pytest.raises(ValueError, match=r"TanhTransform.* there is no KL divergence between them"):
+        model.learn(64)
+    AdaptiveKLPPO(Squashed, "Pendulum-v1", **sizes, reference_policy=squashed).learn(64)

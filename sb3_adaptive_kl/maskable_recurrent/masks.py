@@ -1,8 +1,10 @@
 """Where masks come from: the environments, asked before every step of a rollout or of an evaluation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_masks, is_masking_supported
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
@@ -45,6 +47,19 @@ def check_masking(env: GymEnv) -> None:
         raise ValueError(
             "the environments have no method action_masks(): add it, or wrap each of them in "
             "sb3_contrib.common.wrappers.ActionMasker. use_masking=False allows every action"
+        )
+
+
+def check_shape(shape: Sequence[int], action_space: spaces.Space[Any], n_states: int, n_choices: int) -> None:
+    """
+    Check that masks have as many booleans as there are choices in all states.
+
+    :raises ValueError: if not
+    """
+    if np.prod(shape) != n_states * n_choices:
+        raise ValueError(
+            f"action_masks of shape {tuple(shape)}: {action_space} needs {n_choices} booleans for each of {n_states} "
+            "observations: one for each choice of each action dimension, one after the other"
         )
 
 

@@ -15,6 +15,8 @@ from sb3_contrib.common.recurrent.policies import (
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_adaptive_kl.maskable_recurrent.masks import check_shape
+
 
 class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
     """
@@ -38,12 +40,7 @@ class MaskableRecurrentActorCriticPolicy(RecurrentActorCriticPolicy):
         distribution: MaskableDistribution = self.action_dist.proba_distribution(logits)  # type: ignore[assignment]
         if self._action_masks is not None:
             masks = th.as_tensor(self._action_masks)
-            n_states, n_choices = logits.shape
-            if masks.numel() != n_states * n_choices:
-                raise ValueError(
-                    f"action_masks of shape {tuple(masks.shape)}: {self.action_space} needs {n_choices} booleans for each of "
-                    f"{n_states} observations: one for each choice of each action dimension, one after the other"
-                )
+            check_shape(masks.shape, self.action_space, *logits.shape)
             distribution.apply_masking(masks)
         return distribution
 

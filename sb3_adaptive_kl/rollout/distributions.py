@@ -17,7 +17,7 @@ from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch as th
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import AffineTransform, SigmoidTransform, TanhTransform, Transform
@@ -242,6 +242,8 @@ def _inside(head: Any, actions: th.Tensor) -> th.Tensor:
 
 def bijections(distribution: Distribution) -> list[tuple[int, list[Transform]]]:
     """List the heads that are transformed, and how: two distributions have a KL divergence only if they do it alike."""
+    if isinstance(distribution, SquashedDiagGaussianDistribution):  # it squashes by itself, and holds a Normal
+        return [(0, [TanhTransform()])]
     return [(index, _bijections(head)) for index, head in enumerate(_heads(distribution)) if _bijections(head)]
 
 
