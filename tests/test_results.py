@@ -190,6 +190,8 @@ def test_share_of_all_evaluations_that_keep_the_return_of_the_clone(continued):
     assert f"{kept['reference']} of all {len(as_cloned) // 3} evaluations" in page
     assert f"(PPO {kept['ppo']}, held {kept['held']})" in page
     assert f"it would be {kept_raw['reference']} (PPO {kept_raw['ppo']}, held {kept_raw['held']})" in page
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"{kept['reference']} of the evaluations kept 90 % of a clone's return, with PPO {kept['ppo']}" in readme
     lost = as_cloned.query("arm == 'reference' and kept < 0.9")
     assert lost["env"].unique().tolist() == ["Hopper-v5"]
     early, late = (lost["timesteps"] == 20_000).sum(), (lost["timesteps"] > 40_000).sum()
