@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study "Continuing a policy you trust" (docs/continuing.md): clone a trained agent, then train on from the clone, with PPO, with a
+# The study "Continuing a policy you trust" (docs/results.md): clone a trained agent, then train on from the clone, with PPO, with a
 # KL that is held, and with the clone as the reference policy, too. Then the same where the task has changed: with wind.
 #
 #     bash benchmarks/continued.sh FOLDER [JOBS]

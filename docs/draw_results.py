@@ -24,8 +24,8 @@ MEASURES = {"area": "while learning", "final_return": "final policy"}
 FAMILIES = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "balanced": ("held, balanced rate", "C2", "D-")}
 # Arms of the study with a reference policy, likewise
 CONTINUED = {"ppo": ("PPO", "C1", "s--"), "held": ("held", "C0", "o-"), "reference": ("held, with the reference", "C2", "D-")}
-CONTINUED_TASKS = {name: name for name in ("LunarLander-v3", "Pendulum-v1", "Swimmer-v5", "Hopper-v5")}
-CONTINUED_TASKS['LunarLander-v3 {"enable_wind": true}'] = "LunarLander-v3, with wind"
+WIND = ' {"enable_wind": true}'
+CONTINUED_TASKS = ("LunarLander-v3", "Pendulum-v1", "Swimmer-v5", "Hopper-v5", f"LunarLander-v3{WIND}")
 
 
 def probabilities(runs: pd.DataFrame) -> dict[str, list[float]]:
@@ -97,14 +97,14 @@ def draw_continued(evaluations: pd.DataFrame) -> Figure:
     """Draw what is kept of the clone's return over time: a panel for each task, a line for each arm."""
     evaluations = evaluations.assign(kept=share_kept(evaluations), steps=evaluations["timesteps"] / 1000)
     figure = Figure(figsize=(11, 3), layout="constrained")
-    for axes, (task, title) in zip(figure.subplots(1, len(CONTINUED_TASKS)), CONTINUED_TASKS.items(), strict=True):
+    for axes, task in zip(figure.subplots(1, len(CONTINUED_TASKS)), CONTINUED_TASKS, strict=True):
         of_task = evaluations[evaluations["env"] == task]
         for arm, (name, color, style) in CONTINUED.items():
             kept = of_task[of_task["arm"] == arm].groupby("steps")["kept"]
             axes.plot(kept.mean(), style, color=color, ms=4, label=name)
             axes.fill_between(kept.mean().index, kept.min(), kept.max(), color=color, alpha=0.2, lw=0)
         axes.axhline(1, color=mpl.rcParams["text.color"], lw=0.8, ls=":")
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(task.replace(WIND, ", with wind"), fontsize="medium")
     figure.supxlabel("thousand time steps after the clone", fontsize="medium")
     figure.supylabel("share of the clone's return", fontsize="medium")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(CONTINUED), frameon=False)

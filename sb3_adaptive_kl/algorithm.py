@@ -123,6 +123,8 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
             self._reference = self.reference_kl_coef = None
             return
         spec = interpret_reference(self.reference_policy)
+        if self._reference is not None and self._reference.spec.kl_coef != spec.kl_coef:
+            self.reference_kl_coef = None  # the user has set another: begin with it
         if self._reference is None or self._reference.spec.policy != spec.policy:
             self._reference = Reference(spec, self.policy)
         if isinstance(spec.policy, BasePolicy):  # the user may train the original further

@@ -257,8 +257,7 @@ def test_wrapper_of_evaluate_actions_sees_the_observations_of_the_rollout():
         return evaluate_actions(observations, actions)
 
     model.policy.evaluate_actions = wrapper
-    with pytest.warns(
-        UserWarning, match="torch.compile cannot be used"
-    ):  # it preprocesses by itself, which torch cannot compile
+    # It preprocesses by itself, which torch cannot compile
+    with pytest.warns(UserWarning, match="torch.compile cannot be used"):
         model.learn(64)
     assert dtypes == {th.uint8}

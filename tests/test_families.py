@@ -4,7 +4,8 @@ import gymnasium as gym
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3 import PPO
+from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import AffineTransform, Beta, Categorical, Independent, Normal, TanhTransform, TransformedDistribution
 from torch.distributions import kl_divergence as torch_kl
@@ -194,6 +195,23 @@ def test_reference_with_other_transforms_is_refused():
 
     with pytest.raises(ValueError, match=r"Betas.*AffineTransform.* same action distribution"):
         build(Wider, reference_policy=build(Rescaled).policy).learn(64)
+
+
+@pytest.mark.parametrize("reference_is_squashed", [False, True])
+def test_gaussian_that_sb3_squashes_is_another_family(reference_is_squashed):
+    """Its torch distribution is a Normal, too, but the KL between the two is not that of the Normals."""
+
+    class SquashedBySB3(ActorCriticPolicy):
+        def _build(self, lr_schedule):
+            super()._build(lr_schedule)
+            self.action_dist = SquashedDiagGaussianDistribution(1)
+
+    plain, squashed = (PPO(policy, "Pendulum-v1", device="cpu").policy for policy in ("MlpPolicy", SquashedBySB3))
+    of_training, reference = ("MlpPolicy", squashed) if reference_is_squashed else (SquashedBySB3, plain)
+    model = AdaptiveKLPPO(of_training, "Pendulum-v1", **SMALL, reference_policy=reference)
+    with pytest.raises(ValueError, match=r"TanhTransform.* there is no KL divergence between them"):
+        model.learn(64)
+    AdaptiveKLPPO(SquashedBySB3, "Pendulum-v1", **SMALL, reference_policy=squashed).learn(64)
 
 
 class Conditional(Hybrid):

@@ -193,3 +193,14 @@ def test_masks_of_the_wrong_length_are_refused(masks):
     with pytest.raises(ValueError, match=r"action_masks of shape \(1.*\): Discrete\(6\) needs 6 booleans for each of 1 obs"):
         model.learn(64)
     assert model.learn(64, use_masking=False).num_timesteps == 64
+
+
+@pytest.mark.parametrize("use_masking", [True, False])
+def test_other_errors_of_a_rollout_are_the_users(use_masking):
+    class Broken(InvalidActionEnvDiscrete):
+        def step(self, action):
+            raise RuntimeError("the simulator is gone")
+
+    model = MaskableAdaptiveKLPPO("MlpPolicy", Broken(dim=6, n_invalid_actions=1), n_steps=64, device="cpu")
+    with pytest.raises(RuntimeError, match="the simulator is gone"):
+        model.learn(64, use_masking=use_masking)

@@ -167,7 +167,9 @@ def test_what_is_kept_of_a_clone(continued):
 
 def test_returns_of_continued_clones(continued):
     end = continued[continued["timesteps"] == 200_000]
-    for env, clone, *returns, difference in table("return at the end")[1]:
+    rows = table("return at the end")[1]
+    assert {env for env, *_ in rows} == set(end["env"])
+    for env, clone, *returns, difference in rows:
         runs = end[end["env"] == env].pivot(index="seed", columns="arm", values="return")
         clones = end[end["env"] == env].drop_duplicates("seed")["cloned_return"]
         expected = [clones.mean(), *runs[list(CONTINUED.values())].mean()]
@@ -182,7 +184,7 @@ def test_share_of_all_evaluations_that_keep_the_return_of_the_clone(continued):
     as_cloned = continued[~continued["env"].str.endswith("wind")]
     clone = as_cloned["cloned_return"]
     raw = as_cloned["return"] >= clone - 0.1 * clone.abs()
-    (kept, kept_raw) = (
+    kept, kept_raw = (
         {arm: f"{100 * share:.1f} %" for arm, share in good.groupby(as_cloned["arm"]).mean().items()}
         for good in (as_cloned["kept"] >= 0.9, raw)
     )

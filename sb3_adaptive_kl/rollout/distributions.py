@@ -131,7 +131,7 @@ def hidden_distribution_error(policy: ActorCriticPolicy) -> ValueError:
     """Describe the mistake in a policy whose ``evaluate_actions`` does not use ``policy.action_dist``."""
     return ValueError(
         f"policy={type(policy).__name__}: its evaluate_actions does not leave the distribution it evaluated in "
-        "policy.action_dist, so its KL divergence cannot be computed: build it with "
+        "policy.action_dist.distribution (of several heads, the list), so its KL divergence cannot be computed: build it with "
         "self._get_action_dist_from_latent(latent_pi) as SB3's policies do, or pass kl_divergence='k3' (and no "
         "reference_policy)"
     )
