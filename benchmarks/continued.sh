@@ -6,7 +6,7 @@
 #
 # Runs whose file is in FOLDER are not repeated. At the end, FOLDER/continued.csv holds all of them.
 set -euo pipefail
-folder=$1 jobs=${2:-1}
+folder=${1:?bash benchmarks/continued.sh FOLDER [JOBS]: name the folder of the runs} jobs=${2:-1}
 
 run() {
     local folder=$1 seed=$2 env=$3 arm=$4 task=$5 kwargs='{}' expert=trained_agents/ppo_kl/$3_1/$3.zip
