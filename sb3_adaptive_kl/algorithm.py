@@ -99,7 +99,9 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         if without_schedule:
             self.clip_range = clip_range
         self._reference = None
-        if not hasattr(self, "kl_coef"):  # a model that was loaded may only be there to act, and the reference's file gone
+        reference = None if self.reference_policy is None else interpret_reference(self.reference_policy).policy
+        # A model that was loaded may only be there to act, and the reference's file gone
+        if not (hasattr(self, "kl_coef") and isinstance(reference, str)):
             self._prepare_reference()
         # Keep the running β after load(): it is part of the checkpoint
         self.kl_coef = float(getattr(self, "kl_coef", self.init_kl_coef))
@@ -144,9 +146,11 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         :param kwargs: arguments of the constructor, which replace the saved ones
         """
         # SB3 sets whatever it is given, a misspelled name too
-        blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=None, _init_setup_model=False)
-        for name in kwargs.keys() - signature(super().load).parameters.keys():
-            if not hasattr(blank, name) and name not in STATE:
+        others = kwargs.keys() - signature(super().load).parameters.keys() - signature(cls).parameters.keys() - set(STATE)
+        if others:  # attributes, unless they are misspelled
+            blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=None, _init_setup_model=False)
+        for name in others:
+            if not hasattr(blank, name):
                 warn_user(f"load({name}=...) is not an argument of {cls.__name__}{suggestion(name, vars(blank))}")
         return super().load(path, *args, **kwargs)
 

@@ -125,9 +125,11 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
     """
     policy = old_policy.policy
     parameters = [parameter for parameter in optimized_parameters(policy.optimizer) if parameter.requires_grad]
-    was_training, cudnn_was_enabled = policy.training, th.backends.cudnn.enabled
+    was_training = policy.training
     policy.set_training_mode(False)
-    th.backends.cudnn.enabled = False  # its recurrent layers have no gradient in evaluation mode
+    for module in policy.modules():
+        if isinstance(module, th.nn.RNNBase):
+            module.train()  # cuDNN's have no gradient in evaluation mode
     try:
         with preserve_random_state():
             rollout_data, _ = next(in_order(old_policy.buffer, CRITIC_PROBE_SIZE))
@@ -135,7 +137,6 @@ def critic_parameters(old_policy: OldPolicy) -> set[int]:
             by_value, by_action = (_reached(output.sum(), parameters) for output in (new.values, new.log_prob))
     finally:
         policy.set_training_mode(was_training)
-        th.backends.cudnn.enabled = cudnn_was_enabled
     return by_value - by_action
 
 

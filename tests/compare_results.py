@@ -48,7 +48,7 @@ def finished(run, updates=((256, 0.02),), episodes=((100, 20.0),), final=20.0, t
     summary = {
         **asdict(run),
         "timesteps": 256,
-        "final_returns": [final],
+        "final_returns": [final] * run.n_eval_episodes,
         "random_returns": [10.0],
         "reward_threshold": threshold,
         "seconds": 1.0,

@@ -258,6 +258,18 @@ def test_a_target_that_restrains_nothing_is_told():
         CASES["box"].build(AdaptiveKLPPO, target_kl=clip_equivalent_target(20))
 
 
+class NeedsAnEnvironment(AdaptiveKLPPO):
+    def __init__(self, policy, env, **kwargs):
+        super().__init__(policy, env, **kwargs)
+        self.observation_shape = self.env.observation_space.shape
+
+
+def test_load_makes_no_model_but_the_one_that_is_asked_for(tmp_path):
+    env = CASES["box"].make_env()
+    NeedsAnEnvironment("MlpPolicy", env, device="cpu").save(tmp_path / "model")
+    assert NeedsAnEnvironment.load(tmp_path / "model", env=env, kl_coef=2.0).kl_coef == 2.0
+
+
 def test_a_misspelled_argument_of_load_is_told(tmp_path):
     CASES["box"].build(AdaptiveKLPPO).save(tmp_path / "model")
     with pytest.warns(UserWarning, match=r"kl_target=...\) is not an argument of AdaptiveKLPPO, did you mean 'target_kl'\?"):

@@ -31,7 +31,7 @@ def test_winner_requires_a_clear_difference(make):
 
 
 def winners(*differences):
-    """Winners of comparisons of the same kind between the arms a and b, from the differences of their seeds."""
+    """Winners of the comparisons of one report between the arms a and b, from the differences of their seeds."""
     entries = [verdicts.difference(pd.Series(values)) for values in differences]
     verdicts.call_winners([(["a", "b"], entry) for entry in entries])
     return [entry and entry["winner"] for entry in entries]
@@ -65,14 +65,14 @@ def test_winner_survives_the_correction_for_the_number_of_comparisons():
     ]  # what is never shown is not a comparison
 
 
-def test_comparisons_of_all_environments_are_corrected_together_and_by_kind(make):
-    """b − a is the same everywhere: twice the p value with two environments, and the areas do not differ at all."""
+def test_all_comparisons_of_a_report_are_corrected_together(make):
+    """b − a is the same everywhere, and the areas do not differ at all: two comparisons on each environment."""
     arms = {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [2.0, 3.1, 3.9, 5.0, 6.0]}
     for environments in ("E", "EF"):
         statistics = compute(make, arms, environments)
-        assert statistics["comparisons"] == {"final": len(environments), "area": len(environments)}
+        assert statistics["comparisons"] == 2 * len(environments)
         (pair,) = statistics["environments"]["E"]["pairs"]
-        assert pair["final"]["p_holm"] == pytest.approx(len(environments) * pair["final"]["p"])
+        assert pair["final"]["p_holm"] == pytest.approx(2 * len(environments) * pair["final"]["p"])
         assert pair["area"]["p_holm"] == 1.0
 
 
@@ -106,31 +106,36 @@ def bimodal(generator, size):
     return generator.integers(0, 2, size) + generator.normal(scale=0.02, size=size)
 
 
+def simulated(draw, n_environments, n_seeds):
+    """P values of 1,000 studies of three equal arms, of final returns and of areas, half of which is the final return."""
+    returns = draw(np.random.default_rng(0), size=(1000, n_environments, 2, 3, n_seeds))
+    returns[:, :, 1] = returns.mean(axis=2)
+    return scipy.stats.ttest_1samp(returns - np.roll(returns, 1, axis=3), 0, axis=4).pvalue.reshape(1000, -1)
+
+
 @pytest.mark.parametrize("n_environments", [1, 7])
-@pytest.mark.parametrize("distribution", ["normal", "exponential", "lognormal", "bimodal"])
+@pytest.mark.parametrize("distribution", ["normal", "exponential", "lognormal"])
 def test_equal_arms_are_rarely_called_better(distribution, n_environments):
     """
-    A/A test: 1,000 studies of three equal arms with 5 seeds. At most 5 % of them call any arm better.
+    A/A test with 5 seeds: 5 % of the studies call any arm better, within 3 standard errors, or fewer.
 
     Without the intervals, which can only take a verdict away: an upper bound.
     """
-    generator, size = np.random.default_rng(0), (1000, n_environments, 3, 5)
-    returns = bimodal(generator, size) if distribution == "bimodal" else getattr(generator, distribution)(size=size)
-    p = scipy.stats.ttest_1samp(returns - np.roll(returns, 1, axis=2), 0, axis=3).pvalue.reshape(1000, -1)
-    assert (p <= 0.05).any(axis=1).mean() > 0.05  # without the correction
+    p = simulated(getattr(np.random.Generator, distribution), n_environments, 5)
+    assert (p <= 0.05).any(axis=1).mean() > 0.1  # without the correction
     n_called = 0
     for study in p:
         entries = [{"p": value, "mean": [1.0] * 3} for value in study]
-        assert verdicts.call_winners([(["a", "b"], entry) for entry in entries]) == 3 * n_environments
+        assert verdicts.call_winners([(["a", "b"], entry) for entry in entries]) == 6 * n_environments
         n_called += any(entry["winner"] for entry in entries)
-    assert n_called <= 50
+    assert n_called <= 50 + 3 * np.sqrt(1000 * 0.05 * 0.95)
 
 
-def test_three_seeds_would_call_equal_arms_better():
-    """Why fewer than five never do: 435 of 1,000 studies of seven environments."""
-    returns = bimodal(np.random.default_rng(0), (1000, 7, 3, 3))
-    p = scipy.stats.ttest_1samp(returns - np.roll(returns, 1, axis=2), 0, axis=3).pvalue.reshape(1000, -1)
-    assert sum((verdicts.holm(study) <= 0.05).any() for study in p) == pytest.approx(435, abs=20)
+@pytest.mark.parametrize(("n_seeds", "n_called"), [(5, 75), (3, 652)])
+def test_equal_arms_that_either_succeed_or_fail(n_seeds, n_called):
+    """No correction helps where all seeds agree by chance: why fewer than five never show anything. Seven environments."""
+    p = simulated(bimodal, 7, n_seeds)
+    assert sum((verdicts.holm(study) <= 0.05).any() for study in p) == pytest.approx(n_called, abs=20)
 
 
 def test_student_interval_agrees_with_the_t_table():

@@ -14,7 +14,13 @@ from sb3_adaptive_kl.compare.plan import Plan
 from tests.test_compare_plan import create
 
 
-@pytest.mark.parametrize("arm", ["=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        *("=ppo_kl", " =ppo_kl", "ppo=ppo_kl", "trpo=ppo_kl:target_kl=0.1"),
+        *("..=ppo_kl", " ppo=ppo_kl", "a|b=ppo_kl", "a\nb=ppo_kl", "$\\frac$=ppo_kl"),
+    ],
+)
 def test_names_of_arms_do_not_mislead(arm):
     with pytest.raises(PlanError, match="cannot be the name of an arm, choose one that is not an algorithm's"):
         Arm.parse(arm)
@@ -99,6 +105,7 @@ def test_invalid_arguments_are_rejected(arguments, message):
         ),
         ("[1, 2]", r"plan=\[1, 2\]: Input should be a valid dictionary"),
         ("a: [", "cannot be read as a plan"),
+        ("seeds: 1\nseeds: 3", "cannot be read as a plan: .*'seeds' is there twice"),
         ("environments: CartPole-v1\narms: [ppo]\nseeds: 1", "environments='CartPole-v1': Input should be a valid list"),
     ],
 )

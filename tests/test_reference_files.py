@@ -122,6 +122,18 @@ def test_policy_is_saved_with_the_model(tmp_path):
         assert logged(changed).get("reference_kl_coef") == logged_coef
 
 
+def test_policy_given_to_load_is_copied_then(tmp_path):
+    """And not when training goes on: the user may have trained the original further by then."""
+    other = CASES["box"].build(PPO, n_steps=64, batch_size=64, seed=1)
+    CASES["box"].build(AdaptiveKLPPO, **SMALL).save(tmp_path / "model")
+    before = weights(other.policy).clone()
+    loaded = AdaptiveKLPPO.load(tmp_path / "model", env=pendulum(), device="cpu", reference_policy=other.policy)
+    with th.no_grad():
+        next(other.policy.parameters()).add_(1.0)
+    loaded.learn(64)
+    assert th.equal(weights(loaded._reference.policy), before)
+
+
 @pytest.mark.parametrize("argument", [str, Path, lambda path: {"policy": str(path), "kl_coef": 0.5}, ReferencePolicy])
 def test_path_is_read_again_where_the_model_is_trained(argument, tmp_path):
     path = tmp_path / "reference.zip"

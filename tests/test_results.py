@@ -1,6 +1,7 @@
 """Recompute the tables of docs/results.md from the runs in docs/study."""
 
 import re
+import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,8 @@ import pytest
 from scipy import stats
 
 from sb3_adaptive_kl.compare.intervals import interval, matrices, probability_of_improvement
+from sb3_adaptive_kl.compare.plan import Plan
+from sb3_adaptive_kl.compare.store import Store
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "results.md").read_text()
@@ -73,6 +76,15 @@ def test_headline_has_the_figures_of_the_table():
     assert f"ours was better in {better:.2f} (95 % interval: {low:.2f} to {high:.2f})" in page
     assert "no difference was shown: {:.2f} ({:.2f} to {:.2f})".format(*at_the_end) in page
     assert f"in {100 * better:.0f} % (95 % interval: {100 * low:.0f} to {100 * high:.0f} %)" in readme
+
+
+@pytest.mark.parametrize("name", ["judged_nine", "sensitivity", "table1"])
+def test_archived_runs_can_be_resumed(name, tmp_path):
+    with tarfile.open(DOCS / "study" / f"{name}_runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    store = Store.open(tmp_path)
+    assert not store.plan.difference(Plan.load(DOCS.parent / "benchmarks" / f"{name}.yml"))
+    assert len(store.results()) == len(list(tmp_path.rglob("run.json")))
 
 
 @pytest.fixture

@@ -126,19 +126,6 @@ def test_the_scale_is_of_the_last_update():
     assert scales[1:] == [1.0, 0.0]
 
 
-@pytest.mark.skipif(not hasattr(th.backends.cudnn, "conv"), reason="torch 2.8 has no cudnn.conv.fp32_precision")
-def test_the_users_precision_of_cudnn_is_no_obstacle():
-    precision = th.backends.cudnn.conv.fp32_precision
-    th.backends.cudnn.conv.fp32_precision = "ieee"
-    try:
-        model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))
-        model.train()
-    finally:
-        th.backends.cudnn.conv.fp32_precision = precision
-    assert model.step_scale < 1
-    assert th.backends.cudnn.enabled
-
-
 def test_an_update_whose_shortened_step_cannot_be_measured_is_undone(monkeypatch):
     monkeypatch.setattr(training, "shorten_step", lambda *_: (0.5, RolloutKL(math.nan, math.nan)))
     model = collect(CASES["box"].build(AdaptiveKLPPO, **TOO_FAR))

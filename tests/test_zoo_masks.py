@@ -1,14 +1,18 @@
 """Masks in RL Baselines3 Zoo, whose scripts know none: `--algo ppo_kl_mask` and `ppo_kl_mask_lstm`."""
 
+import json
 import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import rl_zoo3.utils
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_adaptive_kl import AdaptiveKLPPO, MaskableAdaptiveKLPPO, MaskableRecurrentAdaptiveKLPPO
+from sb3_adaptive_kl.compare.execute import execute, random_action
+from sb3_adaptive_kl.compare.plan import Plan
 from sb3_adaptive_kl.zoo import hyperparameter_file
 from sb3_adaptive_kl.zoo.masks import MaskSource, asking_for_masks
 
@@ -61,6 +65,30 @@ def test_masks_reach_training_evaluation_and_playing(algo, zoo, tmp_path):
     for step in range(50):
         action, state = model.predict(observation, state=state, episode_start=np.array([step % 20 == 0]))
         observation, *_ = env.step(action)
+
+
+def test_random_policy_of_a_comparison_takes_valid_actions():
+    """It is worth half as much as the best one: the environment fails at other actions."""
+    plan = {"environments": ["Picky-v0"], "arms": ["ppo_kl_mask"], "seeds": 1, "n_timesteps": 32, "params": ["n_steps=32"]}
+    (run,) = Plan.create({**plan, "n_eval_episodes": 40}).runs()
+    assert np.mean(json.loads(execute(run)["run.json"])["random_returns"]) == pytest.approx(5, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("env", "n_choices"),
+    [
+        (lambda: InvalidActionEnvDiscrete(5, n_invalid_actions=2), [5]),
+        (lambda: InvalidActionEnvMultiDiscrete([3, 4], n_invalid_actions=3), [3, 4]),
+        (lambda: InvalidActionEnvMultiBinary(4, n_invalid_actions=2), [2, 2, 2, 2]),
+    ],
+)
+def test_random_actions_are_all_those_that_are_valid(env, n_choices):
+    env = make_vec_env(env)
+    env.reset()
+    masks = np.split(np.concatenate(env.env_method("action_masks")), np.cumsum(n_choices)[:-1])
+    actions = np.array([random_action(env) for _ in range(200)]).reshape(200, -1)
+    for column, mask in zip(actions.T, masks, strict=True):
+        assert set(column) == set(np.flatnonzero(mask))
 
 
 @pytest.mark.slow

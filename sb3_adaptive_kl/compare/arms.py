@@ -45,6 +45,14 @@ OTHER_ARGUMENTS = frozenset({"env", "seed", "_init_setup_model", "device", "verb
 class Loader(yaml.SafeLoader):
     """Reads 3e-4 as a number and None as null, which yml 1.1 does not, and keys as strings: an arm may be named 3e-4."""
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # YAML forbids what PyYAML accepts: of two values in an edited plan, the first would be ignored
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, n in keys.items() if n > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is there twice", problem_mark=node.start_mark)
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         for key, _ in node.value:
@@ -101,8 +109,10 @@ class Arm:
         name, equals, definition = text.partition("=")
         if not equals or ":" in name:  # the first = is that of an override
             name = definition = text
-        elif not name.strip() or (name in ALGOS and definition != name):
-            raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, choose one that is not an algorithm's")
+        # | ends a cell of a table, $ begins a formula in a picture, and .. is another folder
+        elif (name in ALGOS and definition != name) or re.search(r"^\s|\s$|^\.*$|[|$\n]", name):
+            hint = "choose one that is not an algorithm's, without | and $"
+            raise PlanError(f"{text!r}: {name!r} cannot be the name of an arm, {hint}")
         algo, _, assignments = definition.partition(":")
         if algo not in ALGOS:
             raise PlanError(f"unknown algorithm {algo!r}{suggestion(algo, ALGOS)}")

@@ -29,16 +29,19 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import torch as th
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
+from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import sync_envs_normalization
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_adaptive_kl.compare.arms import check_numbers, reported
 from sb3_adaptive_kl.compare.plan import Plan, Run
 from sb3_adaptive_kl.compare.ruler import Ruler
+from sb3_adaptive_kl.zoo.masks import MASKS
 
 N_EVALUATIONS = 10  # the zoo's evaluations during training, for its plots
 MIN_EVAL_FREQ = 500  # time steps: a first rollout longer than the budget is collected in full, and not evaluated at every step
@@ -162,7 +165,8 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
     env.seed(EVAL_SEED + run.seed)
     if model is None:
         env.action_space.seed(EVAL_SEED + run.seed)  # the same zero for all arms
-        model = SimpleNamespace(predict=lambda *_, **__: (np.array([env.action_space.sample()]), None))
+        th.manual_seed(EVAL_SEED + run.seed)
+        model = SimpleNamespace(predict=lambda *_, **__: (random_action(env), None))
     else:
         sync_envs_normalization(model.get_env(), env)  # else the policy would see observations that it does not know
     returns, _ = evaluate_policy(
@@ -170,6 +174,16 @@ def _returns(run: Run, manager: ExperimentManager, model: Any) -> list[float]:
     )
     env.close()
     return list(map(_finite_return, returns))  # type: ignore[arg-type]  # a list with return_episode_rewards
+
+
+def random_action(env: VecEnv) -> np.ndarray:
+    """Draw an action of one environment uniformly, of those that are valid."""
+    if not env.has_attr(MASKS):
+        return np.array([env.action_space.sample()])
+    masks = np.stack(env.env_method(MASKS))
+    distribution = make_masked_proba_distribution(env.action_space).proba_distribution(th.zeros(masks.shape))
+    distribution.apply_masking(masks)
+    return distribution.sample().numpy()
 
 
 def _finite_return(value: Any) -> float:

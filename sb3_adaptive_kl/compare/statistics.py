@@ -78,11 +78,11 @@ def compute(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], pd.D
         "sensitivity": sensitivity(plan.families, counted) if plan.families else None,
     }
     pairs = [pair for environment in environments.values() for pair in environment["pairs"]]
-    comparisons = {kind: call_winners([(pair["arms"], pair[kind]) for pair in pairs]) for kind in ("final", "area")}
+    comparisons = call_winners([(pair["arms"], pair[kind]) for pair in pairs for kind in ("final", "area")])
     settings |= {
         "comparisons": comparisons,
         "detectable": detectable(plan.seeds),
-        "detectable_corrected": detectable(plan.seeds, max(1, *comparisons.values())),
+        "detectable_corrected": detectable(plan.seeds, max(1, comparisons)),
     }
     return {**settings, "environments": environments, **found}, runs
 

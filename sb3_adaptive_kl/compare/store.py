@@ -55,7 +55,7 @@ class Result:
         :raises PlanError: if it was run otherwise: the plan has been edited in its folder
         """
         summary, episodes = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "episodes.csv")
-        ran = {**summary["hyperparameters"], "n_eval_episodes": summary["n_eval_episodes"]}
+        ran = {**summary["hyperparameters"], "n_eval_episodes": len(summary["final_returns"])}
         # JSON has text for keys
         planned = json.loads(json.dumps({**run.hyperparameters, "n_eval_episodes": run.n_eval_episodes}))
         if changes := changes_between(ran, planned):

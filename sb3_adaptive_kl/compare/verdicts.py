@@ -3,8 +3,8 @@ Which differences between arms a report may call shown.
 
 Differences are paired by seed. An arm is called better only if 0 lies outside the bootstrap's interval, which is too narrow
 with few seeds, and outside Student's t interval, and if Student's p value survives Holm's correction (Holm 1979) for all
-comparisons of the same kind in the report. Then at most 5 % of the reports on equal arms call any of them better. With fewer
-than five seeds it would be more: of three, those that happen to fail or succeed together give a tiny p value.
+comparisons in the report. Then some 5 % of the reports on equal arms call any of them better. With fewer than five seeds it
+would be more: of three, those that happen to fail or succeed together give a tiny p value.
 """
 
 import sys
@@ -62,7 +62,7 @@ def _p(differences: list[float]) -> float | None:
 
 def call_winners(pairs: Sequence[tuple[list[str], dict[str, Any] | None]]) -> int:
     """
-    Correct the p values of all comparisons of a kind, and enter the winners.
+    Correct the p values of all comparisons of a report, and enter the winners.
 
     :param pairs: the two arms and their ``difference``
     :return: the number of comparisons
