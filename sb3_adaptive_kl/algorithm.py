@@ -179,11 +179,6 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         super().set_parameters(load_path_or_dict, exact_match=exact_match, device=device)
         vars(self).update(getattr(load_path_or_dict, "penalty", {}))
 
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-
     def learn(
         self: SelfAlgorithm,
         total_timesteps: int,

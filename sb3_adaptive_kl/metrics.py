@@ -26,20 +26,16 @@ class UpdateMetrics:
         self._minibatches: list[th.Tensor] = []  # stacked MinibatchMetrics
         self._grad_norms: list[th.Tensor] = []
         self._on_cpu: th.Tensor | None = None  # those of the minibatches that have been read
-        self._start_of_epoch = 0
+        self.start_of_epoch = 0  # of the last pass over the rollout, in minibatches
 
     @property
     def n_minibatches(self) -> int:
         """Number of minibatches so far."""
         return len(self._minibatches)
 
-    def start_epoch(self) -> None:
-        """Start the next pass over the rollout."""
-        self._start_of_epoch = len(self._minibatches)
-
     def add(self, minibatch: th.Tensor, grad_norm: th.Tensor) -> None:
         """
-        Add a minibatch to the current epoch: its stacked ``MinibatchMetrics``, and the norm of its gradient before
+        Add a minibatch to the last pass: its stacked ``MinibatchMetrics``, and the norm of its gradient before
         clipping.
         """
         self._minibatches.append(minibatch)
@@ -105,7 +101,7 @@ class UpdateMetrics:
             return
         minibatches = self._read()
         means = MinibatchMetrics(*minibatches.mean(dim=0))
-        last_epoch = MinibatchMetrics(*minibatches[self._start_of_epoch :].mean(dim=0))
+        last_epoch = MinibatchMetrics(*minibatches[self.start_of_epoch :].mean(dim=0))
         last = MinibatchMetrics(*minibatches[-1])
         # On the CPU since _read(): .item() of each would wait for a GPU
         for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "kl_loss"):

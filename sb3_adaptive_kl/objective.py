@@ -59,12 +59,6 @@ class MinibatchMetrics(NamedTuple):
     approx_kl: th.Tensor
     clip_fraction: th.Tensor
 
-    def stack(self) -> th.Tensor:
-        """Stack the metrics into one vector."""
-        # Detached from the graph, which would otherwise live until they are logged
-        with th.no_grad():
-            return th.stack(tuple(self))
-
 
 def objective(
     new: Evaluation, kl: th.Tensor, settings: Settings, reference_kl: th.Tensor | None = None

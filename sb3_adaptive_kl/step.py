@@ -40,7 +40,8 @@ def minibatch_loss(
     # One forward pass for both divergences
     reference_kl = None if settings.reference_kl_coef is None else old_policy.reference_divergence(index, new)
     loss, metrics = objective(new, old_policy.divergence(index, new), settings, reference_kl)
-    return loss, metrics.stack()
+    # Detached from the graph, which would otherwise live until they are logged
+    return loss, th.stack(metrics).detach()
 
 
 def compute_gradients(

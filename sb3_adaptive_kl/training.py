@@ -78,6 +78,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
             buffer cannot be used; if a callback has set an argument to an invalid value; if a user's schedule or rule
             returns an invalid target or coefficient
         """
+        # The last rollout may overshoot total_timesteps; a linear schedule would then give a negative learning rate
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
         check_settings(self)  # a callback may have changed them
         self._prepare_reference()
         self._update_learning_rate(self.policy.optimizer)
@@ -139,7 +141,7 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
         lr_rule = learning_rate_rule(self.learning_rate_rule)
         with self._minibatch_gradients(old_policy) as compute_gradients, one_kernel(self.policy.optimizer) as take_step:
             for epoch in range(self.n_epochs):
-                metrics.start_epoch()
+                metrics.start_of_epoch = metrics.n_minibatches
                 self._n_updates += 1
                 for rollout_data, index in self._minibatches(settings):
                     metrics.add(*compute_gradients(rollout_data, index, settings))

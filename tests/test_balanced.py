@@ -52,7 +52,7 @@ def update_of(gradient, steps, settings, kl_at_rest=0.0):
         kl_loss = objective.penalty_loss(kl, settings.kl_coef, settings.kl_cutoff_coef, objective.CUTOFF * settings.target_kl)
         zero = th.tensor(0.0)
         parts = MinibatchMetrics(zero, th.tensor(-gradient * step), zero, zero, kl_loss, kl, kl, zero)
-        metrics.add(parts.stack(), th.tensor(1.0))
+        metrics.add(th.stack(parts), th.tensor(1.0))
     return metrics
 
 

@@ -210,7 +210,7 @@ def test_kl_within_an_update_is_what_a_rule_may_expect():
     metrics = UpdateMetrics()
     for kl in (1e-3, 0.011, 0.031, 1e-4, math.nan):
         parts = dict.fromkeys(MinibatchMetrics._fields, th.tensor(0.0))
-        metrics.add(MinibatchMetrics(**{**parts, "kl": th.tensor(kl)}).stack(), th.tensor(1.0))
+        metrics.add(th.stack(MinibatchMetrics(**{**parts, "kl": th.tensor(kl)})), th.tensor(1.0))
     assert metrics.kl(slice(1, 3)) == pytest.approx(0.02)  # beyond that of the first
     assert metrics.kl(slice(3, 4)) == 0
     assert metrics.kl(slice(2, 5)) == math.inf

@@ -75,7 +75,6 @@ def test_nan_at_the_first_minibatch_is_undone(monkeypatch):
 def test_update_without_a_minibatch_logs_nothing():
     model = collect(AdaptiveKLPPO("MlpPolicy", gym.make("Pendulum-v1"), **SMALL))
     metrics = UpdateMetrics()
-    metrics.start_epoch()
     metrics.log(model.logger, settings_at(model, 1.0))
     assert metrics.finite()
     assert not logged(model)
