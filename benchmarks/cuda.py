@@ -90,7 +90,7 @@ def use_cuda_graphs(model: Any) -> None:
         gradients, metrics, norm = compiled(*args)
         return gradients, metrics.clone(), norm.clone()
 
-    model._compiler.compilation.compiled[clipped_gradients] = replay
+    model._compiler.compiled[clipped_gradients] = replay
 
 
 def let_older_torch_compile() -> None:
@@ -134,7 +134,7 @@ def surviving(names: tuple[str, ...], make: Callable[[str], tuple[Any, Callable[
             show_error(name, error)
             continue
         if compiler := getattr(model, "_compiler", None):
-            state = "NOT compiled" if compiler.compilation.failed else "compiled"
+            state = "NOT compiled" if compiler.failed else "compiled"
             print(f"{name:24} {state}, first run {time.perf_counter() - start:.1f} s", flush=True)
         runs[name] = run
     return runs

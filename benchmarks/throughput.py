@@ -202,7 +202,7 @@ def print_profile(env_id: str, n_envs: int) -> None:
         ("all", model, "learn"),
     ):
         setattr(owner, name, timed(title, getattr(owner, name)))
-    compiled = model._compiler.compilation.compiled
+    compiled = model._compiler.compiled
     if clipped_gradients in compiled:
         compiled[clipped_gradients] = timed("updating: gradients", compiled[clipped_gradients])
     for _ in range(10):

@@ -198,9 +198,8 @@ class KLPenaltyTraining(KLPenaltyAlgorithm):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
         if self.learning_rate_rule is not None:
-            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                for group in optimizer.param_groups:
-                    group["lr"] *= self.learning_rate_scale
+            for group in self.policy.optimizer.param_groups:
+                group["lr"] *= self.learning_rate_scale
 
     def _scale_learning_rate(self, scale: float) -> None:
         """Change ``learning_rate_scale``, and the learning rate with it, within an update."""

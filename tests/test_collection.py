@@ -65,7 +65,7 @@ def test_nan_never_reaches_the_environment(env, compile):
     with pytest.raises(ValueError, match=r"log-probability of an action is NaN.*VecCheckNan"):
         model.learn(64)
     assert "forward" not in vars(model.policy)
-    assert not compile or not model._compiler.compilation.failed
+    assert not compile or not model._compiler.failed
 
 
 def test_forward_of_the_users_finds_torchs_checks():

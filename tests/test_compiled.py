@@ -50,7 +50,7 @@ def assert_same_trajectory(case, algorithm=AdaptiveKLPPO, n_iterations=10, **kwa
     eager, compiled = (
         case.build(algorithm, compile=compile, **{**SMALL, **kwargs}).learn(n_iterations * 60) for compile in (False, True)
     )
-    assert not compiled._compiler.compilation.failed
+    assert not compiled._compiler.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
     assert eager.kl_coef == compiled.kl_coef
     assert eager._n_updates == compiled._n_updates
@@ -75,7 +75,7 @@ def test_same_trajectory_for_every_family(case):
 def test_same_steps_on_images(case):
     """A rounding error soon flips an action here: so one update, whose first step alone is not compiled."""
     eager, compiled = (CASES[case].build(AdaptiveKLPPO, compile=compile, **SMALL).learn(60) for compile in (False, True))
-    assert not compiled._compiler.compilation.failed
+    assert not compiled._compiler.failed
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
 
 
@@ -113,7 +113,7 @@ class TestBox:
         start = parameters(ours)
         ppo.train()
         ours.train()
-        assert not ours._compiler.compilation.failed
+        assert not ours._compiler.failed
         assert (parameters(ours) - start).abs().max() > 1e-3
         assert (parameters(ours) - parameters(ppo)).abs().max() < 1e-6
 
@@ -143,7 +143,7 @@ class TestBox:
             model = collect(CASES["box"].build(AdaptiveKLPPO, compile=True, n_steps=60, batch_size=60))
             with th._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
                 model.train()
-            assert not model._compiler.compilation.failed
+            assert not model._compiler.failed
         assert th.distributions.Distribution._validate_args is True  # which torch turns off when it compiles
 
     def test_checkpoints_do_not_see_it(self, tmp_path):
@@ -175,7 +175,7 @@ class TestBox:
         before = parameters(model)
         with pytest.warns(UserWarning, match="was undone"):
             model.train()
-        assert not model._compiler.compilation.failed
+        assert not model._compiler.failed
         assert th.equal(parameters(model), before)
 
     def test_policy_is_itself_while_compiled_steps_run(self):
@@ -191,7 +191,7 @@ class TestBox:
         model = collect(case.build(AdaptiveKLPPO, compile=True, kl_rule=Curious(), learning_rate=0.0, **SMALL))
         old_policy = remember(model)
         model.train()
-        assert not model._compiler.compilation.failed
+        assert not model._compiler.failed
         assert seen
         assert all(space == model.observation_space and kl < 1e-12 for space, kl in seen)
 
@@ -204,7 +204,7 @@ class TestBox:
             before = layers[0].weight.clone()
             model.learn(2 * 60)
             assert th.equal(layers[0].weight, before) == frozen
-        assert not model._compiler.compilation.failed
+        assert not model._compiler.failed
 
     def test_normalization_may_be_switched_off_and_on(self):
         """Both ways are compiled once each: going back compiles nothing again."""
@@ -233,7 +233,7 @@ def test_globals_of_the_users_code_may_change(monkeypatch):
     assert len(np.unique(model.rollout_buffer.values)) > 10
     monkeypatch.setattr(f"{__name__}.SCALE", 0.0)
     assert len(np.unique(collect(model).rollout_buffer.values)) == 1
-    assert not model._compiler.compilation.failed
+    assert not model._compiler.failed
 
 
 class AsksForTheSpace(ActorCriticPolicy):
@@ -275,7 +275,7 @@ def assert_falls_back(message, policy="MlpPolicy", algorithm=AdaptiveKLPPO, **kw
     with pytest.warns(UserWarning, match=message) as caught:
         compiled.learn(3 * 60)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
-    assert compiled._compiler.compilation.failed
+    assert compiled._compiler.failed
     eager = case.build(algorithm, **SMALL).learn(3 * 60)
     assert th.equal(parameters(compiled), parameters(eager))
 

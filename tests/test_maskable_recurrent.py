@@ -277,7 +277,7 @@ def test_policies_of_contrib_are_refused():
 
 
 def test_continuous_actions_are_refused():
-    with pytest.raises(ValueError, match=r"Box.*only the actions of Discrete.*take RecurrentAdaptiveKLPPO"):
+    with pytest.raises(NotImplementedError, match=r"Box.*Must be of type Gym Spaces: Discrete, MultiDiscrete"):
         MaskableRecurrentAdaptiveKLPPO("MlpLstmPolicy", pendulum())
 
 

@@ -105,7 +105,7 @@ def test_one_long_episode_does_not_cause_quadratic_padding(position):
     starts = np.zeros(1000, dtype=np.float32)
     starts[: position + 1 : 3] = starts[position + 400 :: 3] = starts[position] = 1
     model.rollout_buffer.episode_starts = starts[:, None]
-    rows = [len(data.mask) for data, _ in in_order(model.rollout_buffer, 256, whole_sequences=True)]
+    rows = [len(data.mask) for data, _ in in_order(model.rollout_buffer, 256)]
     assert max(rows) <= 402
     assert sorted(rows)[-2] <= 256
     assert sum(rows) < 1100

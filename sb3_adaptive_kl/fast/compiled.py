@@ -32,11 +32,8 @@ EVALUATING = ("evaluate_actions", "extract_features", "_get_action_dist_from_lat
 PREPROCESSED = spaces.Box(-inf, inf, (1,))
 
 
-class Compiler:
-    """What torch has compiled for one model. The first failure ends it for both functions, with one warning."""
-
-    def __init__(self) -> None:
-        self.compilation = Compilation()
+class Compiler(Compilation):
+    """Compiles both functions of one model."""
 
     @contextmanager
     def compiled_gradients(self, policy: ActorCriticPolicy, old_policy: OldPolicy) -> Iterator[ComputeGradients]:
@@ -48,9 +45,10 @@ class Compiler:
         :return: a context with a function that computes the same up to rounding
         """
         plain = partial(compute_gradients, policy, old_policy)
-        if not self.compilation.failed and (hooked := hooked_parameter(policy)):
-            self.compilation.give_up(f"Only backward() calls the hooks on {hooked}")
-        if self.compilation.failed:
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in optimized_parameters(policy.optimizer))
+        if hooked and not self.failed:
+            self.give_up("Only backward() calls the hooks on a parameter's gradient")
+        if self.failed:
             yield plain
             return
         twin, preprocess = compilable_copy(policy, EVALUATING)
@@ -60,7 +58,7 @@ class Compiler:
             preprocessed = rollout_data._replace(observations=preprocess(rollout_data.observations))
             inputs = twin, old_policy, parameters, preprocessed, index, as_tensors(settings, policy.device)
             try:
-                gradients, metrics, norm = self.compilation.run(clipped_gradients, *inputs)
+                gradients, metrics, norm = self.run(clipped_gradients, *inputs)
             except NotCompiled:
                 return plain(rollout_data, index, settings)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -79,10 +77,10 @@ class Compiler:
         :param policy: the policy that collects
         """
         with fast_collection(policy):
-            if self.compilation.failed or needs_validation(policy):
+            if self.failed or needs_validation(policy):
                 yield
                 return
-            policy.forward = forward = CompiledForward(policy, self.compilation)  # type: ignore[method-assign]
+            policy.forward = forward = CompiledForward(policy, self)  # type: ignore[method-assign]
             try:
                 yield
             finally:
@@ -92,9 +90,9 @@ class Compiler:
 
     def log(self, logger: Logger) -> None:
         """Log the seconds spent compiling since the last call, if any."""
-        if self.compilation.seconds > 0:
-            logger.record("time/compilation", self.compilation.seconds)
-        self.compilation.seconds = 0.0
+        if self.seconds > 0:
+            logger.record("time/compilation", self.seconds)
+        self.seconds = 0.0
 
 
 class CompiledForward:
@@ -150,15 +148,6 @@ def clipped_gradients(
     scale = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     clipped = [None if gradient is None else gradient * scale for gradient in gradients]
     return list(map(in_layout_of, parameters, clipped)), metrics, norm
-
-
-def hooked_parameter(policy: ActorCriticPolicy) -> str | None:
-    """Name a parameter with hooks on its gradient, which ``th.autograd.grad`` would not call."""
-    names = {id(parameter): name for name, parameter in policy.named_parameters()}
-    for parameter in optimized_parameters(policy.optimizer):
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return names.get(id(parameter), "a parameter of the optimizer")
-    return None
 
 
 def compilable_copy(policy: ActorCriticPolicy, methods: tuple[str, ...]) -> tuple[ActorCriticPolicy, Callable[[Any], Any]]:

@@ -39,11 +39,6 @@ class MaskableRecurrentPPO(RecurrentPPO):
     predict = MaskablePPO.predict
 
     def _setup_model(self) -> None:
-        if isinstance(self.action_space, spaces.Box):
-            raise ValueError(
-                f"{self.action_space}: only the actions of Discrete, MultiDiscrete and MultiBinary spaces can be masked. For "
-                "continuous actions, take RecurrentAdaptiveKLPPO"
-            )
         if not issubclass(self.policy_class, MaskableRecurrentActorCriticPolicy):
             raise ValueError(f"policy={self.policy_class.__name__} must subclass MaskableRecurrentActorCriticPolicy")
         super()._setup_model()

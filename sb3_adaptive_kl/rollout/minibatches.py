@@ -78,31 +78,27 @@ def transitions_per_block(buffer: RolloutBuffer) -> int:
     return max(1, BLOCK_BYTES * buffer.buffer_size * buffer.n_envs // n_bytes)
 
 
-def in_order(buffer: RolloutBuffer, chunk_size: int, whole_sequences: bool = False) -> Iterator[tuple[Any, th.Tensor]]:
+def in_order(buffer: RolloutBuffer, chunk_size: int) -> Iterator[tuple[Any, th.Tensor]]:
     """
     Draw every transition of the rollout once, in the order of the flattened rollout: one environment after the other.
 
+    That of a policy with a memory is cut only where an episode or an environment ends: a sequence cut in two would restart
+    from the old policy's hidden state, which hides a part of the divergence.
+
     :param buffer: as for ``minibatches``
-    :param chunk_size: transitions at a time, at most, padding included
-    :param whole_sequences: whether to cut only where an episode or an environment ends; a chunk then holds at least one
-        whole sequence, even if that is longer
+    :param chunk_size: transitions at a time, at most, padding included; one whole sequence at least
     :return: as for ``minibatches``
     :raises ValueError: as for ``minibatches``
     """
     samples_at = _sampler(buffer)
     n_transitions = buffer.buffer_size * buffer.n_envs
-    cuts = _cuts_between_sequences(buffer, chunk_size) if whole_sequences else range(0, n_transitions, chunk_size)
+    cuts = _cuts_between_sequences(buffer, chunk_size) if has_sequences(buffer) else range(0, n_transitions, chunk_size)
     for start, end in pairwise([*cuts, n_transitions]):
         yield samples_at(np.arange(start, end))
 
 
 def has_sequences(buffer: RolloutBuffer) -> bool:
-    """
-    Whether a sweep may only cut the rollout where an episode ends: a sequence cut in two would restart from the old policy's
-    hidden state, which hides a part of the divergence.
-
-    :param buffer: of a policy with or without a memory
-    """
+    """Whether the rollout is of a policy with a memory."""
     return hasattr(buffer, "hidden_states_pi")
 
 

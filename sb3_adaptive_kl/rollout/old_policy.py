@@ -200,7 +200,7 @@ def sweep(
     policy.set_training_mode(False)
     try:
         with th.no_grad(), preserve_random_state():
-            for rollout_data, index in in_order(buffer, chunk_size, has_sequences(buffer)):
+            for rollout_data, index in in_order(buffer, chunk_size):
                 if actor_alone:
                     yield rollout_data, index, evaluate_actor(policy, rollout_data)
                 else:
