@@ -138,21 +138,22 @@ class KLPenaltyAlgorithm(OnPolicyAlgorithm):
         self.reference_kl_coef = reference_kl_coef(spec, self.reference_kl_coef, bounds, self._current_progress_remaining)
 
     @classmethod
-    def load(cls: type[SelfAlgorithm], path: Any, *args: Any, **kwargs: Any) -> SelfAlgorithm:
+    def load(cls: type[SelfAlgorithm], path: Any, env: Any = None, *args: Any, **kwargs: Any) -> SelfAlgorithm:
         """
         Load a saved model as SB3 does.
 
         :param path: path to the file, or a file-like object
+        :param env: the environment to train on, if any
         :param kwargs: arguments of the constructor, which replace the saved ones
         """
         # SB3 sets whatever it is given, a misspelled name too
         others = kwargs.keys() - signature(super().load).parameters.keys() - signature(cls).parameters.keys() - set(STATE)
         if others:  # attributes, unless they are misspelled
-            blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=None, _init_setup_model=False)
+            blank = cls(policy=next(iter(cls.policy_aliases), "MlpPolicy"), env=env, _init_setup_model=False)
         for name in others:
             if not hasattr(blank, name):
                 warn_user(f"load({name}=...) is not an argument of {cls.__name__}{suggestion(name, vars(blank))}")
-        return super().load(path, *args, **kwargs)
+        return super().load(path, env, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """

@@ -264,10 +264,11 @@ class NeedsAnEnvironment(AdaptiveKLPPO):
         self.observation_shape = self.env.observation_space.shape
 
 
-def test_load_makes_no_model_but_the_one_that_is_asked_for(tmp_path):
+def test_subclass_that_needs_an_environment_can_be_loaded(tmp_path):
     env = CASES["box"].make_env()
     NeedsAnEnvironment("MlpPolicy", env, device="cpu").save(tmp_path / "model")
-    assert NeedsAnEnvironment.load(tmp_path / "model", env=env, kl_coef=2.0).kl_coef == 2.0
+    loaded = NeedsAnEnvironment.load(tmp_path / "model", env=env, target_kl=0.05, num_timesteps=3)
+    assert (loaded.target_kl, loaded.num_timesteps) == (0.05, 3)
 
 
 def test_a_misspelled_argument_of_load_is_told(tmp_path):
